@@ -172,6 +172,8 @@ class ChunkExecutor:
         In sync the caller adds the chunk before the next tick. In async and rtc the caller may add
         the chunk in a later tick, and passes the tick of the observation as `observed_tick`.
 
+        A chunk that was added before and has arrived by now becomes the plan at this call.
+
         Returns:
             True if a chunk is needed.
         """
@@ -183,20 +185,21 @@ class ChunkExecutor:
         if self.mode == "sync":
             return not self._planned_steps
         has_interval_passed = self.tick - self._last_observed_tick >= self.replan_interval
-        # During inference the robot executes planned steps. If so few are left that they would run
-        # out during an inference as long as the last one, inference has to start now.
+        # During inference the robot executes planned steps, as many as the last inference took
+        # ticks. When no more than these are left, the next inference has to start. The limit is
+        # below the horizon, so that a chunk is not replaced before any of it was executed.
         num_needed_for_inference = min(self._delay_ticks, self._horizon - 1)
         return has_interval_passed or len(self._planned_steps) <= num_needed_for_inference
 
     def committed_actions(self) -> dict[str, Array]:
         """Return the entry of the present observation that tells the policy the committed prefix.
 
-        The committed prefix exists only in rtc. It consists of the actions that the robot will
-        execute until the chunk arrives that the policy predicts from this observation, if inference
-        takes as long as the last time.
+        Only rtc has a committed prefix. It consists of the actions that the robot will execute
+        during the next inference, which is assumed to take as long as the last one.
 
         Returns:
-            {"committed": [d, 8]}, or {} if nothing is committed.
+            {"committed": [d, 8]}, d committed actions in the layout of `spear.types.Action`; {} if
+            nothing is committed.
         """
         if self.mode != "rtc":
             return {}
@@ -353,8 +356,9 @@ class Pilot:
 
     The pilot keeps time. A call of `step` that comes early waits for its tick, because a robot that
     executes the same actions at a higher rate moves faster. A notice tells you about early calls,
-    because the observation grows old while the pilot waits. After a late call the ticks are a tenth
-    shorter until the delay is made up for, but at most half a tick is made up for (our choice).
+    because the observation grows old while the pilot waits. After a late call each tick is shorter
+    by a tenth until the delay is made up for. Of a longer delay, only half a tick is made up for
+    (our choice).
     After a pause of `MAX_PAUSE_S`, and when the prompt changes, the pilot drops its plan and begins
     anew.
     The pilot also drops a chunk whose inference took more than `MAX_PAUSE_S` longer than the

@@ -218,12 +218,12 @@ def perturb_committed(
     index = torch.arange(is_committed.shape[-1], device=is_committed.device)
     is_first_free = (num_committed == index)[..., None]  # [..., H, 1], first uncommitted action
 
-    # Translations are displacements in the base frame, so their errors add up, and the first free
-    # action subtracts the sum.
     if is_valid is None:
         is_valid = torch.ones_like(is_committed)
     scale = _standard_deviation(data.translation, is_valid)
     if reference == "observed":
+        # Each action leads from the observed pose to a pose of its own, so it has the errors of all
+        # committed actions up to it. Actions that are not committed have none.
         accumulated = noise.cumsum(-2) * is_committed[..., None]
         turn = quat_exp(PERTURBATION_ROTATION_RAD * accumulated[..., 3:])
         return Action(
@@ -231,6 +231,9 @@ def perturb_committed(
             rotation=quat_canonical(quat_multiply(data.rotation, turn)),
             gripper=data.gripper,
         )
+
+    # Translations are displacements in the base frame, so their errors add up, and the first free
+    # action subtracts the sum.
     error = PERTURBATION_TRANSLATION * scale * noise[..., :3]
     total_error = error.sum(-2, keepdim=True)  # [..., 1, 3]
     translation = data.translation + error - is_first_free * total_error
@@ -249,8 +252,8 @@ def perturb_committed(
         new_q = torch.where(is_first_free[..., i, :], correcting_q, perturbed_q)
         rotations.append(new_q)
 
-        # The next deviation: back along the demonstrated action, over to the perturbed frame, and
-        # on along the new action.
+        # The next deviation, demonstrated_q⁻¹ · deviation · new_q: back along the demonstrated
+        # action, over to the perturbed frame, and on along the new action.
         deviation_before = quat_multiply(quat_conjugate(demonstrated_q), deviation)
         deviation = quat_multiply(deviation_before, new_q)
     rotation = quat_canonical(torch.stack(rotations, -2))

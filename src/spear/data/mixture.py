@@ -162,8 +162,8 @@ class TrainingSamples:
 
     Attributes:
         mixture: The mixture from which samples are drawn.
-        views: Camera → (height, width) in pixels of the images in a batch. An image is scaled to
-            fit, with its aspect ratio unchanged, and gets black bars.
+        image_shapes: Camera → (height, width) in pixels of the images in a batch. An image is
+            scaled to fit, with its aspect ratio unchanged, and gets black bars.
         horizon: H, the number of actions in a chunk.
         augment: Strength of the photometric jitter, 0 for none. Images are never rotated, cropped
             or scaled at random, because depth depends on their geometry.
@@ -181,7 +181,7 @@ class TrainingSamples:
     """
 
     mixture: Mixture
-    views: Mapping[str, tuple[int, int]]
+    image_shapes: Mapping[str, tuple[int, int]]
     horizon: int = HORIZON
     augment: float = 0.0
 
@@ -199,7 +199,7 @@ class TrainingSamples:
 
         images: dict[str, Array] = {}
         has_image: dict[str, Array] = {}
-        for camera, (height, width) in self.views.items():
+        for camera, (height, width) in self.image_shapes.items():
             images[camera] = np.zeros((batch_size, height, width, 3), np.uint8)
             is_present: list[bool] = []
             for sample, out in zip(samples, images[camera], strict=True):

@@ -96,11 +96,12 @@ def estimate_mean_proportion(counts: Sequence[tuple[int, int]]) -> Estimate:
     """Estimate the mean of several proportions, each with the same weight.
 
     The interval is Wilson's interval of a single proportion with an effective number of samples
-    (our choice). For F proportions, this number is F² / Σ 1/n. If all proportions are 0.5, which is
-    where they vary most, a single proportion of as many samples has the same variance as the mean.
-    If all n are equal, the interval is that of all samples together. Such an interval is never too
-    narrow, because the mean of different proportions varies less than one proportion of all
-    samples. With very unequal n, the interval can be slightly too narrow.
+    (our choice). For F proportions, this number is F² / Σ 1/n, because a single proportion of that
+    many samples has the variance that the mean has if all F proportions are equal.
+
+    If all n are equal, the interval is that of all samples together. It is never too narrow,
+    because the mean of different proportions varies less than the mean of equal ones. If the n are
+    very unequal, the interval can be slightly too narrow.
 
     Args:
         counts: (number of successes, n) of each proportion.
@@ -112,11 +113,11 @@ def estimate_mean_proportion(counts: Sequence[tuple[int, int]]) -> Estimate:
 
 
 def find_num_samples(half_width: float, rate: float = 0.5) -> int:
-    """Find the smallest n for which Wilson's interval is at most ±half_width wide.
+    """Find the smallest n for which Wilson's interval is no wider than 2 · half_width.
 
     Args:
         half_width: Half the width of the interval.
-        rate: The proportion in the middle of the interval.
+        rate: The measured proportion.
 
     Example:
         >>> find_num_samples(0.05), find_num_samples(0.05, 0.9)
@@ -226,7 +227,8 @@ def estimate_mean_over_seeds(success_by_family: Sequence[Array]) -> Estimate:
     tables = _to_success_tables(success_by_family)
     mean, half_width = _crossed_interval(tables)
     counts = [(int(table.sum()), table.size) for table in tables]
-    return _widen(mean, half_width, estimate_mean_proportion(counts), lower_bound=0.0)
+    independent = estimate_mean_proportion(counts)  # as if all runs were independent
+    return _widen_to_at_least(mean, half_width, narrowest=independent, min_value=0.0)
 
 
 def estimate_difference_over_seeds(first: Sequence[Array], second: Sequence[Array]) -> Estimate:
@@ -250,8 +252,8 @@ def estimate_difference_over_seeds(first: Sequence[Array], second: Sequence[Arra
         differences.append(first_table.astype(float) - second_table)
         pairs.append((first_table.ravel().tolist(), second_table.ravel().tolist()))
     mean, half_width = _crossed_interval(differences)
-    independent, _ = estimate_paired_difference(pairs)
-    return _widen(mean, half_width, independent, lower_bound=-1.0)
+    independent, _ = estimate_paired_difference(pairs)  # as if all runs were independent
+    return _widen_to_at_least(mean, half_width, narrowest=independent, min_value=-1.0)
 
 
 def _wilson_interval(p: float, n: float) -> tuple[float, float]:
@@ -262,7 +264,8 @@ def _wilson_interval(p: float, n: float) -> tuple[float, float]:
     """
     center = (p + Z95**2 / (2 * n)) / (1 + Z95**2 / n)
     half_width = Z95 / (1 + Z95**2 / n) * np.sqrt(p * (1 - p) / n + Z95**2 / (4 * n**2))
-    # The bounds matter only for rounding errors at p = 0 and p = 1.
+    # Without rounding errors the interval lies in [0, 1] and contains p. At p = 0 and p = 1, where
+    # one end is p, rounding errors would break this.
     low = max(0.0, min(p, center - half_width))
     high = min(1.0, max(p, center + half_width))
     return float(low), float(high)
@@ -409,11 +412,13 @@ def _crossed_interval(tables: Sequence[Array]) -> tuple[float, float]:
     return mean, float(half_width)
 
 
-def _widen(value: float, half_width: float, independent: Estimate, lower_bound: float) -> Estimate:
-    """Return an estimate whose interval spans value ± half_width and that of `independent`.
+def _widen_to_at_least(
+    value: float, half_width: float, narrowest: Estimate, min_value: float
+) -> Estimate:
+    """Return an estimate whose interval spans value ± half_width and that of `narrowest`.
 
-    The interval is cut off at `lower_bound` and 1.
+    The interval is cut off at `min_value` and 1, the range of possible values.
     """
-    low = min(value - half_width, independent.low)
-    high = max(value + half_width, independent.high)
-    return Estimate(value, max(lower_bound, low), min(1.0, high), independent.n)
+    low = min(value - half_width, narrowest.low)
+    high = max(value + half_width, narrowest.high)
+    return Estimate(value, max(min_value, low), min(1.0, high), narrowest.n)

@@ -59,7 +59,9 @@ class TrainingDistribution:
         mean_initial_opening: the mean gripper opening with which the episodes of these steps begin.
         mean_thumbnails: camera → the mean of its images' thumbnails, [8, 8].
         max_mismatch: camera → transform → the largest gain in correlation with the mean thumbnail
-            that the transform gives to an image of training.
+            that the transform gives to an image of training. Although these images are right, a
+            transform can happen to bring one nearer to the mean. On a robot, only a larger gain
+            tells of a mistake.
         camera_shares: camera → the share of steps that have its image. Summaries of earlier
             versions do not have these shares.
     """
@@ -122,13 +124,12 @@ class TrainingDistribution:
             red_minus_blue[camera] = (float(difference.mean()), float(difference.std()))
             thumbnails[camera] = compute_thumbnails(images.mean(-1, dtype=np.float32))
             mean_thumbnails[camera] = thumbnails[camera].mean(0, dtype=np.float64).round(3)
-        max_mismatch = {}
+        max_mismatch: dict[str, dict[str, float]] = {}
         for camera in thumbnails:
-            max_gains = {}
+            max_mismatch[camera] = {}
             for match in match_transforms(thumbnails[camera], camera, mean_thumbnails):
                 gain = match.correlation - match.plain_correlation  # [N]
-                max_gains[match.transform] = float(gain.max())
-            max_mismatch[camera] = max_gains
+                max_mismatch[camera][match.transform] = float(gain.max())
 
         return TrainingDistribution(
             min_position_m=tuple(position.min(0).tolist()),
@@ -149,9 +150,10 @@ class TrainingDistribution:
 
         If the summary has no `camera_shares`, these are all cameras of the training.
         """
+        all_cameras = list(self.red_minus_blue)  # every summary has the colors of each camera
         return [
             camera
-            for camera in self.red_minus_blue
+            for camera in all_cameras
             if self.camera_shares.get(camera, 1.0) > MIN_CONSTANT_CAMERA_SHARE
         ]
 

@@ -340,7 +340,7 @@ def _build_depth(recipe: Recipe, preset: Preset, inputs: TrainingInputs, seed: i
             f"there are no images with depth in {searched}. Make some with `spear label`."
         )
     task = tasks.DepthTask(model, views, recipe.batch_size, seed)
-    return _Built(model, task, [model.save_pretrained])
+    return _Built(model, task, writers=[model.save_pretrained])
 
 
 def _build_naming(recipe: Recipe, preset: Preset, inputs: TrainingInputs, seed: int) -> _Built:
@@ -367,7 +367,7 @@ def _build_naming(recipe: Recipe, preset: Preset, inputs: TrainingInputs, seed: 
             for label in labels_of_view
         ]
     task = tasks.PatchTask(model, processor, views, recipe.batch_size, seed)
-    return _Built(model, task, [vlm.save_pretrained, processor.save])
+    return _Built(model, task, writers=[vlm.save_pretrained, processor.save])
 
 
 def _build_vlm(recipe: Recipe, preset: Preset, inputs: TrainingInputs, seed: int) -> _Built:
@@ -380,7 +380,7 @@ def _build_vlm(recipe: Recipe, preset: Preset, inputs: TrainingInputs, seed: int
 
     questions = _make_question_samples(recipe, inputs, labels, processor, recipe.batch_size, seed)
     task = tasks.VlmTask(model, questions, recipe.coordinate_rows_only)
-    return _Built(model, task, [model.save_pretrained, processor.save])
+    return _Built(model, task, writers=[model.save_pretrained, processor.save])
 
 
 def _load_initial_vlm(
@@ -424,16 +424,20 @@ def _build_vla(recipe: Recipe, preset: Preset, inputs: TrainingInputs, seed: int
 
     # Demonstrations with the cameras that the policy sees, and their normalization. The processor
     # has sizes as (width, height), the samples take (height, width).
-    views = {view: (height, width) for view, (width, height) in processor.image_sizes.items()}
-    episodes = [
-        dataset._replace(store=dataset.store.select_episodes_with_cameras(views))
+    image_shapes = {
+        view: (height, width) for view, (width, height) in processor.image_sizes.items()
+    }
+    datasets = [
+        dataset._replace(store=dataset.store.select_episodes_with_cameras(image_shapes))
         for dataset in inputs.episodes
     ]
-    _fit_first_images(episodes, processor)
-    frames = _merge_frame_versions(inputs.init, episodes)
-    normalizer = _fit_normalizer(recipe, model.config.horizon, episodes)
+    _record_image_aspects(datasets, processor)
+    frames = _merge_frame_versions(inputs.init, datasets)
+    normalizer = _fit_normalizer(recipe, model.config.horizon, datasets)
     normalizer = dataclasses.replace(normalizer, frames=frames)
-    samples = TrainingSamples(Mixture(episodes, seed), views, model.config.horizon, recipe.augment)
+    samples = TrainingSamples(
+        Mixture(datasets, seed), image_shapes, model.config.horizon, recipe.augment
+    )
 
     # Questions.
     questions = None
@@ -449,7 +453,8 @@ def _build_vla(recipe: Recipe, preset: Preset, inputs: TrainingInputs, seed: int
         TrainingDistribution.from_samples(samples, recipe.batch_size).save(folder / "seen.json")
 
     task = tasks.VlaTask(model, processor, normalizer, samples, recipe, questions)
-    return _Built(model, task, [model.save_pretrained, processor.save, save_data_statistics])
+    writers = [model.save_pretrained, processor.save, save_data_statistics]
+    return _Built(model, task, writers)
 
 
 def _load_policy(recipe: Recipe, preset: Preset, init: Path) -> Spear1ForActionPrediction:
@@ -471,15 +476,18 @@ def _add_action_expert(vlm: SpearVLM, preset: Preset) -> Spear1ForActionPredicti
     return model
 
 
-def _fit_first_images(episodes: Sequence[WeightedStore], processor: Processor) -> None:
-    """Prepare one image per dataset and view, and record their aspects in the processor.
+def _record_image_aspects(datasets: Sequence[WeightedStore], processor: Processor) -> None:
+    """Record in the processor which aspects (width / height) the images of each view have.
 
-    So the processor prints its notices now, which say what images lose when they are fitted to the
-    network. A policy that acts later says nothing of bars that its training had, too.
+    An image that has another aspect than the network's images gets black bars. When the policy acts
+    later, the processor gives no notice of bars that the images of training had, too.
+
+    The first image of each dataset and view stands for all. It is also prepared, so that the
+    processor gives its notices now, which say what images lose when they are fitted to the network.
     """
     processor.training_aspects = {}  # those of an earlier training do not count
     aspects: dict[str, list[float]] = {}
-    for dataset in episodes:
+    for dataset in datasets:
         store = dataset.store
         for view in processor.image_sizes:
             encoded = store.image(index=0, step=0, camera=view)
@@ -493,18 +501,18 @@ def _fit_first_images(episodes: Sequence[WeightedStore], processor: Processor) -
     processor.training_aspects = aspects
 
 
-def _merge_frame_versions(init: Path | None, episodes: Sequence[WeightedStore]) -> dict[str, int]:
+def _merge_frame_versions(init: Path | None, datasets: Sequence[WeightedStore]) -> dict[str, int]:
     """Merge the versions of frames of the demonstrations with those of the policy in `init`.
 
     A version says in which base frame and end-effector frame the poses of a dataset or robot are
-    written (`spear.data.frames`). A notice names the frames that have a newer version. Raises
-    `SpearError` if demonstrations and policy have different versions of the same frames, or if
-    `init` may have learned another version.
+    written (`spear.data.frames`). A notice names the frames whose merged version is older than the
+    current one. Raises `SpearError` if demonstrations and policy have different versions of the
+    same frames, or if `init` may have learned another version.
 
     Returns:
         Name of a dataset or robot → version of its frames.
     """
-    sources = [(dataset.name, dataset.store.frame_versions) for dataset in episodes]
+    sources = [(dataset.name, dataset.store.frame_versions) for dataset in datasets]
     normalizer_file = None if init is None else init / "normalizer.json"
     if init is not None and normalizer_file is not None and normalizer_file.is_file():
         recorded_frames = Normalizer.load(normalizer_file).frames

@@ -256,19 +256,21 @@ def read_pose(
     assert layout.rotation is not None
     assert layout.rotation_format is not None
     radians_per_unit = ANGLE_UNITS[layout.angle_unit]
-    position_column = read_numbers(steps, layout.position, source)
+    # The column of positions [T, 3], or of joint angles in the two formats "…_joints".
+    recorded = read_numbers(steps, layout.position, source)
     if layout.rotation_format == "franka_joints":
-        joint_angles_rad = position_column * radians_per_unit  # [T, 7]
+        joint_angles_rad = recorded * radians_per_unit  # [T, 7]
         position_m, quaternion = compute_franka_pose(joint_angles_rad, source)
         return position_m, quaternion, "quat_wxyz"
     if layout.rotation_format == "urdf_joints":
-        position_m, quaternion = compute_joint_poses(position_column, layout, source)
+        # `compute_joint_poses` converts the units itself: prismatic joints are not in radians.
+        position_m, quaternion = compute_joint_poses(recorded, layout, source)
         return position_m, quaternion, "quat_wxyz"
 
     rotation = read_numbers(steps, layout.rotation, source)
     if layout.rotation_format in ANGLE_FORMATS:
         rotation = rotation * radians_per_unit
-    position_m = position_column * LENGTH_UNITS[layout.length_unit]
+    position_m = recorded * LENGTH_UNITS[layout.length_unit]
     return position_m, rotation, layout.rotation_format
 
 

@@ -104,8 +104,10 @@ def ask_question(
     if parsed is None and not keeps_wording:
         return None, describe_untaught(settings.taught_types)
 
-    prompt, taught_type = _choose_prompt(question, parsed, keeps_wording)
-    question_type = question_type or taught_type
+    # `prompt_type` is the type of which the prompt is a taught wording. It can differ from a
+    # `question_type` that the caller wants.
+    prompt, prompt_type = _choose_prompt(question, parsed, keeps_wording)
+    question_type = question_type or prompt_type
 
     # Do not ask where an object is that the model does not see.
     names = [] if parsed is None else parsed.names
@@ -122,7 +124,7 @@ def ask_question(
         answer = replace(answer, segments=segments)
     text = format_reply(answer, image)
     if trust and distribution:
-        is_known_wording = taught_type is not None and question_type == taught_type
+        is_known_wording = prompt_type is not None and question_type == prompt_type
         certainty = _describe_certainty(
             answer, distribution, question_type, is_known_wording, trust
         )
@@ -143,8 +145,8 @@ def _choose_prompt(
         keeps_wording: Whether the question is asked in its own words, even if they were not taught.
 
     Returns:
-        The prompt, and the question type of which the prompt is a taught wording; None if it is a
-        taught wording of no type.
+        The prompt, and the question type of which the prompt is a taught wording; None if the
+        model was not taught this wording.
     """
     if parsed is None:
         return question, None

@@ -9,9 +9,9 @@ from scipy.spatial import cKDTree
 from spear.types import Array
 
 UP_PRIOR = np.array([0.0, -np.cos(np.radians(35.0)), -np.sin(np.radians(35.0))])
-"""The direction of up in the camera frame for a camera that looks 35° down. It stands for the real
-direction while that is not known (our choice). The real direction differs from it by at most 45°
-for cameras that look between 0° and 80° down."""
+"""The direction of up in the camera frame (x right, y down, z forward) for a camera that looks 35°
+down. It stands for the real direction while that is not known (our choice). The real direction
+differs from it by at most 45° for cameras that look between 0° and 80° down."""
 TOUCHING_FRACTION = 0.02
 """The points of two neighboring pixels belong to touching surfaces when the distance between the
 points is less than this fraction of their distance from the camera (our choice)."""
@@ -21,7 +21,8 @@ MIN_PLANE_POINTS = 30  # with fewer background points no plane is searched
 MIN_PLANE_FRACTION = 0.2  # a support plane contains at least this fraction of the points
 NUM_PLANE_CANDIDATES = 128  # planes that RANSAC tries
 MAX_TILT_DEG = 50.0  # largest angle between the normal of a level plane and `UP_PRIOR`
-MAX_KNOWN_TILT_DEG = 10.0  # the same, from the direction against gravity where that is known
+# If the direction of gravity is known: largest angle between that normal and the measured up.
+MAX_KNOWN_TILT_DEG = 10.0
 STEEP_PLANE_WEIGHT = 0.4
 """How much a point on a plane that is not level counts. Such a plane needs 2.5 times as many points
 as a level one to win."""
@@ -33,7 +34,7 @@ than this many standard deviations."""
 MAX_NOISE_ROWS = 256  # about this many rows of an image are enough to measure its noise
 MAD_TO_STD = 1.4826  # median absolute deviation of a normal distribution → its standard deviation
 
-_GOLDEN_RATIO = (np.sqrt(5.0) - 1.0) / 2.0
+_INVERSE_GOLDEN_RATIO = (np.sqrt(5.0) - 1.0) / 2.0
 """Multiples of this number, modulo 1, are spread evenly over 0 … 1, however many there are."""
 
 
@@ -60,7 +61,7 @@ def subsample(points: Array, max_points: int) -> Array:
     num_points = len(points)
     if num_points <= max_points:
         return points
-    positions = np.arange(max_points) * _GOLDEN_RATIO % 1.0  # [max_points] in [0, 1)
+    positions = np.arange(max_points) * _INVERSE_GOLDEN_RATIO % 1.0  # [max_points] in [0, 1)
     return points[(positions * num_points).astype(np.intp)]
 
 

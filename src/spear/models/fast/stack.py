@@ -348,10 +348,11 @@ class LayerStack:
         """Gemma's RMSNorm, x / rms(x) · scale, computed in float32; x itself if `scale` is None."""
         if scale is None:
             return x
-        float32_x = x if x.dtype == torch.float32 else x.float()
+        float32_x = x.float()
         width = float32_x.shape[-1]
         if x.device.type != "cpu":
             return nn.functional.rms_norm(float32_x, (width,), scale, self.eps).to(x.dtype)
+        # On a CPU the operations below take less time than PyTorch's `rms_norm`.
         norm = torch.linalg.vector_norm(float32_x, dim=-1, keepdim=True)
         mean_square_plus_eps = torch.addcmul(self._eps_tensor, norm, norm, value=1 / width)
         inverse_rms = mean_square_plus_eps.rsqrt_()
@@ -368,7 +369,8 @@ class PrefilledCache:
     next_positions  [B] the position after the last valid token.
     hidden          [B, D] the last layer's output at the last valid token. None if `prefill`
                     computed only the cache.
-    write_events    See `CacheWindow`.
+    write_events    One CUDA event per layer, recorded after the layer's keys and values were
+                    written, for which another stream can wait. None if no other stream waits.
     """
 
     cache: StaticKVCache
@@ -418,7 +420,7 @@ def prefill(  # noqa: PLR0913  the layers, their inputs and masks, and what to c
             is faster.
         room: Number of free places in the cache for tokens after the prefix.
         keys_only: Whether to compute only the cache; see `LayerStack.__call__`.
-        write_events: See `CacheWindow`.
+        write_events: A list to which one CUDA event per layer is appended; see `PrefilledCache`.
     """
     x = torch.cat([features.to(text.dtype), text], dim=1)
     batch, length = x.shape[:2]
