@@ -23,7 +23,12 @@ import tyro
 from scipy import ndimage
 
 from spear.cli import run_reporting_errors
-from spear.labels.fit.accuracy import compare_labels, compute_box_errors, find_instance
+from spear.labels.fit.accuracy import (
+    BoxErrors,
+    compare_labels,
+    compute_box_errors,
+    find_instance,
+)
 from spear.labels.fit.box3d import make_box, make_box_from_vertices
 from spear.labels.fit.masks import decode_mask
 from spear.labels.models.ground_truth import GroundTruth
@@ -150,7 +155,7 @@ def measure_scale(frame: Frame, given_frame: Frame, point_map: PointMapResult) -
 
 def measure_object(
     o: LabeledObject, label: LabeledImage, frame: Frame, point_map: PointMapResult, scale: float
-) -> list[tuple[float, float, float]] | None:
+) -> list[BoxErrors] | None:
     """The errors of each method's box; None where a box is missing."""
     assert frame.boxes is not None
     instance = find_instance(o, label, frame)

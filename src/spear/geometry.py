@@ -352,6 +352,8 @@ def quat_to_euler(q: Tensor, convention: EulerConvention) -> Tensor:
     sin = torch.sin(yaw)
     cos_pitch = cos * m[..., 0, 0] + sin * m[..., 1, 0]
     pitch = torch.atan2(-m[..., 2, 0], cos_pitch)
+    # The second row of this product is (0, cos(roll), -sin(roll)). In Rz(-yaw) R it is
+    # -sin · (first row of R) + cos · (second row of R).
     sin_roll = sin * m[..., 0, 2] - cos * m[..., 1, 2]
     cos_roll = cos * m[..., 1, 1] - sin * m[..., 0, 1]
     roll = torch.atan2(sin_roll, cos_roll)

@@ -594,8 +594,13 @@ def _convert_for_hypotheses(
         source: names the episode in errors.
 
     Returns:
-        Quaternions [T, 4] for trusted formats; otherwise `rotation` without changes.
+        Quaternions [T, 4] for the formats in `TRUSTED_FORMATS`, which hypotheses do not try;
+        otherwise `rotation` without changes.
+
+    Raises:
+        SpearError: the numbers are no rotations in the dataset's format.
     """
+    # This also checks the numbers, so it is done even if the quaternions are not needed.
     quaternions = to_quaternion(rotation, rotation_format, source)
     if layout.rotation_format == "franka_joints":
         # The logged rotations are in the hand's frame (libfranka's O_T_EE), which differs by half a

@@ -35,12 +35,12 @@ def get_options_class(function: Callable[..., None]) -> type | None:
 
 
 def parse_options(
-    name: str, function: Callable[..., None], args: Sequence[str], help_text: str
+    command: str, function: Callable[..., None], args: Sequence[str], help_text: str
 ) -> list[Any]:
     """Parse the words after a command's name.
 
     Args:
-        name: the command's name, such as "data inspect".
+        command: the command's name, such as "data inspect".
         function: the command's function.
         args: the words after the command's name.
         help_text: the text that `--help` prints above the options.
@@ -53,18 +53,18 @@ def parse_options(
         SystemExit: the help was asked for and printed.
     """
     options_class = get_options_class(function)
-    _check_option_names(name, options_class, args)
+    _check_options(command, options_class, args)
     for word in HELP_OPTIONS:
         if word in args:
-            _print_help(name, options_class, help_text, shows_all=word == "--help-all")
-    options = _parse_with_tyro(name, options_class, args, help_text)
+            _print_help(command, options_class, help_text, shows_all=word == "--help-all")
+    options = _parse_with_tyro(command, options_class, args, help_text)
     if options_class is None:
         return []
     _check_output_files(options_class, options)
     return [options]
 
 
-def _print_help(name: str, options_class: type | None, help_text: str, shows_all: bool) -> None:
+def _print_help(command: str, options_class: type | None, help_text: str, shows_all: bool) -> None:
     """Print a command's help, and exit. Rarely used options appear only if `shows_all`."""
     import tyro
 
@@ -85,7 +85,7 @@ def _print_help(name: str, options_class: type | None, help_text: str, shows_all
         fields.append((option.name, hint, field))
     tyro.cli(
         dataclasses.make_dataclass("Options", fields),
-        prog=f"spear {name}",
+        prog=f"spear {command}",
         description=help_text,
         args=["--help"],
         config=(tyro.conf.FlagCreatePairsOff,),
@@ -97,8 +97,17 @@ def _describe_default(default: str) -> str:
     return "" if default in NO_DEFAULTS else f"(default: {default})"
 
 
-def _check_option_names(name: str, options_class: type | None, args: Sequence[str]) -> None:
-    """Check that all options are known, and that none is given twice."""
+def _check_options(command: str, options_class: type | None, args: Sequence[str]) -> None:
+    """Check that a command has all the options in `args`, and that none is given twice.
+
+    Args:
+        command: The command's name, for the error.
+        options_class: The class of its options; None if it takes none.
+        args: The words after the command's name.
+
+    Raises:
+        SpearError: An option is unknown, or is given twice.
+    """
     from spear.util.options import list_option_names
 
     known_options = list(HELP_OPTIONS)
@@ -110,7 +119,7 @@ def _check_option_names(name: str, options_class: type | None, args: Sequence[st
             continue
         option = word.partition("=")[0].replace("_", "-")
         if option not in known_options:
-            raise _unknown_option_error(name, option, known_options)
+            raise _unknown_option_error(command, option, known_options)
         if option in seen_options:
             raise SpearError(
                 f"{option} is given twice. Write all of its values after one {option}."
@@ -118,7 +127,7 @@ def _check_option_names(name: str, options_class: type | None, args: Sequence[st
         seen_options.add(option)
 
 
-def _unknown_option_error(name: str, option: str, known_options: Sequence[str]) -> SpearError:
+def _unknown_option_error(command: str, option: str, known_options: Sequence[str]) -> SpearError:
     """Make the error for an option that a command does not have."""
     if "--set" in known_options:
         from spear.train.options import list_recipe_keys
@@ -130,7 +139,7 @@ def _unknown_option_error(name: str, option: str, known_options: Sequence[str]) 
             )
     similar_options = difflib.get_close_matches(option, known_options, n=1)
     suggestion = f" Did you mean {similar_options[0]}?" if similar_options else ""
-    return SpearError(f"unknown option {option}.{suggestion} See `spear {name} --help`.")
+    return SpearError(f"unknown option {option}.{suggestion} See `spear {command} --help`.")
 
 
 def _check_output_files(options_class: type, options: Any) -> None:
@@ -147,7 +156,7 @@ def _check_output_files(options_class: type, options: Any) -> None:
 
 
 def _parse_with_tyro(
-    name: str, options_class: type | None, args: Sequence[str], help_text: str
+    command: str, options_class: type | None, args: Sequence[str], help_text: str
 ) -> Any:
     """Return the options that tyro makes of the words; turn tyro's complaint into a `SpearError`.
 
@@ -166,23 +175,23 @@ def _parse_with_tyro(
         with contextlib.redirect_stderr(complaint):
             return tyro.cli(
                 target,
-                prog=f"spear {name}",
+                prog=f"spear {command}",
                 args=args,
                 config=(tyro.conf.OmitArgPrefixes,),
             )
     except SystemExit:  # tyro has written its complaint
         pass
-    reason = _extract_complaint(complaint.getvalue(), name)
+    reason = _extract_complaint(complaint.getvalue(), command)
     if reason.startswith(MISSING):
-        raise _missing_arguments_error(name, reason.removeprefix(MISSING), help_text)
-    raise SpearError(f"{_simplify_complaint(reason, args)}. See `spear {name} --help`.")
+        raise _missing_arguments_error(command, reason.removeprefix(MISSING), help_text)
+    raise SpearError(f"{_simplify_complaint(reason, args)}. See `spear {command} --help`.")
 
 
-def _missing_arguments_error(name: str, reason: str, help_text: str) -> SpearError:
+def _missing_arguments_error(command: str, reason: str, help_text: str) -> SpearError:
     """Make the error for arguments and options that a command needs and the user did not give.
 
     Args:
-        name: the command's name.
+        command: the command's name.
         reason: what tyro says about each of them, ending in "(required)".
         help_text: the command's help, whose first example the message shows.
     """
@@ -191,26 +200,26 @@ def _missing_arguments_error(name: str, reason: str, help_text: str) -> SpearErr
         words = description.split()
         if len(words) > 1:  # the argument's name and a word for its value; not a rest of the text
             missing.append(words[0])
-    example = re.search(rf"^ *(spear {name} .*)", help_text, re.MULTILINE)
+    example = re.search(rf"^ *(spear {command} .*)", help_text, re.MULTILINE)
     verb, pronoun = ("is", "it") if len(missing) == 1 else ("are", "them")
     message = f"{' and '.join(missing)} {verb} missing."
     if example:
         message += f" Give {pronoun}, as in `{example[1].strip()}`."
-    return SpearError(f"{message} See `spear {name} --help`.")
+    return SpearError(f"{message} See `spear {command} --help`.")
 
 
-def _extract_complaint(text: str, name: str) -> str:
+def _extract_complaint(text: str, command: str) -> str:
     """Return the sentence that says what is wrong, out of the box that tyro draws.
 
     The box's title, the option's help and the advice to use --help are removed.
     """
     lines_below_title = text.splitlines()[1:]
     lines = [line.strip(" │╭╮╰╯─|+") for line in lines_below_title]  # without the box's border
-    advice_starts = ("For full helptext", f"spear {name} --help", "---")
+    advice_starts = ("For full helptext", f"spear {command} --help", "---")
     sentence_lines = [line for line in lines if line and not line.startswith(advice_starts)]
     sentence, _, _ = " ".join(sentence_lines).partition("Argument helptext")
     sentence = " ".join(sentence.split()).rstrip(" .")
-    return sentence.replace(f"Missing from spear {name}: ", MISSING)
+    return sentence.replace(f"Missing from spear {command}: ", MISSING)
 
 
 def _simplify_complaint(reason: str, args: Sequence[str]) -> str:

@@ -102,7 +102,9 @@ def resolve_frames(recorded_frames: Frames | None, is_simulator_only: bool) -> F
             never changed.
 
     Returns:
-        The frames. None means the first version of the frames of every dataset.
+        The frames. {} means that the policy learned no frames that have several versions, so it
+        acts in the newest version of all. None means that nobody knows what the policy learned, so
+        it acts in the first version of all.
     """
     if recorded_frames is None and is_simulator_only:
         return {}

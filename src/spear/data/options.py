@@ -58,7 +58,11 @@ class Conversion(Options):
 
 
 def _parse_size(text: str) -> tuple[int, int] | None:
-    """Parse "280x210" as (width, height). Returns None for other texts and sizes out of range."""
+    """Parse "280x210" as (width, height) in pixels.
+
+    Returns:
+        The size; None if the text is no size, or a side is 0 or above `MAX_IMAGE_SIDE_PX`.
+    """
     side_texts = text.split("x")
     if len(side_texts) != 2 or not all(side.isdecimal() for side in side_texts):
         return None

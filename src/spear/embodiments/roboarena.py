@@ -54,9 +54,10 @@ def reply_directly(request: Observation) -> str | None:
     Raises `SpearError` for an unknown endpoint.
     """
     endpoint = request.get(ENDPOINT_KEY, "infer")
-    # What the message calls an unknown endpoint: its text, cut if it is long, or its type.
-    name = endpoint[:80] if isinstance(endpoint, str) else f"a {type(endpoint).__name__}"
-    check_known(ENDPOINT_KEY, ENDPOINTS, name)
+    # A request can have any value here. The check gets a text in its place that the error can show:
+    # the value's text, cut if it is long, or its type.
+    checked_text = endpoint[:80] if isinstance(endpoint, str) else f"a {type(endpoint).__name__}"
+    check_known(ENDPOINT_KEY, ENDPOINTS, checked_text)
     return "reset successful" if endpoint == "reset" else None
 
 

@@ -64,14 +64,18 @@ def evaluate_tabletop(agent: Agent, options: TabletopOptions) -> tuple[Results, 
 
 
 def _describe_image_sizes(image_sizes: Mapping[str, tuple[int, int]]) -> dict[str, list[int]]:
-    """Name the size of each camera's images as the settings of results do.
+    """Describe the sizes (width, height) of the images, for the settings that results record.
 
-    The external camera's size has always been "image_size" there.
+    The size of the external camera's images keeps the key "image_size", which it has had in
+    results of all versions.
+
+    Returns:
+        "image_size" for the external camera, "CAMERA_size" for each other one → [width, height].
     """
     sizes = {}
     for camera, size in image_sizes.items():
-        name = "image_size" if camera == "external" else f"{camera}_size"
-        sizes[name] = list(size)
+        key = "image_size" if camera == "external" else f"{camera}_size"
+        sizes[key] = list(size)
     return sizes
 
 
@@ -133,7 +137,8 @@ class _Tabletop:
             observations = []
             for scene in scenes:
                 images_and_state = self._observe(scene.env) if agent.needs_images else {}
-                observations.append({**images_and_state, **scene.executor.committed_actions()})
+                committed_prefix = scene.executor.committed_actions()  # {"committed": …} or {}
+                observations.append({**images_and_state, **committed_prefix})
             chunks = agent.act([scene.env for scene in scenes], observations)
 
             # Execute the chunks.

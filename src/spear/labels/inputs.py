@@ -313,7 +313,11 @@ def list_parquet(path: str) -> Iterator[Item]:
 
 
 def read_parquet(path: str, locations: Sequence[tuple[str, int, int]]) -> Iterator[Content]:
-    """Read images in a Parquet file; a location is (column, row group, row in the group)."""
+    """Read images in a Parquet file; a location is (column, row group, row in the group).
+
+    For a row without an image, a `SpearError` is yielded in its place, so that the other rows are
+    still read.
+    """
     for column, group, row in locations:
         value = read_row_group(path, column, group)[row].as_py()
         if isinstance(value, dict):  # Hugging Face's {"bytes": …, "path": …}
@@ -329,6 +333,7 @@ def read_row_group(path: str, column: str, group: int) -> pa.ChunkedArray:
     """Read one column of a row group of a Parquet file.
 
     The group that was read last is cached, because the rows of a group are read one after another.
+    Arrow's threads are not used, because several worker processes read at the same time.
     """
     return pq.ParquetFile(path).read_row_group(group, columns=[column], use_threads=False)[column]
 

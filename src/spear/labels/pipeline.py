@@ -31,7 +31,7 @@ from spear.labels.models.protocols import (
 )
 from spear.labels.objects import ImageGeometry, label_object
 from spear.types import Array, Frame, LabeledImage
-from spear.util.images import encode_jpeg, load_image_and_orientation
+from spear.util.images import encode_jpeg, load_image_and_is_turned
 
 T = TypeVar("T")  # what a model returns for one image
 
@@ -125,7 +125,7 @@ def _decode(content: bytes | Array, source: str) -> tuple[Array, bool]:
         that its size does not show.
     """
     if isinstance(content, bytes):
-        return load_image_and_orientation(content, source)
+        return load_image_and_is_turned(content, source)
     return content, False
 
 

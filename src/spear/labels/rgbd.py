@@ -37,7 +37,7 @@ from spear.labels.fit.image import have_same_aspect, resize_nearest
 from spear.labels.inputs import compute_stamp
 from spear.types import Array, Frame
 from spear.util.files import read_json
-from spear.util.images import IMAGE_SUFFIXES, check_num_pixels, load_image_and_orientation
+from spear.util.images import IMAGE_SUFFIXES, check_num_pixels, load_image_and_is_turned
 from spear.util.json_text import read_utf8
 
 COLOR_FOLDERS = ("color", "colour", "rgb", "image", "images")
@@ -113,7 +113,7 @@ class RgbdScene:
 
     def __getitem__(self, index: int) -> Frame:
         color, depth_path = self._pairs[index]
-        image, is_turned = load_image_and_orientation(color, keep_stored_orientation=True)
+        image, is_turned = load_image_and_is_turned(color, keep_stored_orientation=True)
         depth = read_depth(depth_path)
         height, width = image.shape[:2]
         if self._size not in ((None, None), (width, height)):

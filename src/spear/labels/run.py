@@ -95,7 +95,8 @@ class LabelingProgress:
         num_done: Number of images that all commands together labeled or skipped.
         num_skipped: Number of images that all commands together skipped.
         num_retryable: Number of skipped images that are worth a retry.
-        rate: How fast this command was, in words.
+        rate: How fast this command was, as a text with its unit. It differs from run to run, so two
+            results with the same numbers are equal whatever their rates.
     """
 
     num_total: int
@@ -134,6 +135,7 @@ def label_photos(options: LabelOptions, list_scenes: ListScenes | None = None) -
     work = options.work
     max_side_px = options.max_size or None  # 0 keeps the size of all images
     engine: Engine
+    # `unused_options` lists the options that only the other engine uses and that you have set.
     if work.engine == "local":
         unused_options = list_changed_options(work, "replicas", "gpus")
         engine = partial(run_local, run.factories, work.workers, max_side_px=max_side_px)

@@ -174,7 +174,8 @@ class Processor:
     def __post_init__(self) -> None:
         first_id = extend_tokenizer(self.tokenizer, self.coordinates.num_bins)
         self.coordinate_ids = range(first_id, first_id + self.coordinates.num_bins)
-        self.location_start = validate_tokenizer(self.tokenizer)
+        validate_tokenizer(self.tokenizer)
+        self.location_start = int(self.tokenizer.convert_tokens_to_ids(LOCATION_FORMAT.format(0)))
         self._token_cache: dict[str, list[int]] = {}  # text -> token ids
         self._notified: set[tuple[str, Size]] = set()  # (view, size of images)
 
@@ -508,8 +509,8 @@ class Processor:
                 )
 
 
-def validate_tokenizer(tokenizer: Any) -> int:
-    """Check a tokenizer, and return the id of its first location token.
+def validate_tokenizer(tokenizer: Any) -> None:
+    """Check that a tokenizer has PaliGemma's location tokens and special tokens.
 
     Raises:
         SpearError: The tokenizer has no location tokens, or its special tokens do not have the ids
@@ -530,7 +531,6 @@ def validate_tokenizer(tokenizer: Any) -> int:
                 f"the tokenizer's {name} is {actual}, not {expected}. Copy tokenizer_config.json,"
                 " too."
             )
-    return int(first_id)
 
 
 def train_tokenizer(texts: Iterable[str], vocabulary_size: int = 2048) -> PreTrainedTokenizerFast:

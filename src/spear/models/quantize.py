@@ -69,9 +69,9 @@ class QuantizedLinear(nn.Module):
         """[..., in] -> [..., out]."""
         rows = x.reshape(-1, self.in_features)
         if self.quantization == "int8-dynamic":
-            output = self._multiply_integers(rows)
+            output = self._multiply_as_integers(rows)
         elif self.quantization == "int8":
-            output = self._multiply_int8(rows)
+            output = self._multiply_by_int8_weight(rows)
         else:
             output = nn.functional.linear(rows, self._dequantize_int4(rows.dtype))
         if self.bias is not None:
@@ -82,16 +82,19 @@ class QuantizedLinear(nn.Module):
         """The layer's sizes and its quantization, for `print(model)`."""
         return f"{self.in_features}, {self.out_features}, {self.quantization}"
 
-    def _multiply_integers(self, rows: Tensor) -> Tensor:
-        """Multiply rows [N, in], rounded to 8 bits with a scale for each row, by the integers."""
+    def _multiply_as_integers(self, rows: Tensor) -> Tensor:
+        """Multiply rows [N, in] by the weight of 8 bits, in integers.
+
+        The rows are rounded to 8 bits for this, with a scale for each row ("int8-dynamic").
+        """
         float32_rows = rows.float()
         row_scales = float32_rows.abs().amax(1, keepdim=True).clamp(min=MIN_SCALE) / MAX_INT8
         integer_rows = (float32_rows / row_scales).round().to(torch.int8)
         products = torch._int_mm(integer_rows, self.quantized.t())  # int32
         return (products * row_scales * self.scales.float()).to(rows.dtype)
 
-    def _multiply_int8(self, rows: Tensor) -> Tensor:
-        """Multiply rows [N, in] by the weight of 8 bits."""
+    def _multiply_by_int8_weight(self, rows: Tensor) -> Tensor:
+        """Multiply rows [N, in], which keep their precision, by the weight of 8 bits ("int8")."""
         has_few_rows = len(rows) <= MAX_FEW_ROWS
         if has_few_rows and rows.dtype == torch.bfloat16 and rows.device.type == "cpu":
             return torch._weight_int8pack_mm(rows, self.quantized, self.scales)

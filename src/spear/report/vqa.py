@@ -128,12 +128,16 @@ def _draw_extremes(
 
 
 def _draw_calibration(scores: Scores) -> list[str]:
-    """Draw two charts: how often intervals contain the truth, and errors over predicted spreads."""
+    """Draw two charts of whether the model knows how wrong it can be.
+
+    One shows how often the predicted intervals contain the truth. In the other, x is the predicted
+    spread of an answer, and y its error.
+    """
     return [_draw_coverage(scores), _draw_spreads(scores)]
 
 
 def _draw_coverage(scores: Scores) -> str:
-    """Draw how many true values lie in the model's central intervals, over the intervals' level.
+    """Draw how many true values (y) lie in the model's central intervals of each level (x).
 
     A calibrated model lies on the diagonal: 80 % of the true values are in its 80 % intervals.
     """
@@ -145,12 +149,12 @@ def _draw_coverage(scores: Scores) -> str:
     lines.append(Line("", (0, 100), (0, 100), GREY, dashed=True))
 
     x_axis = Axis("central interval", (0.0, 100.0), unit=" %")
-    y_axis = replace(x_axis, title="truths in it")
+    y_axis = replace(x_axis, title="truths in it")  # in the central interval
     return draw_chart(lines, x_axis, y_axis, size=CALIBRATION_CHART_SIZE_PX)
 
 
 def _draw_spreads(scores: Scores) -> str:
-    """Draw the errors over the spreads that the model predicted, for bands of similar spread.
+    """Draw the errors (y) of answers with similar spreads against these predicted spreads (x).
 
     For a calibrated model both are equal, so its points lie on the diagonal.
     """

@@ -109,7 +109,10 @@ class SessionRecorder:
         self._thread.start()
 
     def add(self, exchange: Exchange) -> None:
-        """Record an exchange, or count it as dropped if the queue is full."""
+        """Queue an exchange for the recorder's thread, which writes it, and return at once.
+
+        If the queue is full, or writing has failed, the exchange is counted as dropped.
+        """
         with self._lock:
             queued_bytes = self._queued_bytes + exchange.num_bytes
             is_full = self._queued_bytes > 0 and queued_bytes > self._max_queued_bytes

@@ -138,9 +138,11 @@ class PolicyServer:
     async def _listen(self) -> Server:
         """Open the port, with all limits of connections, and serve each client that connects.
 
-        If a connection's first bytes arrive before it is admitted, `_answer_plain_request` may
-        answer them. Otherwise `_process_request` gets the connection's first request: it answers
-        the request, or lets a websocket connection begin, which `_serve_client` serves.
+        Two methods answer HTTP requests. While a connection still waits to be admitted,
+        `_answer_plain_request` answers a request for /healthz or /metrics, so that a busy server
+        can be watched. Every other first request waits for the admission and comes to
+        `_process_request`, which answers it, or lets a websocket connection begin. `_serve_client`
+        then serves this connection.
         """
         try:
             listener = LimitedListener(

@@ -195,6 +195,7 @@ class Service:
         except SpearError as error:
             if len(observations) == 1:
                 return [error.with_traceback(None)]  # a traceback would keep the images in memory
+        # At least one of several observations is wrong. The halves find out which.
         half = len(observations) // 2
         return [*self._infer(observations[:half]), *self._infer(observations[half:])]
 

@@ -286,18 +286,21 @@ def _draw_unseen_instruction(scene: SceneSpec, level: int, rng: np.random.Genera
     source = scene.objects[SOURCE_INDEX]
     target = scene.objects[TARGET_INDEX]
     is_in_bowl = scene.family == "put_on" and target.kind == "bowl"
-    template = _pick_word(UNSEEN_TEMPLATES["put_in_bowl" if is_in_bowl else scene.family], rng)
+    template_family = "put_in_bowl" if is_in_bowl else scene.family
+    template = _draw_text(UNSEEN_TEMPLATES[template_family], rng)
+    # A kind of object without synonyms is called by the name of the kind.
     if level == 1:
-        source_name = _pick_word(SYNONYMS.get(source.kind, (source.kind,)), rng)
-        target_name = _pick_word(SYNONYMS.get(target.kind, (target.kind,)), rng)
+        source_name = _draw_text(SYNONYMS.get(source.kind, (source.kind,)), rng)
+        target_name = _draw_text(SYNONYMS.get(target.kind, (target.kind,)), rng)
         return template.format(source=source_name, target=target_name)
 
-    source_name = _pick_word(UNSEEN_SYNONYMS.get(source.kind, (source.kind,)), rng)
-    target_name = _pick_word(UNSEEN_SYNONYMS.get(target.kind, (target.kind,)), rng)
+    source_name = _draw_text(UNSEEN_SYNONYMS.get(source.kind, (source.kind,)), rng)
+    target_name = _draw_text(UNSEEN_SYNONYMS.get(target.kind, (target.kind,)), rng)
     if level == 3:
+        # The name stays if no description fits the source alone.
         source_name = describe_by_relation(scene, SOURCE_INDEX) or source_name
     sentence = template.format(source=source_name, target=target_name)
-    return _pick_word(POLITE_PREFIXES, rng) + sentence + _pick_word(POLITE_SUFFIXES, rng)
+    return _draw_text(POLITE_PREFIXES, rng) + sentence + _draw_text(POLITE_SUFFIXES, rng)
 
 
 def describe_by_relation(scene: SceneSpec, index: int) -> str | None:
@@ -338,6 +341,6 @@ def _measure_lateral_offsets(scene: SceneSpec) -> list[float]:
     return coordinates
 
 
-def _pick_word(words: Sequence[str], rng: np.random.Generator) -> str:
-    """Draw one of the words."""
-    return words[int(rng.integers(len(words)))]
+def _draw_text(texts: Sequence[str], rng: np.random.Generator) -> str:
+    """Draw one of some words, phrases or templates."""
+    return texts[int(rng.integers(len(texts)))]

@@ -453,7 +453,11 @@ def _build_vla(recipe: Recipe, preset: Preset, inputs: TrainingInputs, seed: int
         TrainingDistribution.from_samples(samples, recipe.batch_size).save(folder / "seen.json")
 
     task = tasks.VlaTask(model, processor, normalizer, samples, recipe, questions)
-    writers = [model.save_pretrained, processor.save, save_data_statistics]
+    writers: list[Callable[[Path], object]] = [
+        model.save_pretrained,
+        processor.save,
+        save_data_statistics,
+    ]
     return _Built(model, task, writers)
 
 

@@ -205,7 +205,12 @@ class _Progress:
     start_time: float = field(default_factory=time.monotonic)
 
     def resume(self, state: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
-        """Continue from a checkpoint's state."""
+        """Take over the progress that a checkpoint recorded. Weights are loaded elsewhere.
+
+        Args:
+            state: the progress in the checkpoint.
+            settings: the settings of the run now, which may differ from those in `state`.
+        """
         self.first_step = state["step"]
         self.num_skipped = state["skipped"]
         self.earlier_minutes = state["minutes"]

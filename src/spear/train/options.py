@@ -160,8 +160,8 @@ class Recipe:
                   (for an ablation).
     flow          fields of `spear.types.FlowConfig` that differ from the preset's or from `--init`.
     committed     the longest committed prefix to train with, in actions
-                  (`spear.flow.sample_committed`). With None a new policy has 0 (paper), and one
-                  that starts from `--init` keeps its length.
+                  (`spear.flow.sample_committed`). None is 0 for a new policy, as in the paper, and
+                  the length of the initial policy with `--init`.
     lora_rank     if not 0, the language model also learns through LoRA matrices of this rank.
     lora_alpha    LoRA matrices are scaled by alpha / rank (`spear.train.optimize`).
     """

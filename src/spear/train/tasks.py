@@ -54,7 +54,11 @@ MIN_COVERAGE = 0.01
 
 
 def _draw_view(views: Mapping[str, Any], rng: np.random.Generator) -> str:
-    """Draw the view of a batch of stage 0: the wrist camera, or the first of `views` by name."""
+    """Draw the view of a batch of stage 0.
+
+    It is the wrist camera, with the probability `WRIST_FRACTION`, or else the view whose name comes
+    first in the alphabet: the external camera, if there is one.
+    """
     if "wrist" in views and rng.random() < WRIST_FRACTION:
         return "wrist"
     return min(views)

@@ -300,25 +300,25 @@ def load_image(
             enormous by its header (it has more than `MAX_PIXELS`); or the brightness of its
             pixels is not known (floating point, more than 16 bits, or few of 16 bits used).
     """
-    image, _ = load_image_and_orientation(
+    image, _ = load_image_and_is_turned(
         source, name, longest, keep_stored_orientation, keep_transparent_colors
     )
     return image
 
 
-def load_image_and_orientation(
+def load_image_and_is_turned(
     source: str | Path | bytes,
     name: str = "",
     longest: int | None = None,
     keep_stored_orientation: bool = False,
     keep_transparent_colors: bool = False,
 ) -> tuple[Array, bool]:
-    """Load an image, with the arguments and errors of `load_image`, and whether EXIF turns it.
+    """Load an image, with the arguments and errors of `load_image`, and its `Frame.is_turned`.
 
     Returns:
-        The image, and whether its EXIF orientation turns or mirrors it in a way that the size of
-        the image does not show. (Orientations that exchange the width and height of an image that
-        is not square are visible in its size. See `Frame.is_turned`.)
+        The image [h, w, 3] uint8, and whether its EXIF orientation turns or mirrors it in a way
+        that its size does not show. If an orientation exchanges the width and height of an image
+        that is not square, the size shows it, so the second value is False.
     """
     if not name:
         name = "image" if isinstance(source, bytes) else str(source)
@@ -360,7 +360,7 @@ def check_num_pixels(image: Image.Image, name: str) -> None:
 def _read_pixels(
     image: Image.Image, name: str, keep_stored_orientation: bool, keep_transparent_colors: bool
 ) -> tuple[Array, bool]:
-    """Return what `load_image_and_orientation` returns, of an opened image."""
+    """Return what `load_image_and_is_turned` returns, of an opened image."""
     # The bits of the file are known only before the pixels are loaded, and for PNG, reading the
     # EXIF data loads the pixels.
     has_16_bit_colors = image.mode in ("RGB", "RGBA") and _has_16_bits_in_file(image)

@@ -49,7 +49,7 @@ class ActionsRepeatedCheck(MotionCheck):
             return by_times
         if motion.typical_executed > 1:
             return Doubt("the robot executes several actions per observation")
-        if motion.better_reading is not None or motion.executed_at_other_rate is not None:
+        if motion.better_reading is not None or motion.other_rate is not None:
             return None
         if motion.small_gain > MAX_TWICE_GAIN:
             return None  # another unit, whose longer moves the robot cuts

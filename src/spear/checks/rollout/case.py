@@ -101,7 +101,7 @@ class Finding:
     confidence  how sure the check is, 0 … 1.
     evidence    what was measured.
     cure        what to change.
-    file        in which file, or where, to change it.
+    file        in which file or part of your setup to change it, in words.
     figure      the evidence as a picture.
     """
 

@@ -22,7 +22,7 @@ class ControlRateCheck(MotionCheck):
     def examine_motion(self, motion: CommandedMotion) -> Result:
         if not np.isfinite(motion.seconds).all():
             return Doubt("the rollout has no times")
-        rate = motion.executed_at_other_rate
+        rate = motion.other_rate
         if rate is None:
             return None
         return Finding(

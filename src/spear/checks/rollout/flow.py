@@ -57,13 +57,13 @@ class FlowReference:
         if len(training) < MIN_PICTURE_EPISODES:
             return None
         model = _FlowModel.fit(training[::2])
-        plain_scores = [model.score(moves) for moves in training[1::2]]
+        plain_scores = [model.score(measured) for measured in training[1::2]]
         changed_scores = {}
         for version, signs in FLOW_SIGNS.items():
             scores = []
-            for moves in training[1::2]:
-                changed_moves = MeasuredFlow(moves.flows * np.array(signs), moves.motions)
-                scores.append(model.score(changed_moves))
+            for measured in training[1::2]:
+                changed = MeasuredFlow(measured.flows * np.array(signs), measured.motions)
+                scores.append(model.score(changed))
             changed_scores[version] = scores
         return FlowReference(model, plain_scores, changed_scores)
 
@@ -71,7 +71,10 @@ class FlowReference:
 def compute_flow_odds(
     rollout: Sequence[RecordedEpisode], reference: FlowReference, camera: str
 ) -> list[VersionOdds] | None:
-    """Return the odds of mirrored and turned pictures, the best first; None without moves."""
+    """Return the odds of mirrored and turned pictures, the best first.
+
+    None if no episode has two observations with a picture of the camera, and so a move.
+    """
     scores = []
     for episode in rollout:
         if _has_flow(episode, camera):
@@ -83,10 +86,10 @@ def compute_flow_odds(
 
 @dataclass(frozen=True)
 class MeasuredFlow:
-    """The M moves of an episode.
+    """Flow and motion during the M moves of an episode. A move lies between two observations.
 
-    flows    [M, 4] shift to the right, shift down, scaling and turn of the picture. Shifts are in
-             cells of `average_cells`, as are scaling and turn: by how much they shift the border.
+    flows    [M, 4] shift to the right, shift down, scaling and turn of the picture. All four are in
+             cells of `average_cells`: for scaling and turn, it is the shift at the border.
     motions  [M, 7] translation (3) and rotation (3) of the tool in its own frame, in
              `METERS_PER_UNIT` and `RADIANS_PER_UNIT`, and change of the gripper opening (1).
     """
@@ -115,15 +118,15 @@ class _FlowModel:
         deviation = (flows - motions @ weights).std(0)
         return _FlowModel(weights, np.maximum(deviation, 1e-6))
 
-    def score(self, moves: MeasuredFlow) -> dict[str, float]:
+    def score(self, measured: MeasuredFlow) -> dict[str, float]:
         """Return version of the pictures → mean log likelihood of an episode's flows.
 
         The versions are "plain" and those of `FLOW_SIGNS`.
         """
-        predicted = moves.motions @ self.weights
+        predicted = measured.motions @ self.weights
         scores = {}
         for version, signs in {"plain": (1, 1, 1, 1), **FLOW_SIGNS}.items():
-            errors = (moves.flows - predicted * np.array(signs)) / self.deviation
+            errors = (measured.flows - predicted * np.array(signs)) / self.deviation
             squares = np.minimum(errors**2, MAX_SQUARED_ERROR)
             scores[version] = float(-0.5 * squares.sum(1).mean())
         return scores

@@ -338,7 +338,7 @@ class CommandedMotion:
         return best if errors[best] < MAX_READING_ERROR else None
 
     @cached_property
-    def executed_at_other_rate(self) -> OtherRate | None:
+    def other_rate(self) -> OtherRate | None:
         """The rate at which actions are executed; None if it is the one of training, or unknown."""
         count = self.executed_count
         if count is None or not np.isfinite(self.seconds).all():

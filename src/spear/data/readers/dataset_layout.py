@@ -414,7 +414,8 @@ def _check_fields_have_columns(
     if layout.action is None:
         return
 
-    # Canonical actions are in our frames and commands already.
+    # The column `action` has canonical actions, in our frames. They are not converted, so settings
+    # of a conversion would have no effect.
     for key in DEPENDENT_FIELDS["action"]:
         if key in fields:
             raise SpearError(

@@ -474,7 +474,7 @@ def open_lerobot(path: str | Path) -> LeRobotFolder:
 
 @functools.lru_cache(maxsize=MAX_CACHED_FOLDERS)
 def _open_cached(folder: Path, changed_ns: int) -> LeRobotFolder:
-    """Read the metadata of a folder, unless they are in memory since the last change of info.json.
+    """Read the metadata of a folder. If info.json is unchanged, they come from the cache.
 
     Args:
         folder: The folder.

@@ -146,7 +146,9 @@ def _repeat_episode_values(episode: Mapping[str, Any], num_steps: int) -> dict[s
     """
     columns: dict[str, Any] = {}
     for name, value in walk_columns(episode):
-        if isinstance(value, list | str) or not np.size(value):
+        is_unreadable = isinstance(value, str)  # the str says why
+        is_list_of_bytes = isinstance(value, list)
+        if is_unreadable or is_list_of_bytes or np.size(value) == 0:
             continue
         if isinstance(value, bytes):
             columns[name] = [value] * num_steps

@@ -25,7 +25,7 @@ FULL_RANGE = 2  # FFmpeg's number of color values 0 … 255
 
 @contextmanager
 def open_video(path: str | Path) -> Iterator[tuple[Any, Any]]:
-    """Open PyAV's container and stream of a video.
+    """Open a video. The value of the `with` block is PyAV's container and its stream of pictures.
 
     Raises:
         SpearError: If the file is missing or broken. If the file breaks off later, the error is
@@ -38,7 +38,7 @@ def open_video(path: str | Path) -> Iterator[tuple[Any, Any]]:
                 raise SpearError(f"the video {path} has no picture. Leave it out.")
             yield container, container.streams.video[0]
     except av.FFmpegError as error:
-        refuse_lfs_pointer(Path(path), path)
+        refuse_lfs_pointer(Path(path), path)  # the file, and its name in the message
         reason = str(error.strerror)
         if isinstance(error, FileNotFoundError):
             reason = "there is no such file"

@@ -78,7 +78,7 @@ def label_tasks(
     """
     find_python()  # a missing environment is reported before the folder is written
     jobs = list_jobs(suites or LABELED_SUITES, seeds)
-    settings = make_task_settings(seeds, size, " ".join(REQUIREMENTS))
+    settings = make_task_settings(seeds, size, simulator=" ".join(REQUIREMENTS))
     if suites:  # the default is not recorded, so that folders of older versions can be continued
         settings["suites"] = list(suites)
     render = partial(_render_frames, size)

@@ -46,7 +46,8 @@ REWORDED_SUITES = ("_lan", "_task")
 from the names of the tasks' files, which these suites share with the original ones. Their own
 instructions are in the files."""
 CAMERA_AXES = np.diag([1.0, -1.0, -1.0])
-"""Rotation from the frame of a camera whose z axis points at the scene to MuJoCo's."""
+"""Rotation from our camera frame (x right, y down, z forward) to MuJoCo's camera frame (x right, y
+up, z backward)."""
 
 
 class LiberoTask:
@@ -396,6 +397,7 @@ class LiberoTask:
         """
         sim = self._env.sim
         for name, (x, y, yaw) in changes.get("objects", {}).items():
+            # The last joint of an object is its free joint; others move its parts.
             joint = self._env.env.objects_dict[name].joints[-1]
             pose = np.array(sim.data.get_joint_qpos(joint))
             pose[:2] += (x, y)

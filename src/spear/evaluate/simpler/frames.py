@@ -207,7 +207,8 @@ def rebuild_scene(env: Any, positions: torch.Tensor, turns: torch.Tensor, number
             rendering takes longer than the physics.
         positions: [n, objects, 3] (m).
         turns: [m, objects, 4] orientations (w x y z).
-        number: Which of the n · m pairs of positions and orientations the scene has.
+        number: Which of the n · m pairs of positions and orientations the scene has. The pair
+            number i · m + j is `positions[i]` with `turns[j]`.
     """
     env.xyz_configs = positions
     env.quat_configs = turns

@@ -209,10 +209,14 @@ class Simpler:
     def _start(
         self, task: str, process: SimplerProcess, seed: int, needs_image: bool
     ) -> SimplerScene:
-        """Start the episode of one seed in a process."""
-        off_grid = self._options.off_grid
-        start = seed if off_grid else seed % TASKS[task].num_starts
-        moment = process.reset(start, image=needs_image, is_off_grid=off_grid)
+        """Start the episode of one seed in a process.
+
+        Off the grid (`sample_off_grid_start`), the seed draws the start. Otherwise the seeds count
+        through the task's official starts, again and again.
+        """
+        is_off_grid = self._options.off_grid
+        start = seed if is_off_grid else seed % TASKS[task].num_starts
+        moment = process.reset(start, image=needs_image, is_off_grid=is_off_grid)
         pictures = [moment.observation["observation/image"]] if needs_image else []
         return SimplerScene(task, seed, moment, process, pictures)
 

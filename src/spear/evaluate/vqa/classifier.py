@@ -85,12 +85,17 @@ class Example:
 
 
 def load_examples() -> list[Example]:
-    """Load the questions to which the classifier is fitted."""
+    """Load the questions to which the classifier is fitted.
+
+    They are those of example_questions.toml and all prompt templates.
+    """
     tables: Mapping[str, Any] = tomllib.loads(EXAMPLES_FILE.read_text(encoding="utf-8"))
     examples = [Example(question, NO_TYPE) for question in tables["untaught"]]
+    # "absent" has questions about objects that no scene of the simulator has.
     for row in (*tables["paraphrases"], *tables["absent"]):
         examples.append(Example(row["ask"], row["type"], tuple(row["objects"])))
     for name, question_type in QUESTION_TYPE_BY_NAME.items():
+        # In a template, {p} is a pixel or a keypoint, whichever the question type is about.
         point = "(80, 40)" if question_type.is_about_pixel else "closest"
         object_names = ("mug", "bowl")[: question_type.num_objects]
         for template in question_type.prompts:

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -45,16 +46,26 @@ def find_instance(o: LabeledObject, label: LabeledImage, frame: Frame) -> int:
     return int(num_pixels.argmax())
 
 
-def compute_box_errors(box: Box3D, true_box: Box3D) -> tuple[float, float, float]:
+class BoxErrors(NamedTuple):
     """The errors of a labeled box.
 
-    Returns:
-        The distance between the centers, the mean distance between the vertices (up to the box's
-        symmetries), and the 3D IoU.
+    center  Distance between the centers of the labeled and the true box.
+    vertex  Mean distance between their vertices, up to the symmetries of boxes.
+    iou     Their 3D intersection over union, 0 … 1; more is better.
     """
-    center_error = float(np.linalg.norm(box.center - true_box.center))
-    vertex_error = compute_vertex_error(box.vertices, true_box.vertices)
-    return center_error, vertex_error, compute_iou_3d(box, true_box)
+
+    center: float
+    vertex: float
+    iou: float
+
+
+def compute_box_errors(box: Box3D, true_box: Box3D) -> BoxErrors:
+    """Compare a labeled box with the true one. Both are in the camera frame."""
+    return BoxErrors(
+        center=float(np.linalg.norm(box.center - true_box.center)),
+        vertex=compute_vertex_error(box.vertices, true_box.vertices),
+        iou=compute_iou_3d(box, true_box),
+    )
 
 
 def compare_labels(
@@ -76,14 +87,14 @@ def compare_labels(
     Raises:
         SpearError: A frame has no instance map or no true boxes, or there is nothing to compare.
     """
-    errors: list[tuple[float, ...]] = []  # of all boxes, as `compute_box_errors` returns them
+    errors: list[BoxErrors] = []  # of all boxes, as `compute_box_errors` returns them
     num_missed = 0
     for label, frame in zip(labels, frames, strict=True):
         if frame.instances is None or frame.boxes is None:
             name = frame.source or "frame"
             raise SpearError(f"{name} has no instances or no boxes. Give frames that have both.")
         matched_instances: set[int] = set()
-        errors_by_instance: dict[int, tuple[float, ...]] = {}
+        errors_by_instance: dict[int, BoxErrors] = {}
         for o in label.objects:
             instance = find_instance(o, label, frame)
             if o.box3d is None or instance not in frame.boxes:

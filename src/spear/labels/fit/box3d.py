@@ -212,14 +212,14 @@ class VisibleFaces:
         axes: [3, 3] unit axes as columns.
         positions: [3] the position of the visible face along each axis; NaN for an axis along
             which the camera sees no face.
-        side: [3] the end of the points' extent along each axis at which the face is: -1 the lower
-            end, 1 the upper end.
+        end_sign: [3] the end of the points' extent along each axis at which the face is: -1 the
+            lower end, 1 the upper end.
         misfit: Mean distance of the points from the nearest face; infinite if no face is seen.
     """
 
     axes: Array
     positions: Array
-    side: Array
+    end_sign: Array
     misfit: float
 
 
@@ -240,16 +240,16 @@ def fit_faces(points: Array, axes: Array, turn_axis: Array | None = None) -> Vis
     # sees a face if it is beyond the extent of the points.
     along = centered @ axes  # [n, 3]
     low, high = np.quantile(along, (0.02, 0.98), axis=0)  # [3] the extent without outliers
-    camera = -middle @ axes  # [3] the camera's position along each axis
-    side = np.where(camera > (low + high) / 2, 1.0, -1.0)
-    positions = np.where(side > 0, high, low)  # [3] of the faces, relative to `middle`
+    camera = -middle @ axes  # [3] along each axis, from `middle` to the camera at the origin
+    end_sign = np.where(camera > (low + high) / 2, 1.0, -1.0)
+    positions = np.where(end_sign > 0, high, low)  # [3] of the faces, relative to `middle`
     is_visible = np.abs(camera - (low + high) / 2) > 0.5 * (high - low)
     if not is_visible.any():
-        return VisibleFaces(axes, np.full(3, np.nan), side, misfit=np.inf)
+        return VisibleFaces(axes, np.full(3, np.nan), end_sign, misfit=np.inf)
 
     indices = np.arange(len(points))
     median_index = len(points) // 2
-    turn = np.ones(3)  # the turn of the step before; at first so large that a step is made
+    turn = np.ones(3)  # rotation vector of the last step, rad; at first too large to stop
     for step in range(MAX_NUM_STEPS + 1):
         # The signed distance of each point from its nearest face
         offset = np.where(is_visible, along - positions, np.inf)  # [n, 3]
@@ -290,7 +290,7 @@ def fit_faces(points: Array, axes: Array, turn_axis: Array | None = None) -> Vis
     point_fractions = np.bincount(nearest, minlength=3) / len(points)  # [3] per face
     is_seen = is_visible & (point_fractions >= MIN_FACE_FRACTION)
     positions = np.where(is_seen, positions + middle @ axes, np.nan)
-    return VisibleFaces(axes, positions, side, misfit=float(np.abs(error).mean()))
+    return VisibleFaces(axes, positions, end_sign, misfit=float(np.abs(error).mean()))
 
 
 def _rotation_matrix(turn: Array) -> Array:
@@ -419,8 +419,8 @@ def _enclose(
     # for the lower end of an object on a support, which is at the support.
     if faces is not None:
         has_face = np.isfinite(faces.positions)
-        low = np.where((faces.side < 0) & has_face, faces.positions, low - margin)
-        high = np.where((faces.side > 0) & has_face, faces.positions, high + margin)
+        low = np.where((faces.end_sign < 0) & has_face, faces.positions, low - margin)
+        high = np.where((faces.end_sign > 0) & has_face, faces.positions, high + margin)
     elif support is None:
         low = low - margin
         high = high + margin

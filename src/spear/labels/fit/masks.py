@@ -226,7 +226,8 @@ def remove_support(
 ) -> Array:
     """Remove the pixels of a mask that lie on the support, where the mask leaks on to the support.
 
-    An object that is not clearly higher than the error of its depth keeps its mask.
+    The mask stays if the object rises so little above the support that it could be an error of the
+    depth, and if little of the mask would remain.
 
     Args:
         mask: [h, w] bool.

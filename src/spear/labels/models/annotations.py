@@ -453,7 +453,7 @@ class _CocoIndex:
                 stray_problems.append(f"{entry_name} {_explain(error)}")
                 continue
             self._add_annotation(image_id, entry, entry_name, names)
-        self._notify(stray_problems)
+        self._give_notice_of_problems(stray_problems)
 
     def _add_image(self, entry: Mapping[str, Any]) -> None:
         """Add an image entry, or note why the image cannot be used."""
@@ -505,7 +505,7 @@ class _CocoIndex:
         else:
             self._annotations[image_id].append(annotation)
 
-    def _notify(self, stray_problems: Sequence[str]) -> None:
+    def _give_notice_of_problems(self, stray_problems: Sequence[str]) -> None:
         """Give a notice of the entries that cannot be used, with the first ones' names."""
         problems = [*self._problems.values(), *stray_problems]
         if not problems:

@@ -190,7 +190,7 @@ def plan_vlm(
         wanted_of_paligemma, checkpoint, stored_names, published.title
     )
     entries += _report_vocabulary(published, vocabulary, new_tokens)
-    is_doubled = keeps_visual_tokens and moge is not None
+    is_doubled = keeps_visual_tokens and moge is not None  # see `_make_network_readers`
     readers = [_make_vocabulary_reader(checkpoint, vocabulary, new_tokens)]
     readers += _make_network_readers(checkpoint, loaded_names, is_doubled)
     if is_doubled:
@@ -222,7 +222,11 @@ def plan_vlm(
 def _make_network_readers(
     checkpoint: StoredCheckpoint, loaded_names: Mapping[str, str], is_doubled: bool
 ) -> list[WeightReader]:
-    """Return readers of PaliGemma's networks. `is_doubled` doubles SigLIP's projection."""
+    """Return readers of PaliGemma's networks.
+
+    If `is_doubled`, they double SigLIP's projection. The new model averages the projections of
+    SigLIP and MoGe. MoGe's projection is 0 at first, so the average is what PaliGemma computes.
+    """
     if not is_doubled:
         return [make_weight_reader(checkpoint, loaded_names)]
     projector_names: dict[str, str] = {}

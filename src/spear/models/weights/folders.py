@@ -96,8 +96,8 @@ def _resolve_training_folder(path: Path) -> Path:
 def is_simulator_only(folder: Path) -> bool:
     """Return whether the model in a folder was trained only on data of the built-in simulator.
 
-    This is so for the weights that come with the package, and for weights whose recipe.json says
-    so.
+    The weights that come with the package were. Other weights were if their recipe.json has the key
+    `simulator_only` with the value true.
 
     Raises:
         SpearError: The recipe.json is broken.
@@ -110,7 +110,7 @@ def is_simulator_only(folder: Path) -> bool:
 def read_taught_questions(folder: Path) -> set[str] | None:
     """Read which types of questions the model in a folder was taught, in all of its stages.
 
-    Returns None if its recipe.json does not say so.
+    Returns None if its recipe.json names no types of questions.
     """
     taught_types: set[str] = set()
     provenance: Any = read_provenance(folder)

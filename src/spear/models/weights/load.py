@@ -431,7 +431,9 @@ def add_prefix_to_reader(reader: WeightReader, prefix: str) -> WeightReader:
 
 
 def rename_prefixes(name: str, rules: Iterable[tuple[str, str]]) -> str:
-    """Replace the beginning of a name by the rules (old prefix, new prefix), applied in order.
+    """Replace the beginning of a name by all rules (old prefix, new prefix), one after another.
+
+    A rule applies to the name that the rules before it made, so several rules can change one name.
 
     >>> rename_prefixes("model.dit.norm", [("model.", ""), ("dit.", "expert.")])
     'expert.norm'
