@@ -33,13 +33,13 @@ STATE = "observation.state"
 Change = Callable[[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]
 """A function from states [T, 7] and actions [T, 7] to changed states and actions."""
 
-describe_once = cache(propose_layout)
-"""`propose_layout`, for folders that no test changes."""
+propose_layout_cached = cache(propose_layout)
+"""`propose_layout` for folders that no test changes. It reads each folder once for all tests."""
 
 
 def rewrite_sample(shared: Path, folder: Path, change: Change) -> Path:
     """Copy the real sample, and change its states and actions. Return the copy's folder."""
-    copy = copy_dataset(shared / "data" / "lerobot" / "v3.0_image", folder / "copy", None)
+    copy = copy_dataset(shared / "data" / "lerobot" / "v3.0_image", folder / "copy", layout=None)
     (file,) = copy.glob("data/*/*.parquet")
     table = pq.read_table(file)
     states = np.array(table[STATE].to_pylist())
@@ -81,14 +81,14 @@ def write_layout(folder: Path, layout: dict[str, Any]) -> None:
     ],
 )
 def test_a_proposal_for_the_real_sample_is_right(shared: Path, name: str, key: str) -> None:
-    proposal = describe_once(shared / "data" / name)
+    proposal = propose_layout_cached(shared / "data" / name)
 
     assert proposal[key] == getattr(REGISTRY["bridge_dataset"], key)
 
 
 @pytest.mark.parametrize("name", ["bridge_v2_sample", "lerobot/v3.0_image"])
 def test_the_single_camera_of_the_real_sample_is_external(shared: Path, name: str) -> None:
-    images = describe_once(shared / "data" / name)["images"]
+    images = propose_layout_cached(shared / "data" / name)["images"]
 
     assert images["external"].startswith("observation/image")
     assert "wrist" not in images
@@ -96,7 +96,7 @@ def test_the_single_camera_of_the_real_sample_is_external(shared: Path, name: st
 
 @pytest.mark.parametrize("name", ["bridge_v2_sample", "lerobot/v3.0_image"])
 def test_the_larger_reading_of_the_gripper_is_proposed_as_open(shared: Path, name: str) -> None:
-    closed, opened = describe_once(shared / "data" / name)["gripper_range"]
+    closed, opened = propose_layout_cached(shared / "data" / name)["gripper_range"]
 
     assert closed < opened
 
@@ -105,13 +105,13 @@ def test_the_larger_reading_of_the_gripper_is_proposed_as_open(shared: Path, nam
 def test_a_proposal_can_be_read_with(shared: Path, tmp_path: Path, name: str) -> None:
     folder = shared / "data" / name
     layout = tmp_path / "layout.json"
-    layout.write_text(json.dumps({**describe_once(folder), "rate_hz": 5.0}))
+    layout.write_text(json.dumps({**propose_layout_cached(folder), "rate_hz": 5.0}))
 
     assert next(read_episodes(folder, layout_file=layout)).rate_hz == 5
 
 
 def test_the_rate_of_rlds_is_left_open(shared: Path) -> None:
-    proposal = describe_once(shared / "data" / "bridge_v2_sample")
+    proposal = propose_layout_cached(shared / "data" / "bridge_v2_sample")
 
     assert proposal["rate_hz"] is None
     assert "rate_hz" in proposal["facts"]
@@ -125,7 +125,7 @@ def test_a_single_nan_decides_nothing(shared: Path, tmp_path: Path) -> None:
     copy = rewrite_sample(shared, tmp_path, insert_nan)
 
     proposal = propose_layout(copy)
-    expected = describe_once(shared / "data" / "lerobot" / "v3.0_image")
+    expected = propose_layout_cached(shared / "data" / "lerobot" / "v3.0_image")
     assert {**proposal, "facts": None} == {**expected, "facts": None}
     assert "NaN in 1 of" in describe_dataset(copy)
     assert " nan " not in describe_dataset(copy)

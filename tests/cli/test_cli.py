@@ -274,10 +274,13 @@ def run_spear(argv: list[str], stdout: Any) -> subprocess.CompletedProcess[str]:
     )
 
 
-OUTPUTS = pytest.mark.parametrize("argv", [["--help"], ["train", "--help"], ["recipes"]])
+with_commands_that_print = pytest.mark.parametrize(
+    "argv", [["--help"], ["train", "--help"], ["recipes"]]
+)
+"""Runs a test with three commands: help of the program, help of a command, and a result."""
 
 
-@OUTPUTS
+@with_commands_that_print
 def test_a_reader_that_has_read_enough_is_no_error(argv: list[str]) -> None:
     """A reader such as `head` closes the pipe before the command has written everything."""
     reader, writer = os.pipe()
@@ -290,7 +293,7 @@ def test_a_reader_that_has_read_enough_is_no_error(argv: list[str]) -> None:
     assert process.stderr == ""
 
 
-@OUTPUTS
+@with_commands_that_print
 def test_output_that_cannot_be_written_is_one_line(argv: list[str]) -> None:
     with open("/dev/full", "wb") as full_disk:  # every write to this device fails
         process = run_spear(argv, full_disk)
@@ -299,7 +302,13 @@ def test_output_that_cannot_be_written_is_one_line(argv: list[str]) -> None:
     assert process.stderr.count("\n") == 1
 
 
-@pytest.mark.parametrize("stdout", [None, io.TextIOWrapper(io.BytesIO(), "ascii")])
+@pytest.mark.parametrize(
+    "stdout",
+    [
+        None,  # what Python has if stdout is closed
+        io.TextIOWrapper(io.BytesIO(), "ascii"),
+    ],
+)
 def test_a_stdout_that_is_closed_or_lacks_our_characters_will_do(
     stdout: io.TextIOWrapper | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:

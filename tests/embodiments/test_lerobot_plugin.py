@@ -334,7 +334,9 @@ class TestCommandPacer:
 
         for previous_delay_s, delay_s in itertools.pairwise(delays_s):
             request_time_s = clock.now_s
-            pacer.wait_until_due()
+            pacer.wait_until_due()  # advances the clock if the request came too early
+            # The next request is due after the loop's period, plus the change of the delay. If the
+            # pacer made the loop wait for longer, the loop asks at once.
             next_request_s = request_time_s + 1 / asked_per_s + delay_s - previous_delay_s
             clock.now_s = max(clock.now_s, next_request_s)
 

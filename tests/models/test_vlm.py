@@ -286,9 +286,10 @@ class TestLossOfSeveralTexts:
     ) -> None:
         inputs = make_batch()
         mask = inputs["attention_mask"]
-        shifted = {name: to_left_padded(tensor, mask)[0] for name, tensor in inputs.items()}
+        # The padding of ids, labels and of the mask itself moves from the right to the left.
+        left_padded = {name: to_left_padded(tensor, mask)[0] for name, tensor in inputs.items()}
 
-        loss = make_vlm()(draw_pixels(4), **shifted, length_groups=3).loss
+        loss = make_vlm()(draw_pixels(4), **left_padded, length_groups=3).loss
 
         expected_loss, _ = single_group
         torch.testing.assert_close(loss.detach(), expected_loss)
@@ -296,7 +297,11 @@ class TestLossOfSeveralTexts:
     def test_takes_tokens_with_labels_as_the_answer(
         self, single_group: tuple[torch.Tensor, dict[str, Any]]
     ) -> None:
-        """The answer is causal. With the mask of the prompt, its tokens would see the next ones."""
+        """Without `token_type_ids`, the tokens that have labels are the answer.
+
+        A token of the answer sees only the tokens before it. If the tokens counted as a part of the
+        prompt, all would see each other, and the loss would differ.
+        """
         inputs = make_batch()
         del inputs["token_type_ids"]
 

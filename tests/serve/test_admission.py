@@ -25,8 +25,10 @@ from spear.serve.connection import ConnectionLimits
 from spear.serve.server import PolicyServer
 
 GENERIC = load("generic")
-# One connection per second; at once two of an address, and three of all addresses.
-ONE_PER_S = AdmissionLimits(per_s_and_address=1.0, burst_of_address=2, per_s=1.0, burst=3)
+# At once two connections of an address, and three of all addresses; then one per second.
+ONE_PER_S_AFTER_BURST = AdmissionLimits(
+    per_s_and_address=1.0, burst_of_address=2, per_s=1.0, burst=3
+)
 HEALTH_REQUEST = b"GET /healthz HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n"
 
 
@@ -52,7 +54,7 @@ def test_a_bucket_allows_a_burst_and_then_the_rate() -> None:
 
 
 def test_an_address_has_to_wait_when_its_burst_is_used_up() -> None:
-    queue: AdmissionQueue[str] = AdmissionQueue(ONE_PER_S)
+    queue: AdmissionQueue[str] = AdmissionQueue(ONE_PER_S_AFTER_BURST)
     for name in ("first", "second", "third"):
         queue.add("192.0.2.1", name)
 
@@ -71,7 +73,7 @@ def test_addresses_take_turns() -> None:
 
 
 def test_all_addresses_share_one_rate() -> None:
-    queue: AdmissionQueue[str] = AdmissionQueue(ONE_PER_S)
+    queue: AdmissionQueue[str] = AdmissionQueue(ONE_PER_S_AFTER_BURST)
     for number in range(5):
         queue.add(f"192.0.2.{number}", str(number))
 
@@ -97,13 +99,17 @@ def test_a_full_queue_makes_room_for_other_addresses() -> None:
 
 
 def test_addresses_of_the_past_are_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each of 100 addresses connects once, one per second, so earlier ones have full buckets."""
-    monkeypatch.setattr("spear.serve.admission.MAX_BUCKETS", 10)
-    queue: AdmissionQueue[str] = AdmissionQueue(AdmissionLimits(burst=10**6))
+    """Each of 100 addresses connects once, one per second.
 
-    for number in range(100):
-        queue.add(f"address {number}", "robot")
-        queue.take(float(number))
+    At the next connection, the bucket of an earlier address is full again, so it can be forgotten.
+    """
+    monkeypatch.setattr("spear.serve.admission.MAX_BUCKETS", 10)
+    unlimited_burst = 10**6
+    queue: AdmissionQueue[str] = AdmissionQueue(AdmissionLimits(burst=unlimited_burst))
+
+    for now_s in range(100):
+        queue.add(f"address {now_s}", "robot")
+        queue.take(float(now_s))
 
     assert len(queue._bucket_by_address) <= 10
 

@@ -227,7 +227,11 @@ def _distance(o: LabeledObject) -> float:
 
 
 def _compute_corners(o: LabeledObject) -> list[list[float]]:
-    """Return the eight corners in the order of `CORNERS`, in the camera frame."""
+    """Return the eight corners in the order of `CORNERS`, in the camera frame.
+
+    An entry of `CORNERS` says by which fractions of the box's size the corner lies off the box's
+    center, along each axis of the box.
+    """
     box = o.box3d
     corners = []
     for fractions in CORNERS:

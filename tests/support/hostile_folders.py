@@ -53,6 +53,7 @@ def open_fuzz(kind: str, workspace: Path, shared: Path | None = None) -> FolderF
 def make_model(folder: Path) -> None:
     """A policy with all of its files."""
     shutil.copytree(locate("nano"), folder)
+    # The installed weights may be read-only, and the fuzz changes the copies.
     for path in [folder, *folder.rglob("*")]:
         path.chmod(0o755 if path.is_dir() else 0o644)
 

@@ -107,6 +107,11 @@ def write_joint_and_pose_datasets(
     The action is the next step's state. Neither dataset has a `spear.json`, but the URDF stands in
     the folder of the first one.
 
+    Args:
+        folder: Where to make both folders.
+        num_episodes: The number of episodes of each dataset.
+        radians_per_unit: The unit of the joint angles; by default they are in degrees.
+
     Returns:
         The folders of both.
     """
@@ -115,6 +120,7 @@ def write_joint_and_pose_datasets(
     all_actions = []
     for index in range(num_episodes):
         opening = 0.5 + 0.5 * np.sin(np.arange(NUM_STEPS) / 3 + index)  # 0 closed, 1 open
+        # The angles of the five joints, and the opening of the gripper in percent
         states = np.c_[make_joint_angles(index) / radians_per_unit, 100 * opening]
         all_states.append(states)
         all_actions.append(np.concatenate([states[1:], states[-1:]]))
@@ -133,6 +139,7 @@ def write_joint_and_pose_datasets(
     write_numbers(joint_folder, states, actions, MOTORS)
 
     def to_poses(numbers: np.ndarray) -> np.ndarray:
+        """Replace the joint angles in states or actions [T, 6] by poses: [T, 8]."""
         angles_rad = numbers[:, :-1] * radians_per_unit
         position, rotation = compute_urdf_pose(read_urdf_arm(urdf, TIP), angles_rad)
         return np.c_[position, rotation, numbers[:, -1]]

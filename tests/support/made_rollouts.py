@@ -113,10 +113,11 @@ def make_case(
 def change_pictures(
     episode: RecordedEpisode, camera: str, transform: Callable[[Array], Array]
 ) -> RecordedEpisode:
-    """Change the pictures [T, h, w, 3] uint8 of one camera."""
+    """Change the pictures [T, h, w, 3] uint8 of one camera by a function."""
     before = episode.pictures[camera]
     small = np.asarray(transform(before.small), np.uint8)
-    changed = CameraPictures(small, np.arange(len(small)), before.size)
+    fingerprint = np.arange(len(small))  # no two pictures are the very same
+    changed = CameraPictures(small, fingerprint, before.size)
     return replace(episode, pictures={**episode.pictures, camera: changed})
 
 
@@ -141,15 +142,21 @@ def _make_turn(vector: Sequence[float]) -> torch.Tensor:
 
 
 def _make_pictures(rng: np.random.Generator, position: Array) -> dict[str, CameraPictures]:
-    """Make pictures of two cameras: a fixed colored scene per camera, objects, and noise.
+    """Make pictures of two cameras: a colored scene, objects, and noise.
 
-    The external camera sees the arm as a bright spot.
+    A camera sees the same scene in all episodes, and other objects in each. The external camera
+    sees the arm as a bright spot.
+
+    Args:
+        rng: draws the objects and the noise.
+        position: [T, 3] of the arm, base frame, m.
     """
+    block = np.ones((4, 4, 1))  # px; scene and objects are patterns of 6 × 8 blocks of one color
+    seed_of_scene = {"external": 7, "wrist": 8}
     pictures = {}
-    for number, camera in enumerate(("external", "wrist")):
-        scene = np.random.default_rng(number + 7).uniform(40, 200, (6, 8, 3))
-        scene = np.kron(scene, np.ones((4, 4, 1)))  # [24, 32, 3], blocks
-        objects = np.kron(rng.uniform(-30, 30, (6, 8, 3)), np.ones((4, 4, 1)))
+    for camera, seed in seed_of_scene.items():
+        scene = np.kron(np.random.default_rng(seed).uniform(40, 200, (6, 8, 3)), block)
+        objects = np.kron(rng.uniform(-30, 30, (6, 8, 3)), block)  # changes of the scene's colors
         frames = scene + objects + rng.normal(0, 5, (len(position), *PICTURE_SHAPE))
         if camera == "external":
             frames += _draw_arm(position)

@@ -50,6 +50,7 @@ def test_bfloat16_is_fast_with_amx_or_on_amd_unless_onednn_may_not_use_it(
 
     is_fast_on_amd = is_amd and has_avx512_bf16
     # A value of ONEDNN_MAX_CPU_ISA, which limits oneDNN's instructions -> whether bfloat16 is fast.
+    # oneDNN takes values in lower and in upper case.
     expected_of_limit = {
         "": has_amx or is_fast_on_amd,
         "avx512_core_bf16": is_fast_on_amd,

@@ -128,15 +128,16 @@ def test_modules_have_their_own_learning_rate_and_vectors_no_weight_decay() -> N
 def test_steps_that_are_run_again_are_logged_once(tmp_path: Path) -> None:
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
 
-    # Five steps, then a resumed run from step 3 on, which repeats two of them.
-    for first, last in ((0, 5), (3, 6)):
+    # The steps 0 to 4, then a resumed run from step 3 to 5, which repeats two of them.
+    for first_step, end_step in ((0, 5), (3, 6)):
         # TensorBoard sorts its files by the second in their names, so each begins in a new second.
         time.sleep(1 - time.time() % 1)
-        with log.Logger(tmp_path, first_step=first, num_steps=9, log_every=1) as logger:
-            for step in range(first, last):
+        with log.Logger(tmp_path, first_step=first_step, num_steps=9, log_every=1) as logger:
+            for step in range(first_step, end_step):
                 logger.log(step, {"loss": 1.0})
 
     events = accumulator.EventAccumulator(str(tmp_path / "tensorboard")).Reload().Scalars("loss")
+    # Logs count steps from 1.
     assert [event.step for event in events] == [1, 2, 3, 4, 5, 6]
     assert [row["step"] for row in read_log(tmp_path)] == [1, 2, 3, 4, 5, 6]
 

@@ -103,6 +103,7 @@ def test_nothing_behind_a_broken_length_can_be_found(three_records: Path) -> Non
 
 
 def test_a_broken_length_before_the_range_loses_the_range(three_records: Path) -> None:
+    """The length of record 1 says where record 2 begins."""
     flip_bit(three_records, LENGTH_POSITION_OF_RECORD_1)
 
     ((index, error),) = read_records(three_records, start=2, stop=3)

@@ -46,8 +46,9 @@ def convert_to_yuv420(rgb: np.ndarray, space: str, is_full: bool) -> np.ndarray:
     blue_difference = (half_rgb[..., 2] - half_luma) / (2 * (1 - blue_weight))
     red_difference = (half_rgb[..., 0] - half_luma) / (2 * (1 - red_weight))
 
-    luma_levels = luma * 255 if is_full else luma * 219 + 16
-    chroma_range = 255 if is_full else 224
+    # In the limited range, luma has the levels 16 … 235 and chroma 16 … 240.
+    luma_levels = luma * 255 if is_full else luma * (235 - 16) + 16
+    chroma_range = 255 if is_full else 240 - 16
     blue_levels = chroma_range * blue_difference + 128
     red_levels = chroma_range * red_difference + 128
     planes = [luma_levels, blue_levels, red_levels]

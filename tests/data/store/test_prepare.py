@@ -77,11 +77,14 @@ def shards_of_one_block() -> Iterator[None]:
 def run_prepare(
     recorded_folder: Path,
     out: Path,
-    size: tuple[str, ...] = ("48x40", "wrist=24x24"),
+    image_size: tuple[str, ...] = ("48x40", "wrist=24x24"),
     **options: Any,
 ) -> tuple[int, list[str]]:
-    """Prepare a recording with images of `NEW_SIZES`, or of another `size`."""
-    return prepare(recorded_folder, out, conversion=Conversion(image_size=size), **options)
+    """Prepare a recording with images of `NEW_SIZES`, or of another `image_size`.
+
+    `image_size` has the words after the command's option `--image-size`.
+    """
+    return prepare(recorded_folder, out, conversion=Conversion(image_size=image_size), **options)
 
 
 def read_files(folder: Path) -> dict[str, bytes]:
@@ -176,6 +179,10 @@ def test_prepared_images_are_jpegs_that_a_model_sees_as_before(
                     expected = fit_image(decode_image(source_image), *model_size).astype(int)
                     image = fit_image(decode_image(encoded), *model_size).astype(int)
                     assert np.abs(image - expected).mean() < 1.5
+
+
+# A sketch summarizes the numbers of a shard's episodes, from which the statistics of a whole store
+# follow without reading the episodes again. A store has one file with the sketches of all shards.
 
 
 def fit_without_sketches(store: EpisodeStore) -> Normalizer:
@@ -384,7 +391,7 @@ def test_an_unfinished_preparation_of_other_settings_is_not_replaced(
     recorded_folder: Path, unfinished: Path
 ) -> None:
     other_size = r"\.arm\.part was begun with other settings \(--image-size is"
-    refuses(other_size, run_prepare, recorded_folder, unfinished, size=("40x40",))
+    refuses(other_size, run_prepare, recorded_folder, unfinished, image_size=("40x40",))
     refuses(
         r"other settings \(--split is", run_prepare, recorded_folder, unfinished, split="train[:4]"
     )
@@ -472,7 +479,7 @@ def test_missing_shards_are_noticed_without_a_recorded_number_of_shards(
     with pytest.warns(Notice, match="1 of its shards"):
         num_prepared, _ = run_prepare(recorded_folder, prepared_copy)
 
-    assert num_prepared == NUM_PREPARED - 2
+    assert num_prepared == NUM_PREPARED - 2  # shard 1 had two episodes
 
 
 @pytest.fixture
@@ -495,14 +502,16 @@ def recorded_with_bad_episodes(tmp_path: Path) -> Path:
     return tmp_path / "arm"
 
 
-@pytest.mark.parametrize("size", [(), ("32x32",)])
+@pytest.mark.parametrize("image_size", [(), ("32x32",)])  # without and with resizing
 def test_broken_images_and_single_steps_are_skipped_by_name(
-    recorded_with_bad_episodes: Path, tmp_path: Path, size: tuple[str, ...]
+    recorded_with_bad_episodes: Path, tmp_path: Path, image_size: tuple[str, ...]
 ) -> None:
     """An episode of one step has no known action. Images of another size do no harm."""
-    num_prepared, reasons = run_prepare(recorded_with_bad_episodes, tmp_path / "out", size=size)
+    num_prepared, reasons = run_prepare(
+        recorded_with_bad_episodes, tmp_path / "out", image_size=image_size
+    )
 
-    assert num_prepared == 4
+    assert num_prepared == 4  # of six
     assert len(reasons) == 2
     assert any("made#1" in reason for reason in reasons)
     assert any("made#3" in reason for reason in reasons)
@@ -514,7 +523,7 @@ def test_a_camera_that_no_episode_has_is_refused(
     out = tmp_path / "no" / "data"
 
     message = r"no episode of .* made#\d has no camera 'wirst'.*external"
-    refuses(message, run_prepare, recorded_with_bad_episodes, out, size=("wirst=32x32",))
+    refuses(message, run_prepare, recorded_with_bad_episodes, out, image_size=("wirst=32x32",))
     assert not (tmp_path / "no").exists()
 
 

@@ -23,7 +23,11 @@ NUM_STATES = 50
 
 
 def make_official(**position_of_object: tuple[float, float, float]) -> dict[str, Array]:
-    """Official states, in which each object is within 1 cm of its position."""
+    """Official states, in which each object is within 1 cm of its position.
+
+    Returns:
+        Object → [NUM_STATES, 3], its position (m) in each official state.
+    """
     rng = np.random.default_rng(0)
     official = {}
     for name, position in position_of_object.items():
@@ -32,19 +36,24 @@ def make_official(**position_of_object: tuple[float, float, float]) -> dict[str,
     return official
 
 
+# Three objects that stand on a table at the height 0, at least 0.2 m apart.
 TABLE = make_official(bowl=(0.0, 0.0, 0.0), plate=(0.2, 0.1, 0.0), mug=(-0.2, 0.1, 0.0))
 
 
 def find_positions(official: dict[str, Array], seed: int) -> dict[str, Array]:
-    """Object → [2], where it is in the start of a seed."""
+    """Find where the objects are in the start of a seed: object → horizontal position [2], m.
+
+    A start shifts the objects of one of the official states.
+    """
     start = sample_start(official, seed)
     position_of_object = {}
-    for name, (x, y, _) in start.changes["objects"].items():
-        position_of_object[name] = official[name][start.state_index, :2] + (x, y)
+    for name, (shift_x, shift_y, _) in start.changes["objects"].items():
+        position_of_object[name] = official[name][start.state_index, :2] + (shift_x, shift_y)
     return position_of_object
 
 
 def test_a_start_differs_from_every_official_state() -> None:
+    """At least one object is farther than the margin from where it is in the official state."""
     for seed in range(10_000, 10_100):
         position_of_object = find_positions(TABLE, seed)
         for state in range(NUM_STATES):

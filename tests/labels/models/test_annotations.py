@@ -274,7 +274,8 @@ def test_only_objects_without_a_mask_go_to_the_second_segmenter(boxed_fork: Anno
     names = [[d.name for d in image_detections] for image_detections in second_detections]
     assert names == [["fork"], ["spoon"]]
     assert masks[0][0].sum() == 100  # the fork's box has 10 × 10 pixels
-    assert (masks[0][1] == make_disc(40, 60, x=20, y=20, radius=8)).all()
+    annotated_cup = make_disc(40, 60, x=20, y=20, radius=8)
+    assert (masks[0][1] == annotated_cup).all()  # a mask of the file stays
     assert masks[2][0].sum() == 16  # the spoon's box has 4 × 4 pixels
 
 
@@ -646,7 +647,10 @@ def test_a_broken_coco_mask_concerns_its_image_alone(tmp_path: Path, segmentatio
 def test_in_the_pipeline_only_the_image_of_an_odd_box_is_skipped(
     tmp_path: Path, box: list[float], reason: str
 ) -> None:
-    """The images are larger than those of `make_coco`, because the pipeline skips small ones."""
+    """The images are larger than those of `make_coco`, because the pipeline skips small ones.
+
+    Each has one ring. That of image 7 (kitchen) is right, that of image 8 (hall) has the odd box.
+    """
     content = make_coco()
     content["images"] = [{**image, "height": 36, "width": 60} for image in content["images"]]
     square = [[3.0, 6, 27, 6, 27, 27, 3, 27]]
@@ -661,13 +665,13 @@ def test_in_the_pipeline_only_the_image_of_an_odd_box_is_skipped(
         make_frame("kitchen/1.jpg", height=36, width=60),
         make_frame("hall/1.jpg", height=36, width=60),
     ]
-    images = [admit_frame(frame) for frame in frames]
+    kitchen, hall = [admit_frame(frame) for frame in frames]
 
-    detect_objects(images, detector)
+    detect_objects([kitchen, hall], detector)
 
-    assert images[0].error is None
-    assert [detection.name for detection in images[0].detections] == ["ring"]
-    assert reason in str(images[1].error)
+    assert kitchen.error is None
+    assert [detection.name for detection in kitchen.detections] == ["ring"]
+    assert reason in str(hall.error)
 
 
 # Ego-Exo4D's relations

@@ -90,8 +90,8 @@ def test_distances_sizes_and_scores_are_those_of_the_objects(
     distances = [np.linalg.norm(box.center) for box in boxes]
     assert list(statistics.distances) == pytest.approx(distances)
     assert max(statistics.sizes) == pytest.approx(max(box.size.max() for box in boxes))
-    assert len(statistics.scores["visible"]) == 18
-    assert len(statistics.scores["stability"]) == 18
+    assert len(statistics.scores["visible"]) == statistics.num_objects  # also without a box
+    assert len(statistics.scores["stability"]) == statistics.num_objects
 
 
 def test_labels_of_several_units_are_refused(labels: list[LabeledImage]) -> None:

@@ -190,6 +190,7 @@ class TestVlmEncoder:
         fill_encoder(encoder, make_checkpoint(shared, version))
         expected = load_arrays(shared, case)
 
+        # The reference's image, resized to multiples of the patches' 14 px and normalized
         encoder_input = torch.tensor(expected["features.image_14"])[None]
         outputs = encoder.layers(encoder_input, range(8, 12))  # the last four of 12 layers
         layers = [output[:, 1:] for output in outputs]  # without the class token

@@ -176,10 +176,14 @@ class TestParityWithTransformers:
         assert relative_error(ours.gripper, theirs.gripper) < MAX_ERROR
 
 
-def test_with_other_states_and_actions_the_expert_computes_the_same_from_the_same_tokens(
+def test_the_expert_of_a_pi0_with_wider_states_and_actions_computes_the_same(
     pi0_folder: Path, moge: Path
 ) -> None:
-    """The layers around the expert are new, so the expert gets random tokens here."""
+    """States and actions of this π₀ have 32 numbers, and ours have fewer.
+
+    So our layers that turn them into tokens are new, and the experts of both models get the same
+    random tokens here.
+    """
     their_model = make_pi0(state_dim=32, action_dim=32)
     our_model = plan_pi0(pi0_folder, moge, "tiny14").run()
     our_inputs, their_inputs = draw_pi0_inputs(IMAGE_TOKEN)
