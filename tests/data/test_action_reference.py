@@ -18,13 +18,15 @@ from spear.data.store.episode_store import EpisodeStore
 from spear.geometry import apply_action
 from spear.types import Action
 
-NUM_CHUNKS, HORIZON = 50, 5
+NUM_CHUNKS = 50
+HORIZON = 5  # actions in a chunk
 
 
 def draw_quaternions(shape: tuple[int, ...], seed: int) -> torch.Tensor:
     """Random unit quaternions (w, x, y, z) with w >= 0."""
     xyzw = Rotation.random(int(np.prod(shape)), random_state=seed).as_quat(canonical=True)
-    return torch.from_numpy(np.roll(xyzw, 1, axis=-1)).reshape(*shape, 4)
+    wxyz = np.roll(xyzw, 1, axis=-1)
+    return torch.from_numpy(wxyz).reshape(*shape, 4)
 
 
 def draw_steps(seed: int = 0) -> Action:
@@ -38,18 +40,24 @@ def draw_steps(seed: int = 0) -> Action:
 def test_a_motion_from_the_observed_pose_leads_where_the_steps_lead() -> None:
     steps = draw_steps()
     motions = measure_from_observed(steps)
-    observed_x = torch.ones(NUM_CHUNKS, 3, dtype=torch.float64)
-    observed_q = draw_quaternions((NUM_CHUNKS,), seed=1)
+    observed_position = torch.ones(NUM_CHUNKS, 3, dtype=torch.float64)
+    observed_rotation = draw_quaternions((NUM_CHUNKS,), seed=1)
 
-    x, q = observed_x, observed_q
+    position = observed_position
+    rotation = observed_rotation
     for i in range(HORIZON):
-        x, q = apply_action(x, q, steps.translation[:, i], steps.rotation[:, i])
-        x_at_once, q_at_once = apply_action(
-            observed_x, observed_q, motions.translation[:, i], motions.rotation[:, i]
+        position, rotation = apply_action(
+            position, rotation, steps.translation[:, i], steps.rotation[:, i]
+        )
+        position_at_once, rotation_at_once = apply_action(
+            observed_position,
+            observed_rotation,
+            motions.translation[:, i],
+            motions.rotation[:, i],
         )
 
-        torch.testing.assert_close(x_at_once, x)
-        torch.testing.assert_close(q_at_once, q)
+        torch.testing.assert_close(position_at_once, position)
+        torch.testing.assert_close(rotation_at_once, rotation)
 
 
 def test_steps_are_exactly_recovered() -> None:
@@ -100,11 +108,11 @@ def normalizer(request: pytest.FixtureRequest, tmp_path: Path) -> Normalizer:
 
 def test_each_action_of_a_chunk_has_its_own_scale(normalizer: Normalizer) -> None:
     """After k steps of 15 mm on average, the arm is k · 15 mm away."""
-    mean_m = [offset[0] for offset in normalizer.chunk_offset]
+    offsets_x_m = [offset[0] for offset in normalizer.chunk_offset]
+    scales_x_m = [scale[0] for scale in normalizer.chunk_scale]
 
-    np.testing.assert_allclose(mean_m, 0.015 * np.arange(1, HORIZON + 1), rtol=0.07)
-    spread_m = [scale[0] for scale in normalizer.chunk_scale]
-    assert spread_m == sorted(spread_m)
+    np.testing.assert_allclose(offsets_x_m, 0.015 * np.arange(1, HORIZON + 1), rtol=0.07)
+    assert scales_x_m == sorted(scales_x_m)
 
 
 def test_normalizing_and_back_gives_the_same_steps(normalizer: Normalizer) -> None:

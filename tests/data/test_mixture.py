@@ -261,7 +261,7 @@ def test_the_order_depends_on_seed_and_step_alone(
 
     for samples in drawn.values():
         for sample in samples:
-            episode = sources[sample.dataset][1].without_images(sample.episode)
+            episode = sources[sample.dataset].store.without_images(sample.episode)
             _, is_known = canonicalize_actions(episode)
             assert is_known[sample.step]
 

@@ -160,14 +160,14 @@ def test_a_position_on_an_axis_that_does_not_move_stays_bounded(
     assert abs(state[0, 2]) < 6  # 50 mm / 10 mm, and an offset near 0
 
 
-def known_rows(store: EpisodeStore) -> np.ndarray:
+def read_known_rows(store: EpisodeStore) -> np.ndarray:
     """Translation and position of the known steps of a store's first episode, [N, 6] m."""
     episode = store[0]
     rows = np.concatenate([episode.action[:, :3], episode.position], axis=1)
     return rows[episode.action_mask].astype(np.float64)
 
 
-def expected_bounds(mode: Mode, rows: np.ndarray, shares: np.ndarray) -> np.ndarray:
+def compute_expected_bounds(mode: Mode, rows: np.ndarray, shares: np.ndarray) -> np.ndarray:
     """Compute what becomes -1 and 1, by NumPy's weighted statistics.
 
     Args:
@@ -194,11 +194,11 @@ def test_a_dataset_counts_by_its_weight_not_by_its_size(tmp_path: Path, mode: Mo
 
     normalizer = Normalizer.fit([(short, 3.0), (long, 1.0)], mode)
 
-    rows = np.concatenate([known_rows(short), known_rows(long)])
+    rows = np.concatenate([read_known_rows(short), read_known_rows(long)])
     share_of_short_step = 0.75 / 200
     share_of_long_step = 0.25 / 2000
     shares = np.repeat([share_of_short_step, share_of_long_step], [200, 2000])
-    low, high = expected_bounds(mode, rows, shares)
+    low, high = compute_expected_bounds(mode, rows, shares)
     offset = [*normalizer.translation_offset, *normalizer.position_offset]
     scale = [*normalizer.translation_scale, *normalizer.position_scale]
     # NumPy takes weights only for quantiles that are not interpolated, so these differ a little.

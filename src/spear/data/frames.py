@@ -4,9 +4,8 @@ A dataset's layout, or a robot's embodiment, says where the base frame and the e
 are. If the layout was wrong and is corrected, the same recording becomes other poses. Therefore
 the frames of each known dataset and robot have a version. A prepared store records the versions of
 its frames in `request.json`, and a policy records them in its normalization statistics
-(`normalizer.json`).
-Data and policies of different versions are never mixed, and a policy acts in the version that it
-was trained with.
+(`normalizer.json`). Data and policies of different versions are never mixed, and a policy acts in
+the version that it was trained with.
 
     dataset               version  difference from version 1
     droid                 2        The tool is a Robotiq 2F-85. Version 1 assumed Franka's hand,

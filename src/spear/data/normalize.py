@@ -35,9 +35,9 @@ from spear.types import Action, ActionReference, Array
 from spear.util.files import read_json_as, write_bytes, write_text
 
 Mode = Literal["quantile", "minmax", "meanstd", "bounds"]
-Triple = tuple[float, float, float]
+Triple = tuple[float, float, float]  # of the axes x, y, z
 Scale = tuple[PositiveFloat, PositiveFloat, PositiveFloat]
-Triples = Triple | tuple[Triple, ...]
+Triples = Triple | tuple[Triple, ...]  # of all actions of a chunk, or of each of them
 
 MIN_TRANSLATION_SCALE_M = 1e-3  # 1 mm in a step of 0.2 s (our choice)
 MIN_POSITION_SCALE_M = 1e-2  # 1 cm (our choice)
@@ -279,14 +279,15 @@ class Normalizer:
     def save(self, path: str | Path) -> None:
         """Write the statistics as JSON. The file is complete or not there at all."""
         fields = asdict(self)
-        for values in (fields, *fields["datasets"].values()):
+        # The fields of this normalizer, then those of each dataset's own one
+        for normalizer_fields in (fields, *fields["datasets"].values()):
             # Unknown versions of frames are written by leaving the key out.
-            if values["frames"] is None:
-                del values["frames"]
+            if normalizer_fields["frames"] is None:
+                del normalizer_fields["frames"]
             # Files of steps are as they were before actions could be measured in another way.
-            if values["action_reference"] == "previous":
+            if normalizer_fields["action_reference"] == "previous":
                 for key in ("action_reference", "chunk_offset", "chunk_scale"):
-                    del values[key]
+                    del normalizer_fields[key]
         write_text(Path(path), json.dumps(fields, indent=2))
 
     @staticmethod
@@ -455,10 +456,11 @@ def _make_chunk_sketches(store: EpisodeStore, horizon: int) -> list[QuantileSket
             masks.append(is_target)
         motions = np.stack(chunks)  # [T, H, 3]
         is_target_of_step = np.stack(masks)  # [T, H]
-        for place in range(horizon):  # of an action in its chunk
-            known = motions[is_target_of_step[:, place], place]  # [num_known, 3]
+        for action_index in range(horizon):  # of an action in its chunk
+            is_target = is_target_of_step[:, action_index]  # [T]
+            target_motions = motions[is_target, action_index]  # [num_targets, 3]
             for axis in range(3):
-                sketches[3 * place + axis].add(known[:, axis])
+                sketches[3 * action_index + axis].add(target_motions[:, axis])
     return sketches
 
 

@@ -30,7 +30,7 @@ def three_episodes(tmp_path: Path) -> Path:
     return tmp_path / "set"
 
 
-def data_file(folder: Path) -> Path:
+def find_data_file(folder: Path) -> Path:
     """The one Parquet file with the rows of all episodes."""
     (file,) = (folder / "data").rglob("*.parquet")
     return file
@@ -38,7 +38,7 @@ def data_file(folder: Path) -> Path:
 
 def set_cells(folder: Path, feature: str, values: dict[int, Any]) -> None:
     """Replace cells of the bad episode in a column. `values` is step -> new value."""
-    file = data_file(folder)
+    file = find_data_file(folder)
     table = pq.read_table(file)
     index = table.column_names.index(feature)
     cells = table[feature].to_pylist()
@@ -51,7 +51,7 @@ def set_cells(folder: Path, feature: str, values: dict[int, Any]) -> None:
 
 def break_image(folder: Path) -> None:
     """Cut 200 bytes off the end of the image of step 2."""
-    cells = pq.read_table(data_file(folder))[IMAGE_FEATURE].to_pylist()
+    cells = pq.read_table(find_data_file(folder))[IMAGE_FEATURE].to_pylist()
     encoded = cells[BAD_EPISODE * STEPS_PER_EPISODE + 2]["bytes"]
     set_cells(folder, IMAGE_FEATURE, {2: {"bytes": encoded[:-200], "path": None}})
 
@@ -92,7 +92,7 @@ def turn_upside_down(folder: Path) -> None:
 
 def remove_steps(folder: Path) -> None:
     """Remove all rows of the bad episode, and set its length to 0."""
-    file = data_file(folder)
+    file = find_data_file(folder)
     table = pq.read_table(file)
     is_good_episode = [index != BAD_EPISODE for index in table["episode_index"].to_pylist()]
     pq.write_table(table.filter(pa.array(is_good_episode)), file)

@@ -50,7 +50,7 @@ def test_other_arrays_are_described(values: np.ndarray, description: str) -> Non
     refuses(message, read_encoded_images, {"wrist": values}, "wrist", "set#0")
 
 
-@pytest.mark.parametrize("size", [(32, 48), (20, 16)])
+@pytest.mark.parametrize("size", [(32, 48), (20, 16)])  # wide, tall
 def test_raw_pixels_of_a_lerobot_dataset_are_read(tmp_path: Path, size: tuple[int, int]) -> None:
     """Reading, describing and inspecting all find a column of nested lists of pixels."""
     folder = tmp_path / "set"

@@ -105,7 +105,7 @@ def put_column(steps: dict[str, Any], column: str, values: np.ndarray) -> None:
     rows[:, components] = values
 
 
-def layout_pose(layout: DatasetLayout) -> tuple[np.ndarray, Rotation]:
+def compute_layout_pose(layout: DatasetLayout) -> tuple[np.ndarray, Rotation]:
     """The positions and orientations in our frames of an episode that `make_steps` makes."""
     positions = POSITIONS
     rotations = ROTATIONS
@@ -157,7 +157,7 @@ def make_steps(layout: DatasetLayout) -> dict[str, Any]:
 @pytest.mark.parametrize("name", READABLE)
 def test_each_readable_layout_gives_the_recorded_poses(name: str) -> None:
     layout = REGISTRY[name]
-    positions, rotations = layout_pose(layout)
+    positions, rotations = compute_layout_pose(layout)
 
     episode = build_episode(make_steps(layout), layout, name)
 
@@ -371,6 +371,7 @@ def test_the_mean_pose_of_jaco_play_reaches_forward_and_points_down() -> None:
         "jaco_play", {"observation/end_effector_cartesian_pos[0:7]": pose}
     )
 
+    # The base is turned by 90° about z, and the finger tips are 0.16 m below the recorded position.
     np.testing.assert_allclose(position, [0.43, -0.08, 0.115], atol=0.01)
     assert np.degrees(rotation.magnitude()) < 16
 

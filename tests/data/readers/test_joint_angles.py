@@ -38,7 +38,7 @@ def test_joint_angles_and_poses_are_the_same_episodes(
 
 
 def test_joints_may_be_named_in_the_layout(tmp_path: Path) -> None:
-    joints, _ = write_joint_and_pose_datasets(tmp_path, 1)
+    joints, _ = write_joint_and_pose_datasets(tmp_path, num_episodes=1)
     write_layout(joints)
     (expected,) = read_episodes(joints)
 
@@ -73,14 +73,14 @@ def test_joints_may_be_named_in_the_layout(tmp_path: Path) -> None:
 def test_a_mistake_in_the_layout_is_named(
     tmp_path: Path, changes: dict[str, Any], message: str
 ) -> None:
-    joints, _ = write_joint_and_pose_datasets(tmp_path, 1)
+    joints, _ = write_joint_and_pose_datasets(tmp_path, num_episodes=1)
     write_layout(joints, **changes)
 
     refuses(message, lambda: list(read_episodes(joints)))
 
 
 def test_radians_are_not_taken_for_degrees(tmp_path: Path) -> None:
-    joints, _ = write_joint_and_pose_datasets(tmp_path, 1, radians_per_unit=1.0)
+    joints, _ = write_joint_and_pose_datasets(tmp_path, num_episodes=1, radians_per_unit=1.0)
     write_layout(joints)
 
     refuses("hardly degrees", lambda: list(read_episodes(joints)))
@@ -88,16 +88,16 @@ def test_radians_are_not_taken_for_degrees(tmp_path: Path) -> None:
 
 def test_percent_of_a_joints_range_are_refused(tmp_path: Path) -> None:
     """LeRobot cuts these numbers off at -100 and 100, the ends of a joint's range."""
-    joints, _ = write_joint_and_pose_datasets(tmp_path, 1)
+    joints, _ = write_joint_and_pose_datasets(tmp_path, num_episodes=1)
     write_layout(joints)
-    numbers = np.tile([12.0, -100.0, 97.0, 40.0, 0.0, 50.0], (24, 1))
+    numbers = np.tile([12.0, -100.0, 97.0, 40.0, 0.0, 50.0], (24, 1))  # the same at all 24 steps
     write_numbers(joints, numbers, numbers, MOTORS)
 
     refuses("-100 … 100 of each joint's range", lambda: list(read_episodes(joints)))
 
 
 def test_prepared_episodes_depend_on_the_content_of_the_urdf(tmp_path: Path) -> None:
-    joints, _ = write_joint_and_pose_datasets(tmp_path, 1)
+    joints, _ = write_joint_and_pose_datasets(tmp_path, num_episodes=1)
     write_layout(joints)
     hash_before = hash_layout(open_dataset(joints).load_layout())  # type: ignore[union-attr]
 

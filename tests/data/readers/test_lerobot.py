@@ -296,8 +296,8 @@ def test_the_layout_of_our_own_export_is_proposed_exactly(
     For other datasets it proposes what explains the motions best. Injected disturbances, which
     `action_mask` masks, would mislead it.
     """
-    views = make_episode(0).images["external"]
-    episode = make_episode(0, images=dict.fromkeys(cameras, views))
+    pictures = make_episode(0).images["external"]
+    episode = make_episode(0, images=dict.fromkeys(cameras, pictures))
     write_lerobot([episode], tmp_path / "set", images)
 
     proposal = propose_layout(tmp_path / "set")
@@ -607,7 +607,7 @@ def test_a_video_that_the_layout_does_not_name_may_be_absent(video_copy: Path) -
 def test_a_null_length_in_version_2_costs_one_episode(version_2_copy: Path) -> None:
     episodes_file = version_2_copy / "meta/episodes.jsonl"
     lines = episodes_file.read_text().splitlines()
-    lines[3] = lines[3].replace('"length": 10', '"length": null')
+    lines[3] = lines[3].replace('"length": 10', '"length": null')  # of episode 3
     episodes_file.write_text("\n".join(lines))
 
     episodes, reasons = read_good(version_2_copy)
@@ -616,7 +616,7 @@ def test_a_null_length_in_version_2_costs_one_episode(version_2_copy: Path) -> N
     assert "set#3 has no length" in reasons[0]
 
 
-def video_file(folder: Path) -> Path:
+def get_video_file(folder: Path) -> Path:
     return folder / "videos/observation.images.image_0/chunk-000/file-000.mp4"
 
 
@@ -630,7 +630,7 @@ def decode_frames(file: Path) -> Iterator[np.ndarray]:
 @pytest.fixture
 def short_video_copy(video_copy: Path) -> Path:
     """A dataset whose video has only 75 of its 80 frames."""
-    file = video_file(video_copy)
+    file = get_video_file(video_copy)
     images = list(decode_frames(file))[:75]
     with av.open(str(file), "w", format="mp4") as container:
         stream: Any = container.add_stream("libx264", rate=5)
@@ -649,7 +649,8 @@ def test_a_video_with_too_few_frames_is_named(short_video_copy: Path) -> None:
 
     assert len(episodes) == NUM_EPISODES - 1
     assert "set#7 has 5 frames" in reasons[0]
-    assert f"the video {video_file(short_video_copy)} ends" in describe_dataset(short_video_copy)
+    video_file = get_video_file(short_video_copy)
+    assert f"the video {video_file} ends" in describe_dataset(short_video_copy)
 
 
 def test_a_good_dataset_is_inspected_without_complaints(lerobot: Path) -> None:

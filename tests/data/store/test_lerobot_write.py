@@ -42,7 +42,7 @@ EPISODES_FILE = "meta/episodes/chunk-000/file-000.parquet"
 TASKS_FILE = "meta/tasks.parquet"
 
 
-def our_name(name: str) -> str:
+def to_our_name(name: str) -> str:
     """Replace, in the name of a file or column, their name of the camera by ours."""
     return name.replace("image_0", "external")
 
@@ -63,7 +63,7 @@ def layout_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def written(
+def our_folders(
     shared: Path, layout_file: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str, Path]:
     """Our copies of their dataset: "image" or "video" -> folder."""
@@ -90,9 +90,9 @@ def their_folder(shared: Path, kind: str) -> Path:
 
 
 @pytest.fixture
-def our_folder(written: dict[str, Path], kind: str) -> Path:
+def our_folder(our_folders: dict[str, Path], kind: str) -> Path:
     """The copy that our writer wrote."""
-    return written[kind]
+    return our_folders[kind]
 
 
 def read_json_file(path: Path) -> dict[str, Any]:
@@ -102,7 +102,7 @@ def read_json_file(path: Path) -> dict[str, Any]:
 def list_files(folder: Path) -> list[str]:
     """List all files below a folder, under our name of the camera."""
     paths = [path for path in folder.rglob("*") if path.is_file()]
-    return sorted(our_name(str(path.relative_to(folder))) for path in paths)
+    return sorted(to_our_name(str(path.relative_to(folder))) for path in paths)
 
 
 def test_our_files_are_those_of_the_library_and_the_layout(
@@ -126,9 +126,9 @@ def test_info_describes_features_in_the_same_way(their_folder: Path, our_folder:
     our_features = read_json_file(our_folder / "meta/info.json")["features"]
 
     common_names = [name for name in our_features if name not in OWN_COLUMNS]
-    assert common_names == [our_name(name) for name in their_features]
+    assert common_names == [to_our_name(name) for name in their_features]
     for name, feature in their_features.items():
-        our_feature = our_features[our_name(name)]
+        our_feature = our_features[to_our_name(name)]
         if name in OTHER_ROTATIONS:
             assert list(our_feature) == list(feature)
         else:
@@ -140,7 +140,7 @@ def test_parquet_schemas_are_those_of_lerobot(
     their_folder: Path, our_folder: Path, file: str
 ) -> None:
     their_types = {
-        our_name(field.name): field.type for field in pq.read_schema(their_folder / file)
+        to_our_name(field.name): field.type for field in pq.read_schema(their_folder / file)
     }
     our_types = {field.name: field.type for field in pq.read_schema(our_folder / file)}
 
@@ -167,9 +167,9 @@ def test_statistics_are_those_of_lerobot(their_folder: Path, our_folder: Path) -
     their_stats = read_json_file(their_folder / "meta/stats.json")
     our_stats = read_json_file(our_folder / "meta/stats.json")
 
-    assert set(our_stats) - set(OWN_COLUMNS) == {our_name(name) for name in their_stats}
+    assert set(our_stats) - set(OWN_COLUMNS) == {to_our_name(name) for name in their_stats}
     for name, their_feature_stats in their_stats.items():
-        our_feature_stats = our_stats[our_name(name)]
+        our_feature_stats = our_stats[to_our_name(name)]
         assert list(our_feature_stats) == list(their_feature_stats)
         if name in OTHER_ROTATIONS:
             continue
@@ -193,12 +193,14 @@ def test_the_rows_of_episodes_are_those_of_lerobot(their_folder: Path, our_folde
     for their_row, our_row in zip(their_rows, our_rows, strict=True):
         for name, value in their_row.items():
             if not name.startswith("stats/"):
-                assert our_row[our_name(name)] == value, name
+                assert our_row[to_our_name(name)] == value, name
 
 
-def test_the_datasets_library_opens_the_rows(written: dict[str, Path], tmp_path: Path) -> None:
+def test_the_datasets_library_opens_the_rows(our_folders: dict[str, Path], tmp_path: Path) -> None:
     """The 8 episodes have 10 steps each, so row 10 is the first of episode 1."""
-    rows = datasets.Dataset.from_parquet(str(written["image"] / DATA_FILE), cache_dir=str(tmp_path))
+    rows = datasets.Dataset.from_parquet(
+        str(our_folders["image"] / DATA_FILE), cache_dir=str(tmp_path)
+    )
 
     assert isinstance(rows.features["observation.images.external"], datasets.Image)
     assert len(rows) == 80

@@ -442,7 +442,9 @@ def _wrong_value_error(error: ValidationError, fields: Mapping[str, Any], path: 
     """The error for the first wrong value. For a misspelled choice, it names the known choices."""
     details = error.errors()
     key = str(details[0]["loc"][0])  # "loc" is the path to the wrong value
-    choices = [e["ctx"]["expected"] for e in details if e["type"] == "literal_error"]
+    choices = [
+        problem["ctx"]["expected"] for problem in details if problem["type"] == "literal_error"
+    ]
     if choices and isinstance(fields[key], str):
         # pydantic lists the choices of a `Literal` as text: "'m', 'cm' or 'mm'".
         known_values = re.findall(r"'(\w+)'", " ".join(choices))

@@ -185,7 +185,7 @@ class _Writer:
             for camera in self.image_sizes:
                 row |= self._write_video(camera, episode)
         row |= self._make_stats_columns(columns, samples)
-        row |= file_indices("meta/episodes", self.meta_file_number)
+        row |= make_file_index_columns("meta/episodes", self.meta_file_number)
         self.episode_rows.append(row)
 
         # Update statistics and counts of the whole dataset.
@@ -250,7 +250,7 @@ class _Writer:
             # A new `RowStats` of this episode alone: `self.row_stats` are those of all episodes.
             stats[name] = RowStats().add(rows).total()
         for camera in self.image_sizes:
-            stats[feature_name(camera)] = samples[camera].stats()
+            stats[get_feature_name(camera)] = samples[camera].stats()
 
         stats_columns: dict[str, Any] = {}
         for name in self.features:
@@ -261,7 +261,7 @@ class _Writer:
     @property
     def _data_path(self) -> Path:
         """The current file of steps."""
-        return self.folder / file_path(DATA_PATH, self.data_file_number)
+        return self.folder / make_file_path(DATA_PATH, self.data_file_number)
 
     def _write_rows(self, columns: Mapping[str, Any], episode: Episode) -> dict[str, int]:
         """Append the steps of an episode to the current file of steps.
@@ -280,9 +280,9 @@ class _Writer:
         rows: dict[str, list[Any]] = {name: list(values) for name, values in columns.items()}
         if self.image_type == "image":
             for camera, images in episode.images.items():
-                rows[feature_name(camera)] = _make_image_cells(images)
+                rows[get_feature_name(camera)] = _make_image_cells(images)
         self._data.write_table(pa.Table.from_pydict(rows, schema=self.schema))
-        return file_indices("data", self.data_file_number)
+        return make_file_index_columns("data", self.data_file_number)
 
     def _write_video(self, camera: str, episode: Episode) -> dict[str, Any]:
         """Append the images of an episode to the current video of a camera.
@@ -298,9 +298,9 @@ class _Writer:
             check_size(image.shape[:2], self.image_sizes[camera], description)
             video.write(image)
 
-        prefix = f"videos/{feature_name(camera)}"
+        prefix = f"videos/{get_feature_name(camera)}"
         return {
-            **file_indices(prefix, self.video_file_numbers[camera]),
+            **make_file_index_columns(prefix, self.video_file_numbers[camera]),
             f"{prefix}/from_timestamp": first_frame / self.rate_hz,
             f"{prefix}/to_timestamp": (first_frame + len(episode)) / self.rate_hz,
         }
@@ -314,7 +314,9 @@ class _Writer:
             video = None
         if video is None:
             number = self.video_file_numbers[camera]
-            path = self.folder / file_path(VIDEO_PATH, number, video_key=feature_name(camera))
+            path = self.folder / make_file_path(
+                VIDEO_PATH, number, video_key=get_feature_name(camera)
+            )
             height, width = self.image_sizes[camera]
             video = VideoWriter(path, height, width, self.rate_hz)
             self._videos[camera] = video
@@ -330,7 +332,7 @@ class _Writer:
 
     def _write_episode_rows(self) -> None:
         """Write the collected rows to the next file of `meta/episodes`."""
-        path = self.folder / file_path(EPISODES_PATH, self.meta_file_number)
+        path = self.folder / make_file_path(EPISODES_PATH, self.meta_file_number)
         path.parent.mkdir(parents=True, exist_ok=True)
         pq.write_table(pa.Table.from_pylist(self.episode_rows), path)
         self.episode_rows = []
@@ -360,7 +362,7 @@ class _Writer:
         """Make the content of stats.json, with features in the order of the dataset's columns."""
         stats = {name: row_stats.total() for name, row_stats in self.row_stats.items()}
         for camera, sample in self.image_samples.items():
-            stats[feature_name(camera)] = sample.stats()
+            stats[get_feature_name(camera)] = sample.stats()
 
         content: dict[str, Any] = {}
         for name in self.features:
@@ -379,7 +381,7 @@ class _Writer:
             "chunks_size": FILES_PER_CHUNK,
             "data_files_size_in_mb": MAX_DATA_FILE_MIB,
             "video_files_size_in_mb": MAX_VIDEO_FILE_MIB,
-            "fps": int_if_whole(self.rate_hz),
+            "fps": to_int_if_whole(self.rate_hz),
             "splits": {"train": f"0:{self.num_episodes}"},
             "data_path": DATA_PATH,
             "video_path": VIDEO_PATH if self.image_type == "video" else None,
@@ -450,11 +452,11 @@ def make_features(
                 "video.codec": "av1",
                 "video.pix_fmt": "yuv420p",
                 "video.is_depth_map": False,
-                "video.fps": int_if_whole(rate_hz),
+                "video.fps": to_int_if_whole(rate_hz),
                 "video.channels": 3,
                 "has_audio": False,
             }
-        features[feature_name(camera)] = feature
+        features[get_feature_name(camera)] = feature
 
     features["observation.state"] = {"dtype": "float32", "shape": [8], "names": STATE_NAMES}
     features["action"] = {"dtype": "float32", "shape": [8], "names": ACTION_NAMES}
@@ -521,19 +523,19 @@ def write_tasks(path: Path, tasks: list[str]) -> None:
     pq.write_table(table.replace_schema_metadata({"pandas": json.dumps(note)}), path)
 
 
-def feature_name(camera: str) -> str:
+def get_feature_name(camera: str) -> str:
     """The name of the feature that has a camera's images."""
     return f"observation.images.{camera}"
 
 
-def file_path(template: str, number: int, **names: str) -> str:
+def make_file_path(template: str, number: int, **names: str) -> str:
     """Fill the path template of one kind of files for file `number`; `names` fill other fields."""
     return template.format(
         chunk_index=number // FILES_PER_CHUNK, file_index=number % FILES_PER_CHUNK, **names
     )
 
 
-def file_indices(prefix: str, number: int) -> dict[str, int]:
+def make_file_index_columns(prefix: str, number: int) -> dict[str, int]:
     """Make the columns of a row of `meta/episodes` that say in which file data of the episode are.
 
     Args:
@@ -546,6 +548,6 @@ def file_indices(prefix: str, number: int) -> dict[str, int]:
     }
 
 
-def int_if_whole(rate_hz: float) -> int | float:
+def to_int_if_whole(rate_hz: float) -> int | float:
     """Convert a rate as LeRobot writes it: to an integer if it is a whole number."""
     return int(rate_hz) if rate_hz == int(rate_hz) else rate_hz

@@ -19,7 +19,7 @@ from spear.types import Array, Episode
 from spear.util.images import decode_image
 
 QUANTILES = {"q01": 0.01, "q10": 0.1, "q50": 0.5, "q90": 0.9, "q99": 0.99}
-QUANTILE_TOLERANCE = 1e-12  # more than the rounding error of the summed shares of an image's pixels
+QUANTILE_TOLERANCE = 1e-12  # more than the rounding error of the summed fractions of the pixels
 MAX_SAMPLED_IMAGES = 100  # per episode and camera; LeRobot samples about as many
 SKETCH_CAPACITY = 16384  # values in a buffer of `QuantileSketch`
 
@@ -80,9 +80,9 @@ class ImageSample:
     def stats(self) -> Stats:
         """Compute the statistics of each channel, [3, 1, 1], and "count", the number of images."""
         value = np.arange(256) / 255  # [256] the pixel value 0 … 1 of each level
-        share = self.histogram / self.histogram.sum(1, keepdims=True)  # [3, 256] of the pixels
-        mean = share @ value  # [3]
-        variance = share @ value**2 - mean**2  # [3]
+        fraction = self.histogram / self.histogram.sum(1, keepdims=True)  # [3, 256] of the pixels
+        mean = fraction @ value  # [3]
+        variance = fraction @ value**2 - mean**2  # [3]
         has_pixels = self.histogram > 0  # [3, 256]
         first_level = has_pixels.argmax(1)  # [3]
         last_level = 255 - has_pixels[:, ::-1].argmax(1)  # [3]
@@ -97,10 +97,10 @@ class ImageSample:
             "count": num_images,
         }
 
-        # A quantile is the first level up to which at least this share of the pixels lies.
-        cumulative_share = np.cumsum(share, axis=1)  # [3, 256]
+        # A quantile is the first level up to which at least this fraction of the pixels lies.
+        cumulative_fraction = np.cumsum(fraction, axis=1)  # [3, 256]
         for name, quantile in QUANTILES.items():
-            is_below = cumulative_share < quantile - QUANTILE_TOLERANCE  # [3, 256]
+            is_below = cumulative_fraction < quantile - QUANTILE_TOLERANCE  # [3, 256]
             quantile_level = is_below.sum(1)  # [3]; the levels below come first
             stats[name] = value[np.minimum(quantile_level, 255)]
 
