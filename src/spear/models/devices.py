@@ -64,17 +64,19 @@ def choose_device(name: str = "auto") -> torch.device:
     kind, colon, number = name.partition(":")
     if name == "auto":
         kind = "cuda" if num_gpus else "cpu"
-    if kind == "cpu" and not colon:
+    has_number = colon != ""
+    if kind == "cpu" and not has_number:
         return torch.device("cpu")
-    if kind != "cuda" or (colon and not number.isdecimal()):
+    has_wrong_number = has_number and not number.isdecimal()
+    if kind != "cuda" or has_wrong_number:
         raise unknown_name_error("device", name, ("auto", "cpu", "cuda", "cuda:0"))
-    if colon and has_several_processes:
+    if has_number and has_several_processes:
         raise SpearError(
             f"device {name} is one GPU, which several processes cannot share. Use cuda, and "
             "each process takes its own."
         )
 
-    if colon:
+    if has_number:
         index = int(number)
     elif has_several_processes:
         index = int(os.environ.get("LOCAL_RANK", "0"))

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -376,7 +377,7 @@ class Processor:
     def _pad(self, sequences: Sequence[Sequence[int]], multiple: int) -> dict[str, Tensor]:
         """Pad sequences on the right to the length of the longest, rounded up to a multiple."""
         longest = max(map(len, sequences), default=0)
-        length = -(-longest // multiple) * multiple
+        length = math.ceil(longest / multiple) * multiple
         sequence_lengths = [len(sequence) for sequence in sequences]
         lengths = torch.tensor(sequence_lengths, device="cpu")
         is_token = torch.arange(length, device="cpu") < lengths[:, None]  # [N, length]
@@ -400,7 +401,7 @@ class Processor:
     def make_free_text_grammar(self, num_numbers: int) -> FreeTextGrammar:
         """The grammar of answers in free words, with `num_numbers` numbers between the words."""
         # Words are the ids before the location tokens, except special tokens: the ranges between
-        # each special token and the next.
+        # each special token and the next. -1 stands before the first id.
         text_ids = range(self.location_start)
         special_ids = sorted(i for i in self.tokenizer.all_special_ids if i in text_ids)
         word_ranges = []
@@ -417,12 +418,13 @@ class Processor:
         without a second one after it stays text.
         """
         location_ids = range(self.location_start, self.location_start + NUM_LOCATIONS)
-        answer_ids = itertools.takewhile(lambda i: i != self.tokenizer.eos_token_id, map(int, ids))
 
         # First replace the tokens of numbers by floats, and those of pixels by `Pixel`s. The tokens
         # of text stay int.
         items: list[int | float | Pixel] = []
-        for token in answer_ids:
+        for token in map(int, ids):
+            if token == self.tokenizer.eos_token_id:
+                break
             previous_item = items[-1] if items else None
             if token in self.coordinate_ids:
                 bin_index = token - self.coordinate_ids.start

@@ -245,13 +245,14 @@ class Sampler:
 
         self.dtype = time_mlp_in.weight.dtype
         self.width = action_in.out_features
-        # The names of the docstring: W₁ₐ and W₁ₜ, W and b.
+        # The two halves of W₁ in the docstring, W₁ₐ and W₁ₜ, then W and b.
         action_half, time_half = time_mlp_in.weight.detach().float().split(self.width, dim=1)
         action_in_weight = action_in.weight.detach().float()
         action_in_bias = action_in.bias.detach().float()
-        self._action_weight = (action_half @ action_in_weight).to(self.expert.dtype)
-        self._time_weight = time_half
-        self._bias = action_half @ action_in_bias + time_mlp_in.bias.detach().float()
+        self._action_weight = (action_half @ action_in_weight).to(self.expert.dtype)  # W₁ₐ W
+        self._time_weight = time_half  # W₁ₜ
+        time_mlp_in_bias = time_mlp_in.bias.detach().float()  # b₁
+        self._bias = action_half @ action_in_bias + time_mlp_in_bias  # W₁ₐ b + b₁
         # The layers of a small float32 network multiply plain weights. This layer does so, too.
         is_packed = packed and not is_small_float32
         self._mlp_out = FusedLinear(model.action_time_mlp_out, packed=is_packed)

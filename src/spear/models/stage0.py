@@ -82,10 +82,10 @@ class MogeForDepth(PreTrainedModel):
         depth_or_one = torch.where(
             known_mask > 0, depth[:, None].float(), torch.ones_like(known_mask)
         )
-        size = log_depth.shape[1:]
-        known_fraction = nn.functional.adaptive_avg_pool2d(known_mask, size)[:, 0]
+        grid_size = log_depth.shape[1:]  # rows · cells, columns · cells
+        known_fraction = nn.functional.adaptive_avg_pool2d(known_mask, grid_size)[:, 0]
         known_log_depth = depth_or_one.log() * known_mask
-        mean_log_depth = nn.functional.adaptive_avg_pool2d(known_log_depth, size)[:, 0]
+        mean_log_depth = nn.functional.adaptive_avg_pool2d(known_log_depth, grid_size)[:, 0]
         target = mean_log_depth / known_fraction.clamp_min(1e-6)
 
         # The losses, over cells with a target.

@@ -183,7 +183,7 @@ class _WithStem:
         num_tokens, width = positions.shape[-2:]
         waves = make_initial_positions(math.isqrt(num_tokens), width)
         num_class_tokens = num_tokens - len(waves)
-        waves = nn.functional.pad(waves, (0, 0, num_class_tokens, 0))
+        waves = nn.functional.pad(waves, (0, 0, num_class_tokens, 0))  # zeros for the class token
         init.copy_(positions, waves.expand_as(positions))
 
 

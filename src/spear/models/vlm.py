@@ -5,6 +5,7 @@ texts. Several texts may belong to one observation. T is the number of visual to
 observation, L the number of tokens per text, and S = T + L.
 """
 
+import math
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -347,7 +348,7 @@ class SpearVLMForConditionalGeneration(PreTrainedModel):
 
         hidden = torch.cat(hidden_per_group)  # [learned tokens, D]
         targets = torch.cat(targets_per_group)  # [learned tokens]
-        # Pad to the next multiple. The padding has no label, so it does not count.
+        # Append rows up to the next multiple. These rows have no label, so they do not count.
         num_padding = -len(targets) % PAD_NUM_TARGETS_TO_MULTIPLE
         hidden = F.pad(hidden, (0, 0, 0, num_padding))
         targets = F.pad(targets, (0, num_padding), value=IGNORE_LABEL)
@@ -444,7 +445,7 @@ def _group_by_length(attention_mask: Tensor, num_groups: int) -> Iterator[tuple[
     num_groups = min(num_groups, len(lengths))
     for rows in lengths.argsort(stable=True).tensor_split(num_groups):
         max_length = int(lengths[rows[-1]])
-        rounded_up = -(-max_length // PAD_LENGTH_TO_MULTIPLE) * PAD_LENGTH_TO_MULTIPLE
+        rounded_up = math.ceil(max_length / PAD_LENGTH_TO_MULTIPLE) * PAD_LENGTH_TO_MULTIPLE
         yield rows, min(rounded_up, attention_mask.shape[1])
 
 

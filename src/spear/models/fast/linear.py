@@ -92,8 +92,8 @@ def _should_use_onednn(x: Tensor, weight: Tensor) -> bool:
     # For plain weights PyTorch's default may be as fast: by MKL in float32, and in any precision
     # for a single row.
     is_one_row = x.numel() == x.shape[-1]
-    is_for_mkl = _IS_MKL_FAST and x.dtype == torch.float32
-    return not is_one_row and not is_for_mkl
+    is_fast_by_mkl = _IS_MKL_FAST and x.dtype == torch.float32
+    return not is_one_row and not is_fast_by_mkl
 
 
 class FastLinear(nn.Linear):
@@ -280,7 +280,9 @@ def _get_side_streams(device: torch.device, count: int) -> list[torch.cuda.Strea
 # --- Results that are computed from weights ---
 
 ModuleSlots = list[tuple[dict[str, Any], str]]
-"""The modules that have weights, each as (its parent's dict of child modules, its name there)."""
+"""The modules that have weights, each as (its parent's dict of child modules, its name there).
+
+A slot also finds a module that has replaced the first one under the same name."""
 
 
 @dataclass(frozen=True)
@@ -335,7 +337,7 @@ def _find_module_slots(module: nn.Module) -> ModuleSlots:
 
 
 def _stamp_weights(slots: ModuleSlots) -> list[int]:
-    """Return numbers that change with a layer or weight: replaced, moved in memory or written to.
+    """Return numbers that change if a layer or weight is replaced, moved in memory or written to.
 
     Each inference computes this stamp, so it must be cheap. PyTorch's version of a weight increases
     when the weight is written to, but not if the write goes through `weight.data`. On a CPU, such a

@@ -240,7 +240,8 @@ def make_small_stack(model: GemmaModel | Gemma2Model) -> SmallLayerStack | None:
         return None
     layers: Any = model.layers
     for weight in layers.parameters():
-        if weight.dim() != 2:
+        is_matrix = weight.dim() == 2  # the weights of norms are vectors
+        if not is_matrix:
             continue
         if weight.device.type != "cpu" or isinstance(weight, FakeTensor):
             return None

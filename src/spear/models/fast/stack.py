@@ -339,7 +339,7 @@ class LayerStack:
             scores = torch.bmm(query * self.scale, transposed_keys)
             scores = self.softcap * (scores / self.softcap).tanh()
             return scores if bias is None else scores + bias
-        if self.scale == 1 and bias is None:
+        if self.scale == 1 and bias is None:  # of a `SmallLayerStack`
             return torch.bmm(query, transposed_keys)
         addend = query.new_zeros(1) if bias is None else bias
         return torch.baddbmm(addend, query, transposed_keys, alpha=self.scale)

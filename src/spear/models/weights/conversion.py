@@ -466,11 +466,12 @@ def _module_name(weight_name: str) -> str:
 
     It is two parts for the two Gemmas, so that their embeddings and layers are separate modules.
     """
-    inner_name = weight_name.removeprefix("vlm.")
-    prefix = weight_name[: len(weight_name) - len(inner_name)]
-    name_parts = inner_name.split("[")[0].split(".")
-    depth = 2 if name_parts[0] in ("language_model", "expert") else 1
-    return prefix + ".".join(name_parts[:depth])
+    prefix = "vlm." if weight_name.startswith("vlm.") else ""
+    inner_name = weight_name.removeprefix(prefix)
+    name_without_rows = inner_name.split("[")[0]  # "name" of the rows "name[:10]"
+    name_parts = name_without_rows.split(".")
+    num_parts = 2 if name_parts[0] in ("language_model", "expert") else 1
+    return prefix + ".".join(name_parts[:num_parts])
 
 
 def _join_numbers(first: str, last: str) -> str:
@@ -491,9 +492,10 @@ def _join_numbers(first: str, last: str) -> str:
 def _format_columns(rows: Sequence[tuple[str, ...]], right_aligned: tuple[int, ...]) -> str:
     """Return rows as lines with aligned columns."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    formats = []
-    for index, width in enumerate(widths):
-        alignment = ">" if index in right_aligned else "<"
-        formats.append(f"{alignment}{width}")
-    lines = ["  ".join(map(format, row, formats)).rstrip() for row in rows]
+    lines = []
+    for row in rows:
+        cells = []
+        for index, (text, width) in enumerate(zip(row, widths, strict=True)):
+            cells.append(text.rjust(width) if index in right_aligned else text.ljust(width))
+        lines.append("  ".join(cells).rstrip())
     return "\n".join(lines)

@@ -50,6 +50,7 @@ DIGEST_TAIL_BYTES = 4096
 """How many bytes at the end of each weight `hash_weights` reads. At the end of the embeddings are
 those of the 3D tokens."""
 
+# What the error of `read_json` advises if config.json is missing or broken.
 _NEEDS_WHOLE_CHECKPOINT = "give the folder of a whole checkpoint"
 
 
@@ -280,14 +281,16 @@ class StoredCheckpoint:
         digest = hashlib.sha256()
         for path in sorted({tensor.file for tensor in self.weights.values()}):
             with path.open("rb") as file:
-                # A file of safetensors begins with the length of its header, then the header.
+                # A file of safetensors has 8 bytes with the length of its header, then the header,
+                # then the data. The header has the place of each weight in the data.
                 header_bytes = int.from_bytes(file.read(8), "little")
                 header = json.loads(file.read(header_bytes))
+                data_begin = 8 + header_bytes
                 for key in sorted(header.keys() & self.weights.keys()):
                     digest.update(f"{key} {header[key]}".encode())
                     begin, end = header[key]["data_offsets"]
                     tail_begin = max(begin, end - DIGEST_TAIL_BYTES)
-                    file.seek(8 + header_bytes + tail_begin)
+                    file.seek(data_begin + tail_begin)
                     digest.update(file.read(end - tail_begin))
         return digest.hexdigest()
 

@@ -93,6 +93,7 @@ class WeightMapping:
         return our_names
 
     def _find_our_names(self, stored_name: str) -> list[str]:
+        """Return our names of one weight. An entry for its whole name goes before one with *."""
         for pattern in (stored_name, mask_numbers(stored_name)):
             if pattern in self.settled:
                 return [insert_numbers(self.settled[pattern], stored_name)]

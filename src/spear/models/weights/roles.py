@@ -167,11 +167,13 @@ def _match_stacks(
             expected_name: (shapes & expected).total() / (shapes | expected).total()
             for expected_name, expected in expected_stacks.items()
         }
-        best = max(fractions.values())
+        max_fraction = max(fractions.values())
         best_names = [
-            expected_name for expected_name, fraction in fractions.items() if fraction == best
+            expected_name
+            for expected_name, fraction in fractions.items()
+            if fraction == max_fraction
         ]
-        if best >= MIN_COMMON_SHAPES and len(best_names) == 1:
+        if max_fraction >= MIN_COMMON_SHAPES and len(best_names) == 1:
             matches[name] = best_names[0]
     return matches
 
