@@ -128,6 +128,9 @@ class _Tabletop:
         """Run one episode per seed, all at once (see `Simulator.run`).
 
         Tracks are recorded whether `filming` or not, because joint positions cost hardly any time.
+
+        Yields:
+            The outcome of an episode, how long it ran (s), and its track.
         """
         scenes = []
         for seed in seeds:

@@ -264,19 +264,19 @@ CORNERS = np.array([[x, y, 0.88] for x, y in X_Y_OF_CORNERS])  # [4, 3]
 POSITIONS = np.array(list(itertools.permutations(CORNERS, 2)))  # [12, 2, 3]
 UPRIGHT = [1.0, 0, 0, 0]
 TURNED_BY_90_DEG = [0.5**0.5, 0, 0, 0.5**0.5]
-TURNS = np.array([[UPRIGHT, UPRIGHT], [TURNED_BY_90_DEG, UPRIGHT]])  # [2, 2, 4]
+ORIENTATIONS = np.array([[UPRIGHT, UPRIGHT], [TURNED_BY_90_DEG, UPRIGHT]])  # [2, 2, 4]
 
 
 @pytest.fixture(scope="module")
 def starts() -> list[Start]:
     """300 starts off the grid, with the seeds 0 to 299."""
-    return [sample_off_grid_start(CARROT, seed, POSITIONS, TURNS) for seed in range(300)]
+    return [sample_off_grid_start(CARROT, seed, POSITIONS, ORIENTATIONS) for seed in range(300)]
 
 
 def smallest_turn(start: Start) -> float:
     """Return the angle from the nearest official orientation of the object to move, rad."""
-    official = Rotation.from_quat(TURNS[:, 0], scalar_first=True)
-    turn = official.inv() * Rotation.from_quat(start.turns[0], scalar_first=True)
+    official = Rotation.from_quat(ORIENTATIONS[:, 0], scalar_first=True)
+    turn = official.inv() * Rotation.from_quat(start.orientations[0], scalar_first=True)
     return float(turn.magnitude().min())
 
 
@@ -301,12 +301,12 @@ def test_starts_off_the_grid_keep_to_the_tasks_limits(starts: list[Start]) -> No
 def test_a_start_close_to_an_official_one_is_official(starts: list[Start]) -> None:
     for start in starts:
         close_positions = POSITIONS[3] + 0.5 * MIN_START_OFFSET_M  # along each axis
-        close = dataclasses.replace(start, positions=close_positions, turns=TURNS[1])
-        assert is_official(close, POSITIONS, TURNS)
+        close = dataclasses.replace(start, positions=close_positions, orientations=ORIENTATIONS[1])
+        assert is_official(close, POSITIONS, ORIENTATIONS)
 
 
 def test_a_start_follows_from_its_seed(starts: list[Start]) -> None:
-    resampled = sample_off_grid_start(CARROT, 7, POSITIONS, TURNS)
+    resampled = sample_off_grid_start(CARROT, 7, POSITIONS, ORIENTATIONS)
 
     np.testing.assert_array_equal(resampled.positions, starts[7].positions)
     assert len({start.positions.tobytes() for start in starts}) == 300
@@ -316,9 +316,9 @@ def test_objects_that_the_official_starts_do_not_move_stay() -> None:
     """Three objects: the first is on each corner in turn, the others always on corners 2 and 1."""
     fixed_positions = np.broadcast_to(CORNERS[[2, 1]], (4, 2, 3))
     positions = np.concatenate([CORNERS[:, None], fixed_positions], axis=1)  # [4, 3 objects, 3]
-    turns = TURNS[:, [0, 1, 1]]  # [2, 3 objects, 4]
+    orientations = ORIENTATIONS[:, [0, 1, 1]]  # [2, 3 objects, 4]
 
-    start = sample_off_grid_start(CARROT, 0, positions, turns)
+    start = sample_off_grid_start(CARROT, 0, positions, orientations)
 
     np.testing.assert_array_equal(start.positions[1:], CORNERS[[2, 1]])
 
@@ -326,7 +326,7 @@ def test_objects_that_the_official_starts_do_not_move_stay() -> None:
 def test_a_task_without_room_is_refused() -> None:
     crowded = dataclasses.replace(CARROT, min_distance_m=0.6)  # more than the table has
 
-    refuses("min_distance_m", sample_off_grid_start, crowded, 0, POSITIONS, TURNS)
+    refuses("min_distance_m", sample_off_grid_start, crowded, 0, POSITIONS, ORIENTATIONS)
 
 
 # ---- Recording.

@@ -447,7 +447,7 @@ class LeRobotFolder:
                     f"{column} of {source} names task {index}, which meta/tasks lacks. Add it "
                     "there, or name another column as instruction."
                 )
-            texts.append(self.tasks.get(index, "").encode())
+            texts.append(self.tasks.get(index, "").encode())  # negative indices are no tasks
         return texts
 
 

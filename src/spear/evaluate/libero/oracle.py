@@ -32,57 +32,65 @@ from spear.types import Array
 
 MAX_STEP_M = 0.04  # longest translation of an action
 MAX_TURN_RAD = 0.3  # largest rotation of an action
-MIN_NORM = 1e-9  # of a vector that is divided by its norm, m or rad
-HOVER_M = 0.07  # height above the grasp while the gripper is not above it
-CLEARANCE_M = 0.04  # between what moves across and what stands below
+MIN_NORM = 1e-9  # a vector is divided by its norm (m or rad), or by this if the norm is smaller
+
+# Moving across: first straight up, then level, then down.
+HOVER_M = 0.07  # height above the grasp at which the gripper moves across
+CLEARANCE_M = 0.04  # height of the lowest point that moves above the highest thing below it
 MAX_MISSING_HEIGHT_M = 0.02  # the gripper moves across only if it is at most this much too low
-PATH_WIDTH_M = 0.09  # things nearer to the path than this have to be cleared
-NUM_PATH_POINTS = 12  # at which a path is compared with what stands near
-FINGER_LENGTH_M = 0.04  # from the end-effector up to the palm, less a margin
-MIN_GRASP_HEIGHT_M = 0.012  # of the end-effector above the bottom of what it grasps
-MAX_LEVEL_SLOPE = 0.5  # vertical part of the unit vector of an axis that counts as level
-MAX_WIDER_M = 0.005  # a level side wider than the narrowest by less than this is as good to grasp
-RIM_DEPTH_M = 0.018  # how far below a bowl's rim its wall is gripped
-RELEASE_M = 0.008  # height above its place at which an object is released
-RELEASE_MARGIN_M = 0.006  # an object is released up to so far above this height
-RETREAT_M = 0.1  # by which the gripper rises in an action when nothing is left to do
-NUM_RIM_DIRECTIONS = 16  # from which a grasp of a bowl's rim is considered
-NUM_HAND_POINTS = 9  # along the hand, whose distances from obstacles are measured
-WALL_HALF_THICKNESS_M = 0.004  # of a bowl's wall
-OUTER_FINGER_M = 0.035  # from the middle between open fingers to the outer one
-RIM_CLEARANCE_M = 0.012  # things whose top is farther than this below the fingers do not matter
-PALM_HEIGHT_M = 0.045  # of the hand above the end-effector
+PATH_WIDTH_M = 0.09  # a thing must be cleared if its horizontal distance from the path is smaller
+NUM_PATH_POINTS = 12  # points of a path whose distances from things are measured
+RETREAT_M = 0.1  # an action lifts the gripper by this height when nothing is left to do
+
+# The gripper. The end-effector is the point between the fingertips.
+FINGER_LENGTH_M = 0.04  # height of the palm above the end-effector, less a margin
+PALM_HEIGHT_M = 0.045  # height of the palm above the end-effector
+OUTER_FINGER_OFFSET_M = 0.035  # from the middle between the open fingers to either finger
 HAND_REACH_M = 0.105  # from the middle of the hand to either end, along the closing direction
-HAND_HALF_WIDTH_M = 0.035  # of the hand, across the closing direction
-ENOUGH_ROOM_M = 0.03  # grasps of a rim with this much room are equally good
-MAX_ROOM_M = 1.0  # of a grasp without any obstacle near
-LEAN_RAD = 0.45
-"""By how much the hand leans away from what stands over a bowl."""
-MAX_UPRIGHT_RAD = 0.2  # a gripper that leans more does so on purpose
+HAND_HALF_WIDTH_M = 0.035  # half of the hand's width, across the closing direction
+NUM_HAND_POINTS = 9  # points along the hand whose distances from obstacles are measured
+
+# Grasps and releases
+MIN_GRASP_HEIGHT_M = 0.012  # height of the end-effector above the bottom of what it grasps
+MAX_LEVEL_SLOPE = 0.5  # an axis is level if the vertical part of its unit vector is at most this
+MAX_WIDER_M = 0.005  # a level side wider than the narrowest by less than this is as good to grasp
+RELEASE_M = 0.008  # height above its place at which an object is released
+RELEASE_MARGIN_M = 0.006  # an object is also released if it is higher than that by less than this
+
+# Grasps of a bowl's wall at its rim. The *room* of such a grasp is the horizontal distance of the
+# outer finger and of the hand from the nearest obstacle.
+RIM_DEPTH_M = 0.018  # from a bowl's rim down to where the fingers grip its wall
+WALL_HALF_THICKNESS_M = 0.004  # half of the thickness of a bowl's wall
+NUM_RIM_DIRECTIONS = 16  # directions, as seen from a bowl's middle, of the grasps that are compared
+RIM_CLEARANCE_M = 0.012  # an obstacle whose top is farther than this below the grasp is ignored
+ENOUGH_ROOM_M = 0.03  # grasps with at least this much room are equally good
+MAX_ROOM_M = 1.0  # the room of a grasp without any obstacle near
+LEAN_RAD = 0.45  # angle by which the hand leans away from a drawer over a bowl
+MAX_UPRIGHT_RAD = 0.2  # a gripper that leans by a larger angle does so on purpose
 
 # The gripper descends only if it is within this horizontal distance and this angle of the grasp.
 MAX_GRASP_OFFSET_M = 0.01
 MAX_GRASP_TURN_RAD = 0.1
 FAR_OFFSET_M = 0.03  # a gripper farther from its grasp has to clear what stands on its way
-DISTANCE_WEIGHT_RAD_PER_M = 3  # a grasp 1 m away counts as far as one with 3 rad to turn
+DISTANCE_WEIGHT_RAD_PER_M = 3  # to move by 1 m costs as much effort as to turn by 3 rad
 MAX_ARM_OFFSET_M = 0.008  # distance within which the arm has reached its target
 MAX_BLOCKED_HEIGHT_M = 0.02  # a gripper that stops below this height over its grasp is blocked
 MAX_PLACE_OFFSET_M = 0.012  # horizontal distance within which a carried object is lowered
 MAX_PLACED_OFFSET_M = 0.025  # horizontal distance within which a released object is in its place
 MAX_BLOCKED_PLACE_HEIGHT_M = 0.05  # an object that stops below this height rests on something
-CARRY_MARGIN_M = 0.05  # by which a carried object is at least higher than its place
+CARRY_MARGIN_M = 0.05  # least height of a carried object above its place
 HOLLOW_DEPTH_M = 0.01  # height above a plate's origin at which an object lies in the plate
 MAX_PLACED_HEIGHT_M = 0.03  # an object higher above its place is still held, or lies on another
-PUSH_HEIGHT_M = 0.008  # of the end-effector above a pushed plate's origin
-PUSH_HEIGHT_MARGIN_M = 0.012  # a gripper that is higher than this above it is not in the plate
-MAX_PUSH_START_OFFSET_M = 0.015  # from a plate's middle, within which the gripper goes down to push
+PUSH_HEIGHT_M = 0.008  # height of the end-effector above the origin of a plate that it pushes
+PUSH_HEIGHT_MARGIN_M = 0.012  # a gripper higher than that by more than this is not in the plate
+MAX_PUSH_START_OFFSET_M = 0.015  # the gripper goes down to push within this offset from the middle
 INSIDE_PLATE_M = 0.07  # fingers that are farther from a plate's middle are not inside its rim
 MAX_PUSH_STEP_M = 0.02  # how far one action pushes an object
-KNOB_LEVER_M = 0.034  # from a knob's axis to where it is pushed
-KNOB_ROOM_M = 0.04  # beside the knob's handle, before and after a push
-KNOB_HEIGHT_M = 0.047  # of the end-effector above the stove's origin
-KNOB_HEIGHT_MARGIN_M = 0.015  # a gripper that is higher than this above it is not at the knob
-KNOB_TILT_RAD = 0.5  # near the base the arm cannot point straight down
+KNOB_LEVER_M = 0.034  # from a knob's axis to where the handle is pushed
+KNOB_PUSH_OFFSET_M = 0.04  # from the handle, sideways, to where a push begins and to where it ends
+KNOB_HEIGHT_M = 0.047  # height of the end-effector above the stove's origin
+KNOB_HEIGHT_MARGIN_M = 0.015  # a gripper higher than that by more than this is not at the knob
+KNOB_TILT_RAD = 0.5  # tilt of the gripper: near the base the arm cannot point straight down
 MAX_KNOB_OFFSET_M = 0.02  # the gripper goes down beside the knob from at most this far aside
 ON_ANGLE_RAD = 0.55  # a stove is on if its knob is turned farther
 OPEN_DRAWER_M = 0.145  # a drawer counts as open if it is pulled out farther
@@ -91,29 +99,29 @@ FILLED_DRAWER_M = 0.14
 """By how much a drawer is opened to put something in. A drawer that is open farther hides more of
 what stands on the table."""
 MIN_COVER_M = 0.05  # a drawer that is open by less hides nothing
-COVER_MARGIN_M = 0.01  # between a lifted object and the drawer above it
+COVER_MARGIN_M = 0.01  # distance between a lifted object and the drawer above it
 OPEN_GRIPPER = 0.5  # a gripper that is open farther has let go of a handle
 MAX_SIDEWAYS_RAD = 0.8  # a gripper turned farther from pointing down is at a handle
-DRAWER_HALF_HEIGHT_M = 0.035
+DRAWER_HALF_HEIGHT_M = 0.035  # half of the height of a drawer
 DRAWER_WALL_M = 0.015  # thickness of a drawer's walls, and room for a finger
 HANDLE_DEPTH_M = 0.035  # how far handles stand out of a cabinet
 HANDLE_DISTANCE_M = 0.113  # from the middle of a drawer to its handle
 HANDLE_HEIGHT_M = -0.004  # from the middle of a drawer up to that of its handle
-MAX_HANDLE_OFFSET_M = 0.012  # along and across a drawer's way, of a gripper that is at its handle
-MAX_HANDLE_TURN_RAD = 0.12  # of a gripper that goes to a handle, from facing it
+MAX_HANDLE_OFFSET_M = 0.012  # a gripper is at a handle within this offset along and across
+MAX_HANDLE_TURN_RAD = 0.12  # a gripper faces a handle within this angle
 MAX_PULL_OFFSET_M = 0.03  # a closed gripper farther from the handle than this has lost it
 NEAR_HANDLE_M = 0.1  # a gripper that is less far aside of a handle could meet the handle
-DRAWER_STEP_M = 0.03  # by which one action moves the commanded pose away from the cabinet
-FRONT_M = 0.09  # in front of a handle, before the gripper goes to it
-MIN_FRONT_M = FRONT_M - 0.02  # in front of a handle; a gripper so far away may move aside
-MIN_LEFT_FRONT_M = FRONT_M - 0.01  # from a handle; a gripper so far away has left the handle
+DRAWER_STEP_M = 0.03  # an action moves the commanded pose away from the cabinet by this much
+FRONT_M = 0.09  # distance in front of a handle from which the gripper goes to it
+MIN_FRONT_M = FRONT_M - 0.02  # a gripper this far in front of a handle may move aside
+MIN_LEFT_FRONT_M = FRONT_M - 0.01  # a gripper this far from a handle has left it
 STILL_SPEED_M_S = 0.01  # a slower gripper has stopped
 STILL_FINGER_SPEED_M_S = 0.01  # slower fingers have stopped
 
 SLOPE_COSINES = (0.2, 0.8)
 """Range of the cosine between the vertical and the z axis of a slanted region. Those of other
 regions are level or upright, because a region may be turned by quarter turns."""
-SLOPE_DISTANCE_M = 0.045  # up the slope of a rack, from its lower end to where a bottle is put
+SLOPE_DISTANCE_M = 0.045  # from the lower end of a rack up its slope to where a bottle is put
 
 VERTICAL = torch.tensor([0.0, 0.0, 1.0], dtype=torch.float64)
 
@@ -358,7 +366,7 @@ def _find_leaning_grasp(grasps: Sequence[Grasp], center: Array, moment: LiberoMo
         outward = (point - center) / np.linalg.norm(point - center)
         across = np.array([-outward[1], outward[0]])
         middle = point + PALM_HEIGHT_M * math.sin(LEAN_RAD) * outward
-        reaches = HAND_REACH_M * math.cos(LEAN_RAD) * np.linspace(-1, 1, 9)
+        reaches = HAND_REACH_M * math.cos(LEAN_RAD) * np.linspace(-1, 1, NUM_HAND_POINTS)
         hand_line = middle + reaches[:, None] * outward
         edge = HAND_HALF_WIDTH_M * across
         hand_points = np.concatenate([hand_line - edge, hand_line + edge])
@@ -381,7 +389,7 @@ def _measure_room(grasp: Grasp, center: Array, obstacles: Sequence[Outline]) -> 
     """
     point = grasp.position[:2]
     outward = (point - center) / np.linalg.norm(point - center)
-    outer_finger = point + OUTER_FINGER_M * outward
+    outer_finger = point + OUTER_FINGER_OFFSET_M * outward
     reaches = np.linspace(-HAND_REACH_M, HAND_REACH_M, NUM_HAND_POINTS)
     hand_points = point + reaches[:, None] * outward
     room = MAX_ROOM_M
@@ -521,14 +529,14 @@ def _turn_on(name: str, moment: LiberoMoment) -> Array:
     along_handle = np.array([math.cos(angle), math.sin(angle)])
     # A push in this direction turns the knob to a larger angle.
     push_direction = np.array([-along_handle[1], along_handle[0]])
-    start = knob + KNOB_LEVER_M * along_handle - KNOB_ROOM_M * push_direction
+    start = knob + KNOB_LEVER_M * along_handle - KNOB_PUSH_OFFSET_M * push_direction
     low = box.pose[2] + KNOB_HEIGHT_M
     facing = quat_exp(torch.tensor([0.0, KNOB_TILT_RAD, 0.0], dtype=torch.float64)).numpy()
     if moment.pose[2] > low + KNOB_HEIGHT_MARGIN_M:
         offset = float(np.linalg.norm(moment.pose[:2] - start))
         height = low if offset < MAX_KNOB_OFFSET_M else low + HOVER_M
         return _move_posed(moment, np.array([*start, height]), facing, is_open=False)
-    goal = knob + KNOB_LEVER_M * along_handle + KNOB_ROOM_M * push_direction
+    goal = knob + KNOB_LEVER_M * along_handle + KNOB_PUSH_OFFSET_M * push_direction
     return _move_posed(moment, np.array([*goal, low]), facing, is_open=False)
 
 

@@ -54,7 +54,7 @@ LIGHT_TINT = 0.05  # largest change of a single color channel
 
 
 def render_labeled_frame(
-    env: Any, task: Task, official_positions: Array, official_turns: Array, seed: int
+    env: Any, task: Task, official_positions: Array, official_orientations: Array, seed: int
 ) -> Frame:
     """Render a scene that differs from the official starts, as the task's camera sees it.
 
@@ -63,14 +63,14 @@ def render_labeled_frame(
             `rebuild_scene`.
         task: The task.
         official_positions: [n, 2, 3], see `sample_off_grid_start`.
-        official_turns: [m, 2, 4] official orientations.
+        official_orientations: [m, 2, 4] official orientations.
         seed: The seed of the scene.
 
     Returns:
         The image [480, 640, 3], its depth [480, 640], and the ground truth.
     """
     rng = np.random.default_rng([seed, 3])  # 3: see `sample_off_grid_start`
-    start = sample_off_grid_start(task, seed, official_positions, official_turns)
+    start = sample_off_grid_start(task, seed, official_positions, official_orientations)
 
     # The order of these calls must stay, because it is the order in which `rng` draws numbers.
     clutter_names = _build_scene_with_clutter(env, start, rng)
@@ -109,9 +109,9 @@ def _build_scene_with_clutter(env: Any, start: Start, rng: np.random.Generator) 
     foreground_names = list(env.objects_excluded_from_greenscreening)
     other_names = [name for name in OBJECT_NAMES if name not in task_names]
     positions, clutter_names = sample_clutter(start.positions, other_names, rng)
-    turns = []  # quaternions (w x y z) of rotations about the vertical by 2 * half_angle
+    clutter_orientations = []  # quaternions (w x y z) of rotations about the vertical
     for half_angle in rng.uniform(0, math.pi, len(clutter_names)):
-        turns.append([math.cos(half_angle), 0, 0, math.sin(half_angle)])
+        clutter_orientations.append([math.cos(half_angle), 0, 0, math.sin(half_angle)])
 
     # ManiSkill builds the objects that these attributes of the environment list.
     env.obj_names = [*task_names, *clutter_names]
@@ -121,8 +121,8 @@ def _build_scene_with_clutter(env: Any, start: Start, rng: np.random.Generator) 
     empty_entries: dict[str, Any] = {name: {} for name in clutter_names}
     env.model_db = {**empty_entries, **env.model_db}
     try:
-        all_turns = np.vstack([start.turns, *turns])  # [objects, 4]
-        rebuild_scene(env, torch.from_numpy(positions)[None], torch.from_numpy(all_turns)[None])
+        orientations = np.vstack([start.orientations, *clutter_orientations])  # [objects, 4]
+        rebuild_scene(env, torch.from_numpy(positions)[None], torch.from_numpy(orientations)[None])
     finally:
         env.obj_names = task_names
         env.objects_excluded_from_greenscreening = foreground_names
@@ -196,7 +196,9 @@ def _name_instances(
     return instances, names
 
 
-def rebuild_scene(env: Any, positions: torch.Tensor, turns: torch.Tensor, number: int = 0) -> None:
+def rebuild_scene(
+    env: Any, positions: torch.Tensor, orientations: torch.Tensor, number: int = 0
+) -> None:
     """Build a scene anew, so that nothing of the scene before remains.
 
     Otherwise objects would settle while the arm still stands where the last episode left it, and
@@ -206,12 +208,12 @@ def rebuild_scene(env: Any, positions: torch.Tensor, turns: torch.Tensor, number
         env: ManiSkill's environment. From now on it renders images only on demand, because
             rendering takes longer than the physics.
         positions: [n, objects, 3] (m).
-        turns: [m, objects, 4] orientations (w x y z).
+        orientations: [m, objects, 4] (w x y z).
         number: Which of the n · m pairs of positions and orientations the scene has. The pair
-            number i · m + j is `positions[i]` with `turns[j]`.
+            number i · m + j is `positions[i]` with `orientations[j]`.
     """
     env.xyz_configs = positions
-    env.quat_configs = turns
+    env.quat_configs = orientations
     env.objs.clear()
     env._obs_mode = "none"
     env.reset(seed=0, options={"reconfigure": True, "episode_id": torch.tensor([number])})

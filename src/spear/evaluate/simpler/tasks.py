@@ -90,18 +90,19 @@ TASKS: dict[str, Task] = {
 class Start:
     """How a scene begins.
 
-    positions  [2, 3] where the object to move and the goal are placed, in the world, m. They then
-               settle under gravity, so the episode begins with slightly different positions.
-    turns      [2, 4] the orientations of these two (w x y z).
-    joints     [6] angles that are added to the arm's joints, rad.
+    positions     [2, 3] where the object to move and the goal are placed, in the world, m. They
+                  then settle under gravity, so the episode begins with slightly different
+                  positions.
+    orientations  [2, 4] of these two (w x y z).
+    joints        [6] angles that are added to the arm's joints, rad.
     """
 
     positions: Array
-    turns: Array
+    orientations: Array
     joints: Array
 
 
-def sample_off_grid_start(task: Task, seed: int, positions: Array, turns: Array) -> Start:
+def sample_off_grid_start(task: Task, seed: int, positions: Array, orientations: Array) -> Start:
     """Sample a start off the grid.
 
     Objects whose position differs between official starts are placed uniformly within
@@ -113,8 +114,8 @@ def sample_off_grid_start(task: Task, seed: int, positions: Array, turns: Array)
         task: The task.
         seed: The seed of the start.
         positions: [n, 2, 3] official positions of the object to move and of the goal, m. There is
-            an official start for each pair of an entry here and an entry of `turns`.
-        turns: [m, 2, 4] official orientations of the two (w x y z).
+            an official start for each pair of an entry here and an entry of `orientations`.
+        orientations: [m, 2, 4] official orientations of the two (w x y z).
 
     Raises:
         SpearError: No start was found.
@@ -127,18 +128,18 @@ def sample_off_grid_start(task: Task, seed: int, positions: Array, turns: Array)
     middle = (official_xy.min(axis=0) + official_xy.max(axis=0)) / 2  # [2, 2]
     for _ in range(MAX_START_TRIES):
         position = positions[0].copy()  # [2, 3]
-        turn = turns[rng.integers(len(turns))].copy()  # [2, 4]
+        orientation = orientations[rng.integers(len(orientations))].copy()  # [2, 4]
         offset = rng.uniform(-1, 1, position[:, :2].shape) * task.max_offset_m  # [2, 2]
         position[:, :2] = np.where(varies[:, None], middle + offset, position[:, :2])
         angle = rng.uniform(-MAX_START_TURN_RAD, MAX_START_TURN_RAD)
         about_vertical = torch.tensor(
             [math.cos(angle / 2), 0.0, 0.0, math.sin(angle / 2)], dtype=torch.float64
         )
-        turn[0] = quat_multiply(about_vertical, torch.from_numpy(turn[0])).numpy()
-        start = Start(position, turn, rng.normal(0, START_JOINT_STD_RAD, 6))
+        orientation[0] = quat_multiply(about_vertical, torch.from_numpy(orientation[0])).numpy()
+        start = Start(position, orientation, rng.normal(0, START_JOINT_STD_RAD, 6))
         distance_m = pdist(position[:, :2]).min()  # between the two objects
         has_room = distance_m >= task.min_distance_m
-        if has_room and not is_official(start, positions, turns):
+        if has_room and not is_official(start, positions, orientations):
             return start
     raise SpearError(
         f"SIMPLER finds no start within {task.max_offset_m} m of the middle of its grid and "
@@ -147,7 +148,7 @@ def sample_off_grid_start(task: Task, seed: int, positions: Array, turns: Array)
     )
 
 
-def is_official(start: Start, positions: Array, turns: Array) -> bool:
+def is_official(start: Start, positions: Array, orientations: Array) -> bool:
     """Return whether a start counts as one of the official ones.
 
     It does if both objects are less than `MIN_START_OFFSET_M` from their positions in an official
@@ -157,13 +158,14 @@ def is_official(start: Start, positions: Array, turns: Array) -> bool:
     Args:
         start: The start.
         positions: [n, 2, 3] official positions, see `sample_off_grid_start`.
-        turns: [m, 2, 4] official orientations.
+        orientations: [m, 2, 4] official orientations.
     """
     distances = np.linalg.norm(positions - start.positions, axis=-1)  # [n, 2]
     is_near = (distances < MIN_START_OFFSET_M).all(axis=-1)  # [n]
     # Angles between the start's and the official orientations of the object to move, from scalar
     # products of quaternions; the official ones need not have length 1.
-    cosine = np.abs(turns[:, 0] @ start.turns[0]) / np.linalg.norm(turns[:, 0], axis=-1)  # [m]
+    official = orientations[:, 0]  # [m, 4]
+    cosine = np.abs(official @ start.orientations[0]) / np.linalg.norm(official, axis=-1)  # [m]
     angles = 2 * np.arccos(np.clip(cosine, 0, 1))
     # Every pair of official positions and orientations is an official start, so it does not matter
     # which positions are near and which orientation is.

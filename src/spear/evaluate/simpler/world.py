@@ -136,11 +136,11 @@ class SimplerWorld:
         # Positions [n, 2, 3] and orientations [m, 2, 4] of the official starts, as ManiSkill's
         # tensors, from which `rebuild_scene` builds scenes
         self._position_tensor = self._env.xyz_configs
-        self._turn_tensor = self._env.quat_configs
+        self._orientation_tensor = self._env.quat_configs
         # The same as float64 arrays, which `sample_off_grid_start` uses
         self._official_positions = np.asarray(self._position_tensor, np.float64)
-        self._official_turns = np.asarray(self._turn_tensor, np.float64)
-        num_starts = len(self._official_positions) * len(self._official_turns)
+        self._official_orientations = np.asarray(self._orientation_tensor, np.float64)
+        num_starts = len(self._official_positions) * len(self._official_orientations)
         if num_starts != self._task.num_starts:
             raise SpearError(f"SIMPLER's {task} has {num_starts} starts. Say so in its Task.")
 
@@ -155,7 +155,7 @@ class SimplerWorld:
         if is_off_grid:
             self._reset_off_grid(start)
         else:
-            rebuild_scene(self._env, self._position_tensor, self._turn_tensor, number=start)
+            rebuild_scene(self._env, self._position_tensor, self._orientation_tensor, number=start)
         self._unreachable = 0
         self._steps = 0
         self._success = False
@@ -169,10 +169,12 @@ class SimplerWorld:
     def _reset_off_grid(self, seed: int) -> None:
         """Build the scene of a start off the grid, and change the arm's posture."""
         start = sample_off_grid_start(
-            self._task, seed, self._official_positions, self._official_turns
+            self._task, seed, self._official_positions, self._official_orientations
         )
         rebuild_scene(
-            self._env, torch.from_numpy(start.positions)[None], torch.from_numpy(start.turns)[None]
+            self._env,
+            torch.from_numpy(start.positions)[None],
+            torch.from_numpy(start.orientations)[None],
         )
         joints = self._env.agent.robot.get_qpos()[0].numpy().copy()
         joints[:6] += start.joints
@@ -213,7 +215,7 @@ class SimplerWorld:
             size: (width, height) of the image, px.
         """
         frame = render_labeled_frame(
-            self._env, self._task, self._official_positions, self._official_turns, seed
+            self._env, self._task, self._official_positions, self._official_orientations, seed
         )
         return fit_frame(frame, size, f"simpler/{self._name}/{seed}")
 
