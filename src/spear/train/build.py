@@ -556,7 +556,7 @@ def _check_frames_are_old(init: Path, sources: Sequence[tuple[str, Mapping[str, 
                 )
 
 
-def _fit_normalizer(recipe: Recipe, horizon: int, episodes: Sequence[WeightedStore]) -> Normalizer:
+def _fit_normalizer(recipe: Recipe, horizon: int, datasets: Sequence[WeightedStore]) -> Normalizer:
     """Fit the normalization to the datasets: one for all of them, or one for each.
 
     The recipe is one of `resolve_normalization`, and `horizon` the number of actions per chunk.
@@ -570,8 +570,8 @@ def _fit_normalizer(recipe: Recipe, horizon: int, episodes: Sequence[WeightedSto
         "horizon": horizon,
     }
     if recipe.normalize_each:
-        return Normalizer.fit_per_dataset(episodes, **settings)
-    weighted_stores = [(dataset.store, dataset.weight) for dataset in episodes]
+        return Normalizer.fit_per_dataset(datasets, **settings)
+    weighted_stores = [(dataset.store, dataset.weight) for dataset in datasets]
     return Normalizer.fit(weighted_stores, **settings)
 
 

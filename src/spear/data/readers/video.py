@@ -31,7 +31,7 @@ def open_video(path: str | Path) -> Iterator[tuple[Any, Any]]:
         SpearError: If the file is missing or broken. If the file breaks off later, the error is
             raised in the `with` block, where frames are read.
     """
-    av = import_optional("av", "data", "a video")
+    av = import_optional("av", extra="data", feature="a video")
     try:
         with av.open(str(path)) as container:
             if not container.streams.video:
@@ -100,7 +100,7 @@ class VideoWriter:
                 f"even sides of at least {MIN_SIDE_PX}. Write images, or prepare the data "
                 "first, with --image-size."
             )
-        av = import_optional("av", "data", "a video")
+        av = import_optional("av", extra="data", feature="a video")
         if ENCODER not in av.codecs_available:
             raise SpearError(
                 "this PyAV has no AV1 encoder. Write images, or run pip install --upgrade av."
