@@ -14,7 +14,9 @@ OUT ?= runs/demo
 demo: $(VENV)/.ready-demo
 	$(BIN)/spear demo --out $(OUT) $(if $(DATA),--data $(DATA))
 
-test: setup lint types pytest
+# The type checker runs beside the tests, some of which only wait.
+test: setup
+	$(MAKE) --no-print-directory -j2 lint types pytest
 
 docs: $(VENV)/.ready-docs
 	$(BIN)/mkdocs build --strict
@@ -33,8 +35,9 @@ lint:
 types:
 	$(BIN)/mypy
 
+# Each file runs in one process, so that what its tests share is made once.
 pytest:
-	OMP_NUM_THREADS=1 PYTHONWARNDEFAULTENCODING=1 $(BIN)/python -m pytest -m "not slow" -n 2 --dist loadgroup --durations=10
+	OMP_NUM_THREADS=1 PYTHONWARNDEFAULTENCODING=1 $(BIN)/python -m pytest -m "not slow" -n 2 --dist loadfile --no-loadscope-reorder --durations=10
 
 test-slow: setup
 	OMP_NUM_THREADS=1 PYTHONWARNDEFAULTENCODING=1 $(BIN)/python -m pytest -m slow -n 2 --dist loadgroup --durations=10

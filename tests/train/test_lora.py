@@ -20,7 +20,6 @@ from spear.policy import Spear1Policy, locate
 from train_tiny import read_losses, run_recipe
 
 pytest.importorskip("peft")
-pytestmark = pytest.mark.xdist_group("lora")  # in one process, so that fixtures are made once
 CHANGES = {
     "preset": "nano",
     "batch_size": 2,

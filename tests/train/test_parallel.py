@@ -37,7 +37,6 @@ from train_tiny import (
     start_processes,
 )
 
-pytestmark = pytest.mark.xdist_group("parallel")  # in one process, so that fixtures are made once
 REGRESSION = Optimization(steps=12, lr=1e-2, warmup=3, ema=0.9, precision="fp32")
 POLICY = replace(
     REGRESSION,
