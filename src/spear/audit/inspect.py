@@ -285,16 +285,18 @@ def _format_columns(episodes: Sequence[Steps], axes: Mapping[str, Sequence[str]]
         axes: column → names of its numbers, if the dataset has such names.
     """
     for name, values in episodes[0].items():
+        # Of a column of encoded images or texts; no bytes of other columns.
+        first_bytes = values[0] if isinstance(values, list) and values else b""
         if are_raw_images(values):
             height, width = values.shape[1:3]
             yield f"  {name:<34} raw image, {width} x {height} pixels"
         elif isinstance(values, np.ndarray) and values.size:
             yield from _format_numbers(name, values, episodes, axes.get(name, ()))
-        elif isinstance(values, list) and values and is_depth_png(values[0]):
-            width, height = Image.open(io.BytesIO(values[0])).size
+        elif is_depth_png(first_bytes):
+            width, height = Image.open(io.BytesIO(first_bytes)).size
             yield f"  {name:<34} depth, {width} x {height} pixels: not read"
-        elif isinstance(values, list) and values and values[0].startswith(IMAGE_MAGIC_BYTES):
-            pixels = decode_image(values[0], name)
+        elif first_bytes.startswith(IMAGE_MAGIC_BYTES):
+            pixels = decode_image(first_bytes, name)
             height, width = pixels.shape[:2]
             blank = ", blank" if pixels.max() == pixels.min() else ""
             yield f"  {name:<34} image, {width} x {height} pixels{blank}"

@@ -79,14 +79,19 @@ class StartOutsideCheck(RolloutCheck):
     @staticmethod
     def _is_on_path(case: Case) -> bool:
         """Return whether most starts are near states through which training passes later."""
-        path_m = np.concatenate([np.asarray(e.position, np.float64) for e in case.demonstrations])
-        path_rad = np.concatenate([np.asarray(e.rotation, np.float64) for e in case.demonstrations])
+        # All states of training: [N, 3] m, and quaternions [N, 4]
+        positions = np.concatenate(
+            [np.asarray(e.position, np.float64) for e in case.demonstrations]
+        )
+        rotations = np.concatenate(
+            [np.asarray(e.rotation, np.float64) for e in case.demonstrations]
+        )
         num_near = 0
         for episode in case.rollout:
-            distances_m = np.linalg.norm(path_m - np.asarray(episode.position[0]), axis=1)
+            distances_m = np.linalg.norm(positions - np.asarray(episode.position[0]), axis=1)
             is_near = distances_m < NEAR_PATH_M
             if is_near.any():
-                angle_rad = _measure_angle_rad(episode.rotation[0], path_rad[is_near])
+                angle_rad = _measure_angle_rad(episode.rotation[0], rotations[is_near])
                 num_near += angle_rad < NEAR_PATH_RAD
         return num_near > len(case.rollout) / 2
 

@@ -264,22 +264,24 @@ def read_question(question: str) -> QuestionReading:
 def is_name(text: str, question: str) -> bool:
     """Return whether the text that fills a gap of a template is a name.
 
-    "elephant from us", "mug please" and "color of the mug" are none. "Paris" without an article is
-    no object.
+    The comments have examples of texts that are none.
     """
+    first_word, *_ = text.casefold().split()
     *other_words, last_word = text.casefold().split()
     if not _WORDS_IN_NO_NAME.isdisjoint(other_words):
-        return False
+        return False  # "shadow of the mug"
     if last_word in WORDS["times"]:
-        return False
+        return False  # "next summer"
     if other_words and SPELLINGS.get(last_word, last_word) in CUES["center"]:
-        return False
-    first_word = text.casefold().split()[0]
-    if first_word in CUES["motion"] or not _WORDS_OF_SENTENCES.isdisjoint(other_words):
-        return False
+        return False  # "mug center"
+    if first_word in CUES["motion"]:
+        return False  # "reach the mug"
+    if not _WORDS_OF_SENTENCES.isdisjoint(other_words):
+        return False  # "whether the gripper is closed"
     has_article = re.search(rf"\b(?:the|an?) {re.escape(text)}", question, re.IGNORECASE)
     if not has_article and re.match("[A-Z][a-z]", text):
-        return False
+        return False  # "Paris"
+    # The last check is for "elephant from us" and "mug please".
     words_after_names = WORDS["common"] | WORDS["references"] | CUES["image"] | CUES["in_3d"]
     return not other_words or last_word not in words_after_names
 
