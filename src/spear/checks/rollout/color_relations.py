@@ -42,9 +42,10 @@ def relate_colors(
     relations = []
     for pair in combinations(cameras, 2):
         warmth = _measure_warmth(rollout, pair)
-        usual = _measure_warmth(demonstrations, pair)
-        if len(warmth) and len(usual) >= MIN_PICTURE_EPISODES:
-            relations.append(ColorRelation(pair, warmth, _compare(warmth, usual)))
+        training_warmth = _measure_warmth(demonstrations, pair)
+        if len(warmth) and len(training_warmth) >= MIN_PICTURE_EPISODES:
+            log_ratio = _compute_log_ratio(warmth, training_warmth)
+            relations.append(ColorRelation(pair, warmth, log_ratio))
     return relations
 
 
@@ -58,10 +59,17 @@ def _measure_warmth(episodes: Sequence[RecordedEpisode], cameras: tuple[str, str
     return np.array(rows).reshape(-1, 2)
 
 
-def _compare(warmth: Array, usual: Array) -> float:
-    """Return the log likelihood ratio of exchanged colors, over all episodes [N, 2]."""
-    slope, offset = np.polyfit(usual[:, 0], usual[:, 1], 1)
-    errors = usual[:, 1] - slope * usual[:, 0] - offset
+def _compute_log_ratio(warmth: Array, training_warmth: Array) -> float:
+    """Compute `ColorRelation.log_ratio`, over all episodes of a rollout.
+
+    Args:
+        warmth: [N, 2] warmth of both cameras in each episode of the rollout.
+        training_warmth: [M, 2] the same in the demonstrations.
+    """
+    training_first = training_warmth[:, 0]
+    training_second = training_warmth[:, 1]
+    slope, offset = np.polyfit(training_first, training_second, 1)
+    errors = training_second - slope * training_first - offset
     # Some demonstrations may be outliers, too, so the deviation is that of the nearer two thirds.
     deviation = max(float(np.quantile(np.abs(errors), 0.68)), MIN_DEVIATION)
     # Exchanging red and blue of a camera changes the sign of its warmth.
