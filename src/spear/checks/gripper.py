@@ -253,8 +253,8 @@ def judge_open_end(openings: Sequence[Array]) -> tuple[Verdict, str]:
             resting_open.append(float(np.median(resting_above)))
         if len(resting_below):
             resting_closed.append(float(np.median(resting_below)))
-    spread_closed = _spread(resting_closed)
-    spread_open = _spread(resting_open)
+    spread_closed = _measure_spread(resting_closed)
+    spread_open = _measure_spread(resting_open)
 
     # Two independent signs: +1 speaks for the layout, -1 against it, 0 says nothing. A closed
     # gripper holds objects, and therefore rests at differing openings.
@@ -275,6 +275,6 @@ def judge_open_end(openings: Sequence[Array]) -> tuple[Verdict, str]:
     return "cannot tell", words
 
 
-def _spread(values: Sequence[float]) -> float:
+def _measure_spread(values: Sequence[float]) -> float:
     """Return the largest minus the smallest value; 0 if there are too few values to compare."""
     return float(np.ptp(values)) if len(values) >= MIN_EPISODES else 0.0

@@ -88,7 +88,7 @@ def estimate_proportion(successes: int, n: int) -> Estimate:
     if not 0 <= successes <= n or n == 0:
         raise ValueError(f"{successes} successes of {n} are no proportion")
     proportion = successes / n
-    low, high = _wilson_interval(proportion, n)
+    low, high = _compute_wilson_interval(proportion, n)
     return Estimate(proportion, low, high, n)
 
 
@@ -108,7 +108,7 @@ def estimate_mean_proportion(counts: Sequence[tuple[int, int]]) -> Estimate:
     """
     mean = float(np.mean([estimate_proportion(successes, n).value for successes, n in counts]))
     effective_n = len(counts) ** 2 / sum(1 / n for _, n in counts)
-    low, high = _wilson_interval(mean, effective_n)
+    low, high = _compute_wilson_interval(mean, effective_n)
     return Estimate(mean, low, high, sum(n for _, n in counts))
 
 
@@ -124,7 +124,7 @@ def find_num_samples(half_width: float, rate: float = 0.5) -> int:
         (381, 141)
     """
     n = 1
-    while np.ptp(_wilson_interval(rate, n)) > 2 * half_width:
+    while np.ptp(_compute_wilson_interval(rate, n)) > 2 * half_width:
         n += 1
     return n
 
@@ -212,9 +212,9 @@ def bootstrap(groups: Sequence[Array], statistic: Callable[[Array], Any] = np.me
         return Estimate(value, math.nan, math.nan, num_units)
 
     if all(np.asarray(group).dtype == bool for group in groups):
-        low, high = _clustered_wilson_interval(value, units)
+        low, high = _compute_clustered_wilson_interval(value, units)
     else:
-        low, high = _percentile_interval(units, statistic)
+        low, high = _compute_percentile_interval(units, statistic)
     return Estimate(value, low, high, num_units)
 
 
@@ -225,7 +225,7 @@ def estimate_mean_over_seeds(success_by_family: Sequence[Array]) -> Estimate:
         success_by_family: For each task family: success [seeds, scenes] bool.
     """
     tables = _to_success_tables(success_by_family)
-    mean, half_width = _crossed_interval(tables)
+    mean, half_width = _compute_crossed_interval(tables)
     counts = [(int(table.sum()), table.size) for table in tables]
     independent = estimate_mean_proportion(counts)  # as if all runs were independent
     return _widen_to_at_least(mean, half_width, narrowest=independent, min_value=0.0)
@@ -251,12 +251,12 @@ def estimate_difference_over_seeds(first: Sequence[Array], second: Sequence[Arra
     for first_table, second_table in zip(first_tables, second_tables, strict=True):
         differences.append(first_table.astype(float) - second_table)
         pairs.append((first_table.ravel().tolist(), second_table.ravel().tolist()))
-    mean, half_width = _crossed_interval(differences)
+    mean, half_width = _compute_crossed_interval(differences)
     independent, _ = estimate_paired_difference(pairs)  # as if all runs were independent
     return _widen_to_at_least(mean, half_width, narrowest=independent, min_value=-1.0)
 
 
-def _wilson_interval(p: float, n: float) -> tuple[float, float]:
+def _compute_wilson_interval(p: float, n: float) -> tuple[float, float]:
     """Compute Wilson's interval around a proportion p of n samples.
 
     SciPy's `binomtest` has this interval only for integers, but n may be an effective number of
@@ -271,14 +271,14 @@ def _wilson_interval(p: float, n: float) -> tuple[float, float]:
     return float(low), float(high)
 
 
-def _student_t95(degrees_of_freedom: float) -> float:
+def _compute_student_t95(degrees_of_freedom: float) -> float:
     """Return the 97.5 % quantile of Student's t distribution."""
     from scipy.special import stdtrit
 
     return float(stdtrit(degrees_of_freedom, 0.975))
 
 
-def _clustered_wilson_interval(rate: float, units: Sequence[Array]) -> tuple[float, float]:
+def _compute_clustered_wilson_interval(rate: float, units: Sequence[Array]) -> tuple[float, float]:
     """Compute Wilson's interval for dependent samples (Korn and Graubard, 1998).
 
     The number of samples is replaced by the number of independent samples with the same variance.
@@ -290,7 +290,7 @@ def _clustered_wilson_interval(rate: float, units: Sequence[Array]) -> tuple[flo
     num_units = len(units)
     n = sum(len(unit) for unit in units)
     if n <= num_units:  # one sample per unit: all are independent
-        return _wilson_interval(rate, n)
+        return _compute_wilson_interval(rate, n)
 
     # For each unit: the square of the sum of its samples' deviations from the rate.
     squared_deviations = sum((unit - rate).sum() ** 2 for unit in units)
@@ -301,12 +301,12 @@ def _clustered_wilson_interval(rate: float, units: Sequence[Array]) -> tuple[flo
         # rate · (1 - rate) / effective_n. The two are equated.
         scaled_variance = rate * (1 - rate) * n**2 * (num_units - 1) / num_units
         # With few units their variance is uncertain, so the interval is widened.
-        few_units_factor = (Z95 / _student_t95(num_units - 1)) ** 2
+        few_units_factor = (Z95 / _compute_student_t95(num_units - 1)) ** 2
         effective_n = scaled_variance / squared_deviations * few_units_factor
-    return _wilson_interval(rate, min(n, effective_n))
+    return _compute_wilson_interval(rate, min(n, effective_n))
 
 
-def _percentile_interval(
+def _compute_percentile_interval(
     units: Sequence[Array], statistic: Callable[[Array], Any]
 ) -> tuple[float, float]:
     """Compute a percentile-bootstrap interval that resamples whole units.
@@ -328,7 +328,7 @@ def _percentile_interval(
         replicas.append(float(statistic(drawn_values)))
 
     # The half width in standard errors, instead of the normal distribution's 1.96.
-    widened_z = math.sqrt(num_units / (num_units - 1)) * _student_t95(num_units - 1)
+    widened_z = math.sqrt(num_units / (num_units - 1)) * _compute_student_t95(num_units - 1)
     tail_percent = 100 * ndtr(-widened_z)
     # Interpolation between two infinite values gives NaN, which means infinity here.
     with np.errstate(invalid="ignore"):
@@ -353,7 +353,7 @@ def _is_success_table(table: Array, num_seeds: int) -> bool:
     return table.dtype == bool and table.ndim == 2 and table.size > 0 and len(table) == num_seeds
 
 
-def _crossed_interval(tables: Sequence[Array]) -> tuple[float, float]:
+def _compute_crossed_interval(tables: Sequence[Array]) -> tuple[float, float]:
     """Estimate the mean of a crossed design (see the beginning of this file).
 
     Args:
@@ -404,11 +404,11 @@ def _crossed_interval(tables: Sequence[Array]) -> tuple[float, float]:
     seed_term = variance_over_seeds**2 / max(num_seeds - 1, 1)
     scene_term = variance_over_scenes**2 / max(scene_freedom, 1)
     degrees_of_freedom = max(1.0, variance**2 / (seed_term + scene_term))
-    half_width = _student_t95(degrees_of_freedom) * np.sqrt(variance)
+    half_width = _compute_student_t95(degrees_of_freedom) * np.sqrt(variance)
     # Two seeds often agree by chance, so the interval is never narrower than that of the seeds
     # alone, which has one degree of freedom.
     if num_seeds == 2:
-        half_width = max(half_width, _student_t95(1) * np.sqrt(variance_over_seeds))
+        half_width = max(half_width, _compute_student_t95(1) * np.sqrt(variance_over_seeds))
     return mean, float(half_width)
 
 

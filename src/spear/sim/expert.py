@@ -92,7 +92,8 @@ def act(world: World) -> NDArray[np.float32]:
     is_held = num_touching == 2
     # A held source that touches the target may still hang above the place where it should rest.
     is_hanging = (
-        is_held and _measure_underside_height(world) > _release_height(world) + HANGING_HEIGHT_M
+        is_held
+        and _measure_underside_height(world) > _compute_release_height(world) + HANGING_HEIGHT_M
     )
     if is_source_on_target(world) and not is_hanging:
         goal = _leave(world, gripper, is_held)
@@ -109,7 +110,7 @@ def act(world: World) -> NDArray[np.float32]:
 def _approach(world: World, gripper: _Gripper) -> _Goal:
     """Approach the source: hover, align, come down, close the gripper."""
     grasp = _find_grasp(world)
-    yaw = _nearest_yaw(gripper.yaw, grasp.yaws)
+    yaw = _choose_nearest_yaw(gripper.yaw, grasp.yaws)
     turn_rad = abs(_wrap(yaw - gripper.yaw))
     side_m = euclidean_norm(grasp.point[:2] - gripper.position[:2])
     # The funnel: up to a misalignment of 12 mm the gripper goes to the grasp itself, and beyond
@@ -138,7 +139,7 @@ def _carry(world: World, gripper: _Gripper) -> _Goal:
     # The funnel: 2 mm above the release height per millimeter of misalignment beyond 10 mm, but at
     # most the height for carrying.
     underside = _measure_underside_height(world)
-    release_height = _release_height(world)
+    release_height = _compute_release_height(world)
     funnel_m = float(np.clip(2.0 * (misalignment_m - 0.010), 0, 1))
     height = min(max(CARRY_HEIGHT_M, release_height), release_height + funnel_m)
     position = gripper.position + np.array([offset[0], offset[1], height - underside])
@@ -181,7 +182,7 @@ def _step_towards(goal: _Goal, gripper: _Gripper) -> NDArray[np.float32]:
 # --- What the scene looks like ---
 
 
-def _release_height(world: World) -> float:
+def _compute_release_height(world: World) -> float:
     """The height at which the source's underside should be when the gripper opens, m."""
     kind = world.bodies[TARGET_INDEX].kind
     rim_height = float(world.object_position(TARGET_INDEX)[2]) + kind.rim
@@ -205,19 +206,19 @@ def _choose_placing_yaw(world: World, yaw: float) -> float:
     A cube is placed square on a cube, and a long object along the basket. For other pairs any yaw
     will do, so the present one is returned.
     """
-    period = _placing_period(world.bodies[SOURCE_INDEX].kind, world.bodies[TARGET_INDEX].kind)
+    period = _find_placing_period(world.bodies[SOURCE_INDEX].kind, world.bodies[TARGET_INDEX].kind)
     if period is None:
         return yaw
     # The smallest turn after which the source fits. If the gripper cannot turn so far, it turns in
     # the other direction.
-    target_yaw = _object_yaw(world, TARGET_INDEX)
-    turn = _wrap(target_yaw - _object_yaw(world, SOURCE_INDEX), period)
+    target_yaw = _measure_object_yaw(world, TARGET_INDEX)
+    turn = _wrap(target_yaw - _measure_object_yaw(world, SOURCE_INDEX), period)
     if abs(yaw + turn) <= MAX_YAW_RAD:
         return yaw + turn
     return yaw + turn - math.copysign(period, turn)
 
 
-def _placing_period(source: ObjectKind, target: ObjectKind) -> float | None:
+def _find_placing_period(source: ObjectKind, target: ObjectKind) -> float | None:
     """Return the smallest turn after which the source fits on the target again, rad.
 
     It is None if the source fits after any turn.
@@ -230,7 +231,7 @@ def _placing_period(source: ObjectKind, target: ObjectKind) -> float | None:
     return None
 
 
-def _object_yaw(world: World, index: int) -> float:
+def _measure_object_yaw(world: World, index: int) -> float:
     """Return the yaw of an object's x axis, rad."""
     matrix = world.object_rotation(index)
     return math.atan2(matrix[1, 0], matrix[0, 0])
@@ -268,7 +269,7 @@ def _find_grasp(world: World) -> _Grasp:
     return _Grasp(point, yaws, 2 * float(half[closing_axes].min()))
 
 
-def _nearest_yaw(yaw: float, fitting_yaws: list[float] | None) -> float:
+def _choose_nearest_yaw(yaw: float, fitting_yaws: list[float] | None) -> float:
     """Return the fitting yaw that is nearest to the present yaw and within `MAX_YAW_RAD`.
 
     `fitting_yaws` None means that all yaws fit.

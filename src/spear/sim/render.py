@@ -252,7 +252,7 @@ def render_frame(world: World, camera: str, size: ImageSize) -> Frame:
         image=image,
         depth=depth_m,
         instances=instances,
-        names={instance: _instance_name(world, instance) for instance in visible},
+        names={instance: _get_instance_name(world, instance) for instance in visible},
         intrinsics=intrinsics(world, camera, size),
         extrinsics=pose,
         boxes=boxes,
@@ -265,7 +265,7 @@ def render_clutter_frame(seed: int, camera: str, size: ImageSize) -> Frame:
     return render_frame(World(sample_clutter_scene(seed)), camera, size)
 
 
-def _instance_name(world: World, instance: int) -> str:
+def _get_instance_name(world: World, instance: int) -> str:
     """Return the name of an instance, numbered from 1: an object's kind, or the gripper."""
     if instance <= len(world.bodies):
         return world.bodies[instance - 1].kind.name

@@ -33,7 +33,13 @@ from spear.sim.scene import (
     SceneSpec,
 )
 from spear.sim.textures import UNSEEN_TEXTURES
-from spear.sim.worlds import CameraOrbit, add_clutter, any_color, color_near, light_from_above
+from spear.sim.worlds import (
+    CameraOrbit,
+    add_clutter,
+    draw_any_color,
+    draw_color_near,
+    draw_light_from_above,
+)
 
 SCENE_AXES = ("camera", "light", "background", "layout", "robot", "language")
 AXES = (*SCENE_AXES, "noise")
@@ -157,18 +163,18 @@ def shift_scene(scene: SceneSpec, shift: Shift) -> SceneSpec:
         [_STREAM, AXES.index(shift.axis), shift.level, *scene.family.encode(), scene.seed]
     )
     if shift.axis == "camera":
-        return _with_appearance(
+        return _replace_appearance(
             scene, _shift_camera(scene.appearance, CAMERA_LEVELS[shift.level], rng)
         )
     if shift.axis == "light":
-        return _with_appearance(
+        return _replace_appearance(
             scene, _shift_light(scene.appearance, LIGHT_LEVELS[shift.level], rng)
         )
     if shift.axis == "background":
-        return _with_appearance(scene, _shift_background(scene.appearance, shift.level, rng))
+        return _replace_appearance(scene, _shift_background(scene.appearance, shift.level, rng))
     if shift.axis == "layout":
         kinds = DISTRACTORS if shift.level == 1 else TASK_FREE_KINDS
-        kinds = _without_task_objects(scene, kinds)
+        kinds = _exclude_task_objects(scene, kinds)
         objects = add_clutter(scene.objects, kinds, NUM_CLUTTER[shift.level], rng)
         return dataclasses.replace(scene, objects=objects)
     if shift.axis == "robot":
@@ -184,7 +190,7 @@ def shift_scene(scene: SceneSpec, shift: Shift) -> SceneSpec:
     return scene
 
 
-def _with_appearance(scene: SceneSpec, appearance: SceneAppearance) -> SceneSpec:
+def _replace_appearance(scene: SceneSpec, appearance: SceneAppearance) -> SceneSpec:
     """Return the scene with another appearance."""
     return dataclasses.replace(scene, appearance=appearance)
 
@@ -224,7 +230,7 @@ def _shift_light(
     ambient = np.clip(np.array(appearance.ambient) * factor * tint, 0, 1)
     return dataclasses.replace(
         appearance,
-        light=light_from_above(rng),
+        light=draw_light_from_above(rng),
         diffuse=(float(diffuse[0]), float(diffuse[1]), float(diffuse[2])),
         ambient=(float(ambient[0]), float(ambient[1]), float(ambient[2])),
     )
@@ -238,16 +244,16 @@ def _shift_background(
     for name in SURFACES:
         material, color = appearance.surfaces[name]
         if level == 1:
-            color = color_near(color, BACKGROUND_COLOR_DISTANCE, rng)
+            color = draw_color_near(color, BACKGROUND_COLOR_DISTANCE, rng)
         else:
-            color = any_color(rng)
+            color = draw_any_color(rng)
         if level == 3:
             material = str(rng.choice(tuple(UNSEEN_TEXTURES)))
         surfaces[name] = (material, color)
     return dataclasses.replace(appearance, surfaces=surfaces)
 
 
-def _without_task_objects(scene: SceneSpec, kinds: Sequence[str]) -> tuple[str, ...]:
+def _exclude_task_objects(scene: SceneSpec, kinds: Sequence[str]) -> tuple[str, ...]:
     """Return those of `kinds` that are neither the source's nor the target's kind."""
     task_kinds = {scene.objects[SOURCE_INDEX].kind, scene.objects[TARGET_INDEX].kind}
     return tuple(kind for kind in kinds if kind not in task_kinds)

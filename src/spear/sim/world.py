@@ -132,7 +132,7 @@ class World:
         """Lift the gripper until it touches nothing; then put the held object, if any, into it."""
         position, rotation = self.servo.measure_pose()
         for _ in range(NUM_CLUTTER_LIFTS):
-            if not np.isin(self._contact_bodies(), self._robot_bodies).any():
+            if not np.isin(self._list_contact_bodies(), self._robot_bodies).any():
                 break
             position[2] += CLUTTER_LIFT_M
             self.servo.set_pose(position, rotation, self.spec.opening)
@@ -182,14 +182,14 @@ class World:
 
     def are_touching(self, first_body: int, second_body: int) -> bool:
         """Return whether two bodies of the model, given by their ids, touch."""
-        contact_pairs = self._contact_bodies()  # [n, 2]
+        contact_pairs = self._list_contact_bodies()  # [n, 2]
         # MuJoCo lists the two bodies of a contact in any order.
         forward = contact_pairs == (first_body, second_body)
         backward = contact_pairs == (second_body, first_body)
         is_pair = forward | backward
         return bool(is_pair.all(axis=1).any())
 
-    def _contact_bodies(self) -> NDArray[np.int32]:
+    def _list_contact_bodies(self) -> NDArray[np.int32]:
         """The ids of the two bodies of each of n contacts, [n, 2]."""
         contact = self.data.contact
         touching_geoms = contact.geom[contact.dist < MAX_CONTACT_GAP_M]  # [n, 2]

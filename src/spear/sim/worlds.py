@@ -149,23 +149,23 @@ def place_in_world(scene: SceneSpec, name: str) -> SceneSpec:
         number = int(lab[2])
         is_colorful = lab[1] is not None
         if is_colorful:
-            appearance = _colorful_lab_look(number)
+            appearance = _draw_colorful_lab_look(number)
         else:
             rng = np.random.default_rng([_LAB_STREAM, number])
-            appearance = _lab_look(scene.appearance, rng)
+            appearance = _draw_lab_look(scene.appearance, rng)
         return dataclasses.replace(scene, appearance=appearance)
 
     if name == VARIED:
         rng = np.random.default_rng([_VARIED_STREAM, *scene.family.encode(), scene.seed])
-        appearance = _varied_look(scene.appearance, rng)
+        appearance = _draw_varied_look(scene.appearance, rng)
         num_clutter = int(rng.integers(0, 10))
     elif name == COLORFUL:
         rng = np.random.default_rng([_COLORFUL_STREAM, *scene.family.encode(), scene.seed])
-        appearance = _colorful_look(scene.appearance, rng)
+        appearance = _draw_colorful_look(scene.appearance, rng)
         num_clutter = int(rng.integers(0, 7))
     else:
         rng = np.random.default_rng([_WILD_STREAM, *scene.family.encode(), scene.seed])
-        appearance = _wild_look(scene.appearance, rng)
+        appearance = _draw_wild_look(scene.appearance, rng)
         num_clutter = int(rng.integers(0, 5))
     objects = add_clutter(scene.objects, TASK_FREE_KINDS, num_clutter, rng)
     return dataclasses.replace(scene, appearance=appearance, objects=objects)
@@ -194,19 +194,19 @@ def add_clutter(
     return tuple(result)
 
 
-def any_color(rng: np.random.Generator) -> Color:
+def draw_any_color(rng: np.random.Generator) -> Color:
     """Draw any color, with red, green and blue uniform from 0.05 to 0.95."""
     red, green, blue = rng.uniform(0.05, 0.95, 3)
     return float(red), float(green), float(blue)
 
 
-def color_near(color: Color, distance: float, rng: np.random.Generator) -> Color:
+def draw_color_near(color: Color, distance: float, rng: np.random.Generator) -> Color:
     """Draw a color whose red, green and blue each differ from `color`'s by at most `distance`."""
     red, green, blue = np.clip(color + rng.uniform(-distance, distance, 3), 0, 1)
     return float(red), float(green), float(blue)
 
 
-def light_from_above(rng: np.random.Generator) -> Vec3:
+def draw_light_from_above(rng: np.random.Generator) -> Vec3:
     """Draw the direction [3] in which light shines, a unit vector.
 
     The light comes from a point that is uniform on the sphere at least 15° above the horizon.
@@ -217,7 +217,7 @@ def light_from_above(rng: np.random.Generator) -> Vec3:
     return -horizontal * math.cos(azimuth), -horizontal * math.sin(azimuth), -height
 
 
-def _wild_look(appearance: SceneAppearance, rng: np.random.Generator) -> SceneAppearance:
+def _draw_wild_look(appearance: SceneAppearance, rng: np.random.Generator) -> SceneAppearance:
     """Draw the appearance of a wild world, with a camera around the one of `appearance`."""
     orbit = CameraOrbit.of(appearance)
     # The target is moved by up to 6 cm along x and y, and by up to 3 cm along z.
@@ -233,17 +233,17 @@ def _wild_look(appearance: SceneAppearance, rng: np.random.Generator) -> SceneAp
     brightness = rng.uniform(0.3, 0.8)
     fill_lights = []
     for _ in range(int(rng.integers(0, 3))):
-        color = color_near((0.2, 0.2, 0.2), distance=0.1, rng=rng)
-        fill_lights.append((light_from_above(rng), color))
+        color = draw_color_near((0.2, 0.2, 0.2), distance=0.1, rng=rng)
+        fill_lights.append((draw_light_from_above(rng), color))
     return dataclasses.replace(
         appearance,
         camera=camera.position(),
         target=camera.target,
         fovy_deg=float(rng.uniform(30, 65)),
-        surfaces={name: (str(rng.choice(textures)), any_color(rng)) for name in SURFACES},
-        light=light_from_above(rng),
-        diffuse=color_near((brightness + warmth, brightness, brightness - warmth), 0.02, rng),
-        ambient=color_near((0.4, 0.4, 0.4), 0.12, rng),
+        surfaces={name: (str(rng.choice(textures)), draw_any_color(rng)) for name in SURFACES},
+        light=draw_light_from_above(rng),
+        diffuse=draw_color_near((brightness + warmth, brightness, brightness - warmth), 0.02, rng),
+        ambient=draw_color_near((0.4, 0.4, 0.4), 0.12, rng),
         fill_lights=tuple(fill_lights),
         table_half_size_m=(float(rng.uniform(0.5, 0.9)), float(rng.uniform(0.5, 1.1))),
         table_height_m=float(rng.uniform(0.4, 1.1)),
@@ -251,13 +251,13 @@ def _wild_look(appearance: SceneAppearance, rng: np.random.Generator) -> SceneAp
     )
 
 
-def _varied_look(appearance: SceneAppearance, rng: np.random.Generator) -> SceneAppearance:
+def _draw_varied_look(appearance: SceneAppearance, rng: np.random.Generator) -> SceneAppearance:
     """Draw the appearance of a varied world.
 
     The camera is moved in the same ways as in a wild world, but all its changes are multiplied by
     one factor, uniform from 0 to 1: half of the scenes have less than half of the largest change.
     """
-    wild = _wild_look(appearance, rng)
+    wild = _draw_wild_look(appearance, rng)
     orbit = CameraOrbit.of(appearance)
     share = rng.uniform(0, 1)  # of the largest change of the camera
     elevation_deg = orbit.elevation_deg + share * rng.uniform(-30, 30)
@@ -281,7 +281,7 @@ def _varied_look(appearance: SceneAppearance, rng: np.random.Generator) -> Scene
     )
 
 
-def _colorful_look(appearance: SceneAppearance, rng: np.random.Generator) -> SceneAppearance:
+def _draw_colorful_look(appearance: SceneAppearance, rng: np.random.Generator) -> SceneAppearance:
     """Draw the appearance of a colorful world: that of the default world, changed moderately.
 
     The camera's changes are multiplied by one factor, uniform from 0 to 1, as in a varied world.
@@ -301,7 +301,7 @@ def _colorful_look(appearance: SceneAppearance, rng: np.random.Generator) -> Sce
         texture, _ = appearance.surfaces[name]
         if rng.random() < 0.5:
             texture = str(rng.choice(tuple(WILD_TEXTURES)))
-        surfaces[name] = (texture, any_color(rng))
+        surfaces[name] = (texture, draw_any_color(rng))
 
     brightness = math.exp(rng.uniform(-math.log(2), math.log(2)))
     warmth = rng.uniform(-0.3, 0.3)
@@ -310,17 +310,17 @@ def _colorful_look(appearance: SceneAppearance, rng: np.random.Generator) -> Sce
         camera=camera.position(),
         fovy_deg=EXTERNAL_CAMERA_FOV_Y_DEG + float(share * rng.uniform(-8, 8)),
         surfaces=surfaces,
-        light=light_from_above(rng),
+        light=draw_light_from_above(rng),
         diffuse=_tint(appearance.diffuse, brightness, warmth),
         ambient=_tint(appearance.ambient, brightness, warmth),
         has_four_walls=True,
     )
 
 
-def _colorful_lab_look(number: int) -> SceneAppearance:
+def _draw_colorful_lab_look(number: int) -> SceneAppearance:
     """The appearance of a colorful laboratory: a scene of the default world, changed moderately."""
     rng = np.random.default_rng([_COLORFUL_LAB_STREAM, number])
-    return _colorful_look(sample_clutter_scene(number).appearance, rng)
+    return _draw_colorful_look(sample_clutter_scene(number).appearance, rng)
 
 
 def _tint(color: Color, brightness: float, warmth: float) -> Color:
@@ -330,14 +330,14 @@ def _tint(color: Color, brightness: float, warmth: float) -> Color:
     return float(red), float(green), float(blue)
 
 
-def _lab_look(appearance: SceneAppearance, rng: np.random.Generator) -> SceneAppearance:
+def _draw_lab_look(appearance: SceneAppearance, rng: np.random.Generator) -> SceneAppearance:
     """Draw the appearance of a laboratory: a wild world, with the camera where a person mounts it.
 
     The result is the same for every scene, because `rng` is seeded with the laboratory's number
     alone. Of the scene's own camera, a wild world uses only the target, azimuth and distance, and
     these are replaced here.
     """
-    wild = _wild_look(appearance, rng)
+    wild = _draw_wild_look(appearance, rng)
     wild_orbit = CameraOrbit.of(wild)
     target_m = (0.48, 0.01, 0.09)  # middle of the targets of the default world's cameras
     camera = CameraOrbit(
@@ -371,6 +371,6 @@ def _place_freely(
         if is_free:
             yaw = float(rng.uniform(-math.pi, math.pi))
             rotation = (math.cos(yaw / 2), 0.0, 0.0, math.sin(yaw / 2))
-            color = color_near(kind.colors[int(rng.integers(len(kind.colors)))], 0.15, rng)
+            color = draw_color_near(kind.colors[int(rng.integers(len(kind.colors)))], 0.15, rng)
             return SceneObject(name, (x, y, kind.height), rotation, color)
     return None

@@ -216,9 +216,11 @@ class CommandedMotion:
         """The fit of every reading, the best one first."""
         fits = []
         for reading in self._predictions:
-            achieved, predicted = self._pair(reading)
+            achieved, predicted = self._select_free(reading)
             gain = _fit_gain(achieved, predicted)
-            error = _measure_unexplained(achieved, gain * predicted).mean() / _mean_length(achieved)
+            error = _measure_unexplained(achieved, gain * predicted).mean() / _measure_mean_length(
+                achieved
+            )
             fits.append(ReadingFit(reading, gain, float(error)))
         # A rotated base explains what the others do, too, so it must do it better.
         return sorted(fits, key=lambda fit: fit.error + ROTATED_PENALTY * fit.reading.is_rotated)
@@ -239,8 +241,8 @@ class CommandedMotion:
         if best.reading == PLAIN or best.error > MAX_READING_ERROR:
             return None
         plain_fit = self.fit_of(PLAIN)
-        achieved, plain_predicted = self._pair(PLAIN)
-        _, best_predicted = self._pair(best.reading)
+        achieved, plain_predicted = self._select_free(PLAIN)
+        _, best_predicted = self._select_free(best.reading)
         plain_error = _measure_unexplained(achieved, plain_fit.gain * plain_predicted)
         best_error = _measure_unexplained(achieved, best.gain * best_predicted)
         lengths = np.linalg.norm(achieved, axis=1)
@@ -324,7 +326,7 @@ class CommandedMotion:
             predicted = self.commanded[is_moving, count - 1]
             gains[count] = _fit_gain(achieved, predicted)
             unexplained = _measure_unexplained(achieved, gains[count] * predicted)
-            errors[count] = unexplained.mean() / _mean_length(achieved)
+            errors[count] = unexplained.mean() / _measure_mean_length(achieved)
         candidates = [
             count for count, gain in gains.items() if MIN_COUNT_GAIN < gain < MAX_COUNT_GAIN
         ]
@@ -409,7 +411,7 @@ class CommandedMotion:
         sine_sum = (x * moved_y - y * moved_x).sum()
         return float(np.arctan2(sine_sum, cosine_sum))
 
-    def _pair(self, reading: Reading) -> tuple[Array, Array]:
+    def _select_free(self, reading: Reading) -> tuple[Array, Array]:
         """Return achieved and predicted displacements of the free moves."""
         return self.achieved[self.is_free], self._predictions[reading][self.is_free]
 
@@ -495,7 +497,7 @@ def _measure_unexplained(achieved: Array, predicted: Array) -> Array:
     return np.linalg.norm(achieved - predicted, axis=1)
 
 
-def _mean_length(displacements: Array) -> float:
+def _measure_mean_length(displacements: Array) -> float:
     if not len(displacements):
         return 1e-9
     return max(float(np.linalg.norm(displacements, axis=1).mean()), 1e-9)

@@ -51,8 +51,8 @@ def _zoom(pictures: Array, share_x: float, share_y: float) -> Array:
 
 def _resize(pictures: Array, width: int, height: int) -> Array:
     """Resize pictures [N, h, w, 3] by linear interpolation."""
-    rows = _interpolation_matrix(pictures.shape[1], height)
-    columns = _interpolation_matrix(pictures.shape[2], width)
+    rows = _make_interpolation_matrix(pictures.shape[1], height)
+    columns = _make_interpolation_matrix(pictures.shape[2], width)
     num, _, old_width, _ = pictures.shape
     # Two matrix products are many times faster than Pillow for thousands of small pictures.
     tall = rows @ pictures.reshape(num, pictures.shape[1], -1)  # [N, height, w · 3]
@@ -61,7 +61,7 @@ def _resize(pictures: Array, width: int, height: int) -> Array:
 
 
 @functools.cache
-def _interpolation_matrix(old_size: int, new_size: int) -> Array:
+def _make_interpolation_matrix(old_size: int, new_size: int) -> Array:
     """Return the matrix [new_size, old_size] that interpolates a row of pixels linearly."""
     positions = (np.arange(new_size) + 0.5) * old_size / new_size - 0.5
     positions = np.clip(positions, 0, old_size - 1)
@@ -288,7 +288,9 @@ def _read_pictures(episode: RecordedEpisode, camera: str, height: int) -> Array:
 
 def _extract_features(kind: str, pictures: Array) -> Array:
     """Return the features [N, D] of pictures: their "shape" or their "color"."""
-    return _shape_features(pictures) if kind == "shape" else _color_features(pictures)
+    return (
+        _extract_shape_features(pictures) if kind == "shape" else _extract_color_features(pictures)
+    )
 
 
 @dataclass(frozen=True)
@@ -453,14 +455,14 @@ def _extract_state_features(episode: RecordedEpisode) -> Array:
     return np.stack(columns, 1)
 
 
-def _shape_features(pictures: Array) -> Array:
+def _extract_shape_features(pictures: Array) -> Array:
     """Return the brightness of each cell, with mean 0 and deviation 1 in each picture: [N, D]."""
     brightness = average_cells(pictures).mean(-1).reshape(len(pictures), -1)
     centered = brightness - brightness.mean(1, keepdims=True)
     return centered / np.maximum(centered.std(1, keepdims=True), 1.0)
 
 
-def _color_features(pictures: Array) -> Array:
+def _extract_color_features(pictures: Array) -> Array:
     """Return the colors of cells of 4 x 4 pixels, around the middle gray: [N, D]."""
     cells = average_cells(average_cells(pictures))
     return (cells.reshape(len(pictures), -1) - 127.5) / 64.0

@@ -249,7 +249,7 @@ def _prepare_drawer(region: str, moment: LiberoMoment) -> Array | None:
     if moment.joints[joint] > -ENOUGH_DRAWER_M:
         return _open_drawer(region, moment, FILLED_DRAWER_M)
     offset = moment.pose[:3] - _find_handle(region, moment)
-    is_sideways = _angle_between(DOWN, moment.pose[3:]) > MAX_SIDEWAYS_RAD
+    is_sideways = _measure_angle_between(DOWN, moment.pose[3:]) > MAX_SIDEWAYS_RAD
     if is_sideways and moment.opening < OPEN_GRIPPER:  # let go first, so that the drawer stays
         return _move_posed(moment, moment.commanded[:3], moment.commanded[3:], is_open=True)
     if is_sideways and np.linalg.norm(offset) < MIN_LEFT_FRONT_M:
@@ -276,7 +276,7 @@ def _pick_and_place(name: str, place_name: str, moment: LiberoMoment) -> Array:
 
 def find_rest_position(source: Box, place_name: str, moment: LiberoMoment) -> Array:
     """Compute where an object's origin should come to rest: [3] in the base frame, m."""
-    origin_height = source.pose[2] - _corners(source)[:, 2].min()  # above its lowest point
+    origin_height = source.pose[2] - _compute_corners(source)[:, 2].min()  # above its lowest point
     if place_name in moment.regions:
         region = moment.regions[place_name]
         z_axis = quat_rotate(torch.from_numpy(region.pose[3:]), VERTICAL).numpy()
@@ -285,7 +285,7 @@ def find_rest_position(source: Box, place_name: str, moment: LiberoMoment) -> Ar
             return region.pose[:3] + SLOPE_DISTANCE_M * z_axis + np.array([0, 0, origin_height])
         return np.array([*region.pose[:2], region.pose[2] + origin_height])
     target = moment.objects[place_name]
-    center = _corners(target).mean(axis=0)
+    center = _compute_corners(target).mean(axis=0)
     # A plate or a bowl is hollow: what is put there sinks below its rim.
     return np.array([center[0], center[1], target.pose[2] + HOLLOW_DEPTH_M + origin_height])
 
@@ -296,7 +296,7 @@ def find_grasps(name: str, moment: LiberoMoment) -> list[Grasp]:
     if "bowl" in name:
         return _find_rim_grasps(name, moment)
 
-    corners = _corners(box)
+    corners = _compute_corners(box)
     center = corners.mean(axis=0)
     top = corners[:, 2].max()
     bottom = corners[:, 2].min()
@@ -325,7 +325,7 @@ def _find_rim_grasps(name: str, moment: LiberoMoment) -> list[Grasp]:
     If no grasp has `ENOUGH_ROOM_M`, those with the most room are returned.
     """
     box = moment.objects[name]
-    corners = _corners(box)
+    corners = _compute_corners(box)
     center = corners.mean(axis=0)
     rim_height = corners[:, 2].max()
     bottom = corners[:, 2].min()
@@ -411,10 +411,10 @@ def _measure_room(grasp: Grasp, center: Array, obstacles: Sequence[Outline]) -> 
 
 def _approach(name: str, moment: LiberoMoment) -> Array:
     """Move above the object first, then down to it, then close the gripper."""
-    current_yaw = _yaw(moment.commanded)
+    current_yaw = _measure_yaw(moment.commanded)
 
     def measure_effort(grasp: Grasp) -> float:
-        turn = abs(_nearest_yaw(grasp.yaw, current_yaw) - current_yaw)
+        turn = abs(_find_nearest_yaw(grasp.yaw, current_yaw) - current_yaw)
         distance = float(np.linalg.norm(grasp.position[:2] - moment.pose[:2]))
         return turn + DISTANCE_WEIGHT_RAD_PER_M * distance
 
@@ -424,14 +424,14 @@ def _approach(name: str, moment: LiberoMoment) -> Array:
     offset = float(np.linalg.norm(moment.pose[:2] - goal[:2]))
     is_leaning = bool(np.any(best.lean))
     if is_leaning:
-        turn = _angle_between(facing, moment.pose[3:])
+        turn = _measure_angle_between(facing, moment.pose[3:])
     else:
-        turn = abs(_wrap(_nearest_yaw(best.yaw, current_yaw) - _yaw(moment.pose)))
+        turn = abs(_wrap(_find_nearest_yaw(best.yaw, current_yaw) - _measure_yaw(moment.pose)))
     is_aligned = offset < MAX_GRASP_OFFSET_M and turn < MAX_GRASP_TURN_RAD
     if not is_aligned:
         hover = goal[2] + HOVER_M
         if offset > FAR_OFFSET_M or is_leaning:
-            hover = max(hover, _height_to_clear(moment, goal, [name]) + CLEARANCE_M)
+            hover = max(hover, _find_height_to_clear(moment, goal, [name]) + CLEARANCE_M)
         return _move_over(moment, goal, hover, facing, is_open=True)
     is_at_grasp = np.linalg.norm(moment.pose[:3] - goal) < MAX_ARM_OFFSET_M
     is_low = moment.pose[2] < goal[2] + MAX_BLOCKED_HEIGHT_M
@@ -447,20 +447,20 @@ def _face_grasp(grasp: Grasp, moment: LiberoMoment) -> Array:
     to the commanded orientation is returned.
     """
     if not np.any(grasp.lean):
-        return _face_down(_nearest_yaw(grasp.yaw, _yaw(moment.commanded)))
+        return _face_down(_find_nearest_yaw(grasp.yaw, _measure_yaw(moment.commanded)))
     lean = quat_exp(torch.from_numpy(grasp.lean))
     candidates = []
     for yaw in (grasp.yaw, grasp.yaw + math.pi):
         upright = torch.from_numpy(_face_down(yaw))
         candidates.append(quat_multiply(lean, upright).numpy())
-    return min(candidates, key=lambda facing: _angle_between(facing, moment.commanded[3:]))
+    return min(candidates, key=lambda facing: _measure_angle_between(facing, moment.commanded[3:]))
 
 
 def _carry(name: str, target_position: Array, moment: LiberoMoment) -> Array:
     """Carry the object up, across and down, then open the gripper."""
     box = moment.objects[name]
-    facing = _face_down(_yaw(moment.commanded))
-    if _angle_between(facing, moment.commanded[3:]) > MAX_UPRIGHT_RAD:
+    facing = _face_down(_measure_yaw(moment.commanded))
+    if _measure_angle_between(facing, moment.commanded[3:]) > MAX_UPRIGHT_RAD:
         facing = moment.commanded[3:]  # the object would be turned, too
     way_out = _find_way_out(box, moment)
     if way_out is not None:
@@ -469,9 +469,10 @@ def _carry(name: str, target_position: Array, moment: LiberoMoment) -> Array:
     distance = float(np.linalg.norm(offset))
     goal = moment.pose[:3].copy()
     goal[:2] += offset
-    hanging = moment.pose[2] - _corners(box)[:, 2].min()  # of the object below the end-effector
+    # How far the object hangs below the end-effector
+    hanging = moment.pose[2] - _compute_corners(box)[:, 2].min()
     if distance > MAX_PLACE_OFFSET_M:
-        height = _height_to_clear(moment, goal, [name]) + CLEARANCE_M + hanging
+        height = _find_height_to_clear(moment, goal, [name]) + CLEARANCE_M + hanging
         height = max(height, moment.pose[2] + target_position[2] - box.pose[2] + CARRY_MARGIN_M)
         return _move_over(moment, goal, height, facing, is_open=False)
     goal[2] = moment.pose[2] + target_position[2] + RELEASE_M - box.pose[2]
@@ -484,7 +485,7 @@ def _carry(name: str, target_position: Array, moment: LiberoMoment) -> Array:
 
 def _find_way_out(box: Box, moment: LiberoMoment) -> Array | None:
     """How a held object moves out from under an open drawer, [3] m; None if there is none above."""
-    outline = _outline(box)
+    outline = _make_outline(box)
     radius = float(outline.half_size.max())
     for cover in _list_open_drawers(moment):
         room_above = cover.bottom - outline.top
@@ -498,18 +499,20 @@ def _find_way_out(box: Box, moment: LiberoMoment) -> Array | None:
 
 def _push(name: str, region: Region, moment: LiberoMoment) -> Array:
     """Push a plate along the table to a region, with closed fingers inside its rim."""
-    center = _corners(moment.objects[name]).mean(axis=0)
+    center = _compute_corners(moment.objects[name]).mean(axis=0)
     displacement = region.pose[:2] - center[:2]
     distance = float(np.linalg.norm(displacement))
     direction_2d = displacement / max(distance, 1e-6)
-    yaw = _nearest_yaw(math.atan2(direction_2d[1], direction_2d[0]), _yaw(moment.commanded))
+    yaw = _find_nearest_yaw(
+        math.atan2(direction_2d[1], direction_2d[0]), _measure_yaw(moment.commanded)
+    )
     facing = _face_down(yaw)
     push_height = moment.objects[name].pose[2] + PUSH_HEIGHT_M
 
     is_inside = np.linalg.norm(moment.pose[:2] - center[:2]) < INSIDE_PLATE_M
     if moment.pose[2] > push_height + PUSH_HEIGHT_MARGIN_M or not is_inside:
         if np.linalg.norm(moment.pose[:2] - center[:2]) > MAX_PUSH_START_OFFSET_M:
-            clear_height = _height_to_clear(moment, center, [name]) + CLEARANCE_M
+            clear_height = _find_height_to_clear(moment, center, [name]) + CLEARANCE_M
             height = max(push_height + HOVER_M, clear_height)
             return _move_over(moment, center, height, facing, is_open=False)
         return _move_posed(moment, np.array([*center[:2], push_height]), facing, is_open=False)
@@ -553,7 +556,7 @@ def _open_drawer(region: str, moment: LiberoMoment, target_m: float = math.inf) 
     offset = moment.pose[:3] - handle
     front = float(offset @ outward)  # how far in front of the handle, m
     aside = float(np.linalg.norm(offset - front * outward))  # how far above, below or beside it, m
-    turn = _angle_between(facing, moment.pose[3:])
+    turn = _measure_angle_between(facing, moment.pose[3:])
     is_at_handle = aside < MAX_HANDLE_OFFSET_M and front < MAX_HANDLE_OFFSET_M
     is_facing_handle = aside <= MAX_HANDLE_OFFSET_M and turn <= MAX_HANDLE_TURN_RAD
     could_meet_handle = front < MIN_FRONT_M and aside < NEAR_HANDLE_M
@@ -628,23 +631,23 @@ def _face_sideways(yaw: float, moment: LiberoMoment) -> Array:
     for roll in (math.pi / 2, -math.pi / 2):
         rolled = quat_exp(torch.tensor([0.0, 0.0, roll], dtype=torch.float64))
         candidates.append(quat_multiply(turned, quat_multiply(tipped, rolled)).numpy())
-    return min(candidates, key=lambda facing: _angle_between(facing, moment.commanded[3:]))
+    return min(candidates, key=lambda facing: _measure_angle_between(facing, moment.commanded[3:]))
 
 
-def _angle_between(first: Array, second: Array) -> float:
+def _measure_angle_between(first: Array, second: Array) -> float:
     return float(quat_distance(torch.from_numpy(first), torch.from_numpy(second)))
 
 
 def _retreat(moment: LiberoMoment) -> Array:
     """Rise with open fingers."""
     goal = moment.commanded[:3] + np.array([0, 0, RETREAT_M])
-    return _move_posed(moment, goal, _face_down(_yaw(moment.commanded)), is_open=True)
+    return _move_posed(moment, goal, _face_down(_measure_yaw(moment.commanded)), is_open=True)
 
 
 def _wait(moment: LiberoMoment, is_open: bool) -> Array:
     """Move the fingers only."""
-    facing = _face_down(_yaw(moment.commanded))
-    if _angle_between(facing, moment.commanded[3:]) > MAX_UPRIGHT_RAD:
+    facing = _face_down(_measure_yaw(moment.commanded))
+    if _measure_angle_between(facing, moment.commanded[3:]) > MAX_UPRIGHT_RAD:
         facing = moment.commanded[3:]
     return _move_posed(moment, moment.commanded[:3], facing, is_open)
 
@@ -661,7 +664,7 @@ def _move_over(
     return _move_posed(moment, target, facing, is_open)
 
 
-def _height_to_clear(moment: LiberoMoment, goal: Array, ignored: Sequence[str]) -> float:
+def _find_height_to_clear(moment: LiberoMoment, goal: Array, ignored: Sequence[str]) -> float:
     """Return the height of the highest thing near the straight way from the gripper to `goal`.
 
     Without such a thing, it is a height below everything (-1 m).
@@ -688,7 +691,7 @@ def _list_obstacles(moment: LiberoMoment, ignored: Sequence[str]) -> list[Outlin
         # The cabinet's box includes the handles of closed drawers. They move with the drawers.
         without_handles = box.low + np.array([0, HANDLE_DEPTH_M, 0])
         boxes[cabinet] = Box(box.pose, without_handles, box.high)
-    return [_outline(box) for box in [*boxes.values(), *drawers]]
+    return [_make_outline(box) for box in [*boxes.values(), *drawers]]
 
 
 def _list_open_drawers(moment: LiberoMoment) -> list[Outline]:
@@ -701,7 +704,7 @@ def _list_open_drawers(moment: LiberoMoment) -> list[Outline]:
         if moment.joints[joint] < -MIN_COVER_M:
             box = _find_drawer_box(region, moment)
             without_handle = box.low + np.array([0, HANDLE_DEPTH_M, 0])
-            outlines.append(_outline(Box(box.pose, without_handle, box.high)))
+            outlines.append(_make_outline(Box(box.pose, without_handle, box.high)))
     return outlines
 
 
@@ -738,18 +741,18 @@ def _move_posed(moment: LiberoMoment, goal: Array, facing: Array, is_open: bool)
     return action.astype(np.float32)
 
 
-def _corners(box: Box) -> Array:
+def _compute_corners(box: Box) -> Array:
     """Compute the corners [8, 3] of a box, base frame."""
     corners = np.array(list(itertools.product(*zip(box.low, box.high, strict=True))))
     rotated = quat_rotate(torch.from_numpy(box.pose[3:]), torch.from_numpy(corners))
     return rotated.numpy() + box.pose[:3]
 
 
-def _outline(box: Box) -> Outline:
+def _make_outline(box: Box) -> Outline:
     """Return a box as it is seen from above."""
-    corners = _corners(box)
+    corners = _compute_corners(box)
     center = corners[:, :2].mean(axis=0)
-    yaw = _yaw(box.pose)
+    yaw = _measure_yaw(box.pose)
     along = np.array([math.cos(yaw), math.sin(yaw)])
     across = np.array([-along[1], along[0]])
     axes = np.stack([along, across], axis=1)
@@ -758,7 +761,7 @@ def _outline(box: Box) -> Outline:
     return Outline(center, axes, half_size, bottom=float(heights.min()), top=float(heights.max()))
 
 
-def _nearest_yaw(yaw: float, current: float) -> float:
+def _find_nearest_yaw(yaw: float, current: float) -> float:
     """Return `yaw`, or `yaw` and half a turn, whichever is nearer to `current`, rad.
 
     The gripper has two fingers, so it grasps in the same way after half a turn.
@@ -771,6 +774,6 @@ def _wrap(angle: float) -> float:
     return (angle + math.pi) % (2 * math.pi) - math.pi
 
 
-def _yaw(pose: Array) -> float:
+def _measure_yaw(pose: Array) -> float:
     """Return the rotation of a pose [7] about the vertical, rad."""
     return float(quat_to_euler(torch.from_numpy(pose[3:]), "xyz")[2])
