@@ -1,4 +1,8 @@
-"""A slice of the fuzz of folders (`benchmarks/data/fuzz_folders.py`)."""
+"""Folders with random changes are read or refused in a sentence, and the check itself works.
+
+The first two tests are a slice of the fuzz of folders (`benchmarks/data/fuzz_folders.py`). The
+other tests check that the fuzz (`folder_fuzz`) finds what a reader must not do.
+"""
 
 import json
 from pathlib import Path
@@ -17,6 +21,7 @@ from folder_fuzz import (
 from hostile_folders import SAMPLES, make_labels, open_fuzz, read_all_labels
 
 NUM_CHANGES = {"model": 12, "labels": 60, "recording": 60, "rgbd": 60}
+"""Kind of folder -> how many changed copies of it are read."""
 
 
 @pytest.mark.parametrize("kind", NUM_CHANGES)
@@ -52,7 +57,9 @@ def run_bad_reader(tmp_path: Path, misbehave: Any) -> str:
 
 
 def test_a_traceback_is_found(tmp_path: Path) -> None:
-    assert run_bad_reader(tmp_path, lambda: [][0]).startswith("IndexError")
+    empty: list[int] = []
+
+    assert run_bad_reader(tmp_path, lambda: empty[0]).startswith("IndexError")
 
 
 def test_a_question_is_found(tmp_path: Path) -> None:

@@ -360,7 +360,7 @@ def add_strange_features(features: Any) -> None:
     features["steps/ragged/ragged_flat_values"].float_list.value.extend(state[:10])
     features["steps/list/ragged_flat_values"].float_list.value.extend(state)
     features["steps/nothing"].float_list.value.extend([])
-    for name in ("brain", "sound", "cloud"):
+    for name in ("brain", "sound", "cloud"):  # any numbers, because nothing reads them
         features[f"steps/{name}"].float_list.value.extend(state[:10])
 
 

@@ -139,7 +139,7 @@ def test_only_a_subset_of_a_store_is_not_complete(prepared: Path, tmp_path: Path
     assert not partial_store.is_complete
 
 
-def resampled_sources(recorded_folder: Path) -> list[Episode]:
+def read_resampled_sources(recorded_folder: Path) -> list[Episode]:
     """The good episodes of the recording at 5 Hz, with their original images."""
     return [
         resample_episode(episode)
@@ -152,7 +152,7 @@ def test_prepared_states_and_actions_are_the_canonical_ones_at_5_hz(
     recorded_folder: Path, prepared: Path
 ) -> None:
     store = EpisodeStore(prepared)
-    for index, source in enumerate(resampled_sources(recorded_folder)):
+    for index, source in enumerate(read_resampled_sources(recorded_folder)):
         action, mask = canonicalize_actions(source)
         expected = dataclasses.replace(source, images={}, action=action, action_mask=mask)
 
@@ -169,7 +169,7 @@ def test_prepared_images_are_jpegs_that_a_model_sees_as_before(
     The mean difference is less than 1.5 levels, because JPEG loses a little.
     """
     store = EpisodeStore(prepared)
-    for index, source in enumerate(resampled_sources(recorded_folder)):
+    for index, source in enumerate(read_resampled_sources(recorded_folder)):
         for camera, (width, height) in NEW_SIZES.items():
             for step, source_image in enumerate(source.images[camera]):
                 encoded = store.image(index, step, camera)
