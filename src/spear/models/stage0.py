@@ -130,7 +130,7 @@ class PatchClassification(nn.Module):
         nn.init.constant_(self.cells.bias, -4.0)  # most cells show none of the objects
 
     def forward(
-        self, pixels: Tensor, shown: Tensor, cells: Tensor, centre: Tensor, largest: Tensor
+        self, pixels: Tensor, is_shown: Tensor, cells: Tensor, center: Tensor, has_object: Tensor
     ) -> LossOutput:
         """The loss of a batch, and its parts.
 
@@ -138,12 +138,12 @@ class PatchClassification(nn.Module):
 
         Args:
             pixels: [B, 3, h, w] uint8, images of P patches.
-            shown: [B, P, C] bool, for each of C names whether the patch shows such an object.
+            is_shown: [B, P, C] bool, for each of C names whether the patch shows such an object.
             cells: [B, P, `CELLS_PER_SIDE`², C] uint8, for each name the fraction of a cell that
                 shows such an object, where 255 is the whole cell.
-            centre: [B, P, 2], x and y of the center of the patch's largest object, relative to the
-                patch, in patch widths.
-            largest: [B, P] bool, True if the patch shows an object, so that `centre` counts.
+            center: [B, P, 2], x and y from the patch's center to the center of the patch's largest
+                object, in patch widths.
+            has_object: [B, P] bool, True if the patch shows an object, so that `center` counts.
         """
         tokens = self.vlm.encode_views(pixels)[0]
 
@@ -155,15 +155,15 @@ class PatchClassification(nn.Module):
         token_directions = nn.functional.normalize(tokens.float(), dim=-1)
         name_directions = nn.functional.normalize(name_embeddings, dim=-1)
         logits = self.scale.exp() * token_directions @ name_directions.T + self.bias  # [B, P, C]
-        names_loss = _sigmoid_loss(logits, shown.float())
+        names_loss = _sigmoid_loss(logits, is_shown.float())
 
         # How much of each object each cell shows.
         cell_logits = self.cells(tokens).float().view(cells.shape)
         cells_loss = _sigmoid_loss(cell_logits, cells / 255)
 
         # Where the center of the largest object is.
-        center_error = (self.centre(tokens).float() - centre).abs().mean(-1)
-        centers_loss = (center_error * largest).sum() / largest.sum().clamp_min(1)
+        center_error = (self.centre(tokens).float() - center).abs().mean(-1)  # [B, P]
+        centers_loss = (center_error * has_object).sum() / has_object.sum().clamp_min(1)
 
         loss_terms = {
             "names": names_loss.detach(),

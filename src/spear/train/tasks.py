@@ -139,10 +139,10 @@ class PatchTask:
             pixels.append(self.processor.prepare_image(image, view))
         return {
             "pixels": torch.stack(pixels),
-            "shown": torch.from_numpy(np.stack([sample.is_shown for sample in samples])),
+            "is_shown": torch.from_numpy(np.stack([sample.is_shown for sample in samples])),
             "cells": torch.from_numpy(np.stack([sample.cells for sample in samples])),
-            "centre": torch.from_numpy(np.stack([sample.center for sample in samples])),
-            "largest": torch.from_numpy(np.stack([sample.has_object for sample in samples])),
+            "center": torch.from_numpy(np.stack([sample.center for sample in samples])),
+            "has_object": torch.from_numpy(np.stack([sample.has_object for sample in samples])),
         }
 
     def loss(self, batch: Batch, generator: torch.Generator) -> Loss:

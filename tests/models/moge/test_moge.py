@@ -142,7 +142,8 @@ def test_inference_is_the_references(shared: Path, version: int, case: str, labe
     model = build_reference_model(shared, version)
     expected = load_arrays(shared, case)
     settings = load_description(shared, version)["cases"][case]["infer"][label]
-    if settings.get("use_fp16", True):
+    is_half = settings.get("use_fp16", True)  # the reference's default is half precision
+    if is_half:
         dtype = torch.float16
         convolution = conv2d_of_halves
         tolerance = 1e-2

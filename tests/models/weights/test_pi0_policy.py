@@ -351,6 +351,7 @@ def test_the_seed_changes_new_weights_only(pi0_folder: Path, moge: Path) -> None
     second = plan.run(seed=1).state_dict()
 
     changed_names = {name for name in first if not torch.equal(first[name], second[name])}
+    # The other new weights, biases and MoGe's projection, are zero.
     random_names = {"state_proj.weight", "action_in_proj.weight", "action_out_proj.weight"}
     assert changed_names == {EMBEDDINGS, *random_names}
 

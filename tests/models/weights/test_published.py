@@ -99,6 +99,7 @@ def test_all_tensors_of_pi0_and_its_vlm_but_those_of_its_robot_are_loaded(
     plan = plan_pi0("nowhere", None)
 
     plan.check()  # raises SpearError if a weight is missing or refused
+    # The rows of the 3D tokens are new, too. They are an entry of the form "name[first:end]".
     new_names = {
         entry.name for entry in plan.report.select_by_status("new") if "[" not in entry.name
     }
