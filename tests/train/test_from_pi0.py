@@ -3,6 +3,7 @@
 The published folders are tiny, with random weights, so only the path is tested.
 """
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from published_checkpoints import (
     publish_moge,
     publish_paligemma,
     publish_pi0,
+    register_tiny_sizes,
 )
 from refusals import refuses
 from spear import embodiments
@@ -37,21 +39,27 @@ CHANGES: dict[str, Any] = {
     "steps": 2,
 }
 
-# Registers the preset "tiny14".
-pytestmark = pytest.mark.usefixtures("tiny_published_presets")
+
+@pytest.fixture(autouse=True, scope="module")
+def tiny_presets() -> Iterator[None]:
+    """Make the preset "tiny14" known to recipes."""
+    with pytest.MonkeyPatch.context() as patch:
+        register_tiny_sizes(patch)
+        yield
 
 
-@pytest.fixture
-def policy(tmp_path: Path) -> Path:
-    """The folder of a converted π0 with a MoGe."""
-    pi0 = publish_pi0(make_pi0(state_dim=32, action_dim=32), tmp_path / "pi0")
-    moge = publish_moge(tmp_path / "model.pt")
-    tokenizer = publish_paligemma(make_paligemma(), tmp_path / "paligemma")
+@pytest.fixture(scope="module")
+def policy(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a converted π0 with a MoGe, which no test changes."""
+    root = tmp_path_factory.mktemp("published")
+    pi0 = publish_pi0(make_pi0(state_dim=32, action_dim=32), root / "pi0")
+    moge = publish_moge(root / "model.pt")
+    tokenizer = publish_paligemma(make_paligemma(), root / "paligemma")
     plan = plan_pi0(pi0, moge, size="tiny14", tokenizer=tokenizer)
     coordinates = CoordinateTokenizer.fit([0.0, 1.0], TINY14.bins)
     processor = Processor(plan.tokenizer, coordinates, dict(TINY14.image_sizes))
-    plan.save(tmp_path / "spear1", save_more=processor.save)
-    return tmp_path / "spear1"
+    plan.save(root / "spear1", save_more=processor.save)
+    return root / "spear1"
 
 
 @pytest.fixture

@@ -1,14 +1,15 @@
-"""The whole pipeline at nano size, and runs that are continued, refused or recorded.
+"""The whole pipeline with tiny models, and runs that are continued, refused or recorded.
 
 The first half trains every stage for two steps (fixture `walked`): labels and demonstrations from
 the simulator, a depth encoder, a VLM in three stages, and SPEAR-1. The second half trains a policy
-of a tiny preset (fixtures `finished_run`, `one_episode` and `learn`). A run is a folder with
+(fixtures `finished_run`, `one_episode` and `learn`). A run is a folder with
 checkpoints; its result is the folder `final` in it.
 """
 
+import dataclasses
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -44,8 +45,9 @@ from spear.train.run import train, weigh_datasets
 from spear.util.held_out import FIRST_TRAIN_SEED
 from train_tiny import read_losses, run_recipe, save_policy
 
-pytestmark = pytest.mark.xdist_group("walk")  # in one process, so that fixtures are made once
-FEW_STEPS = {"steps": 2, "batch_size": 2, "warmup": 1}
+# A new tokenizer has more tokens than the tiny preset: bytes, words and the location tokens.
+TINY_WITH_WORDS = dataclasses.replace(TINY, vocabulary_size=2048)
+FEW_STEPS = {"preset": "tiny", "steps": 2, "batch_size": 2, "warmup": 1}
 POLICY_CHANGES = {
     **FEW_STEPS,
     "schedule": "constant",
@@ -56,6 +58,14 @@ POLICY_CHANGES = {
 # Changes of the recipe nano-post for a policy of the tiny preset.
 TINY_CHANGES = {"preset": "tiny", "flow_samples": 1, "warmup": 0}
 EMBEDDINGS = "language_model.embed_tokens.weight"
+
+
+@pytest.fixture(autouse=True, scope="module")
+def tiny_preset() -> Iterator[None]:
+    """Make the preset "tiny" known to recipes."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(PRESETS, "tiny", TINY_WITH_WORDS)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -78,9 +88,8 @@ def walked(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
     depth = run_recipe("nano-depth", root / "depth", labels, **FEW_STEPS)
     siglip = run_recipe("nano-siglip", root / "siglip", labels, **FEW_STEPS)
     vlm_0 = run_recipe("nano-vlm-0", root / "0", labels, init=siglip, **FEW_STEPS)
-    grown = run_recipe(
-        "nano-vlm-1", root / "grown", labels, init=vlm_0, moge=depth, steps=0, batch_size=2
-    )
+    no_step = {**FEW_STEPS, "steps": 0}
+    grown = run_recipe("nano-vlm-1", root / "grown", labels, init=vlm_0, moge=depth, **no_step)
     vlm_1 = run_recipe("nano-vlm-1", root / "1", labels, init=vlm_0, moge=depth, **FEW_STEPS)
     vlm_2 = run_recipe("nano-vlm-2", root / "2", labels, init=vlm_1, **FEW_STEPS)
     vla = run_recipe("nano-vla", root / "vla", labels, store, vlm_2, **POLICY_CHANGES)
@@ -96,9 +105,8 @@ def walked(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
 
 
 @pytest.fixture
-def tiny(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The folder of a random policy of the preset "tiny", which recipes know in this test."""
-    monkeypatch.setitem(PRESETS, "tiny", TINY)
+def tiny(tmp_path: Path) -> Path:
+    """The folder of a random policy of the preset "tiny"."""
     return save_policy(tmp_path / "tiny")
 
 
@@ -120,9 +128,13 @@ def test_the_vlm_answers(walked: SimpleNamespace) -> None:
     assert len(answer.values) == 24  # eight vertices with three coordinates each
 
 
-def test_the_policy_acts_and_repeats_itself(walked: SimpleNamespace) -> None:
+def test_the_policy_acts_and_repeats_itself(
+    walked: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
     policy = Spear1Policy.load(walked.folders["nano-vla"])
     observation = embodiments.load("generic").example()
+    # After two steps the policy is nearly random, and wants to turn farther than a robot may.
+    monkeypatch.setattr("spear.embodiments.actions.MAX_ACTION_TURN_RAD", 4)
 
     actions = policy.infer(observation)["actions"]
 
@@ -158,7 +170,8 @@ def test_moge_changes_no_visual_token_before_it_has_learned(walked: SimpleNamesp
     "nano-vlm-0" is the VLM before MoGe is added.
     """
     generator = torch.Generator().manual_seed(0)
-    pixels = torch.randint(0, 256, (2, 3, 128, 192), generator=generator).byte()
+    width, height = TINY.image_sizes["external"]
+    pixels = torch.randint(0, 256, (2, 3, height, width), generator=generator).byte()
     tokens = {}
     has_moge = {}
     for name in ("nano-vlm-0", "grown", "nano-vlm-1"):
@@ -234,18 +247,13 @@ def finished_once(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
     )
     store = three_episodes.subset([0, 1])
     init = save_policy(root / "tiny")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(PRESETS, "tiny", TINY)
-        run_recipe("nano-post", root / "run", store=store, init=init, **ONE_STEP)
+    run_recipe("nano-post", root / "run", store=store, init=init, **ONE_STEP)
     return SimpleNamespace(out=root / "run", three_episodes=three_episodes, store=store, init=init)
 
 
 @pytest.fixture
-def finished_run(
-    finished_once: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> SimpleNamespace:
+def finished_run(finished_once: SimpleNamespace, tmp_path: Path) -> SimpleNamespace:
     """A copy of the run of `finished_once`, which a test may change; `final` is its result."""
-    monkeypatch.setitem(PRESETS, "tiny", TINY)
     out = shutil.copytree(finished_once.out, tmp_path / "run")
     return SimpleNamespace(**{**vars(finished_once), "out": out, "final": out / "final"})
 

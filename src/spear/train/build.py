@@ -64,7 +64,7 @@ class _Built(NamedTuple):
 
 
 def build(
-    recipe: Recipe, inputs: TrainingInputs, seed: int = 0
+    recipe: Recipe, inputs: TrainingInputs, seed: int = 0, is_checked: bool = False
 ) -> tuple[torch.nn.Module, Task, Callable[[Path], None]]:
     """Build a recipe's model and task, before the first step.
 
@@ -72,6 +72,7 @@ def build(
         recipe: what to train.
         inputs: what to learn from and to start from.
         seed: the seed of new weights and of the batches.
+        is_checked: whether `check` has passed, so that it need not read the inputs again.
 
     Returns:
         The model, the task that trains it, and a function that saves the result in a folder.
@@ -80,7 +81,10 @@ def build(
         SpearError: for inputs that are missing, or that do not fit the recipe or each other.
     """
     check_inputs(recipe, inputs)
-    recipe_of_piece, preset = check(recipe, inputs)
+    if not is_checked:
+        check(recipe, inputs)
+    recipe_of_piece = _divide_batch(recipe)
+    preset = _build_preset(recipe)
     torch.manual_seed(seed)
     builders = {
         "depth": _build_depth,
@@ -108,24 +112,13 @@ def build(
     return built.model, built.task, save
 
 
-def check(recipe: Recipe, inputs: TrainingInputs) -> tuple[Recipe, Preset]:
+def check(recipe: Recipe, inputs: TrainingInputs) -> None:
     """Check a recipe and its inputs without reading weights or demonstrations.
-
-    Returns:
-        The recipe of one piece of a batch: the given recipe with its batch sizes divided by the
-        number of pieces (a step's batch is divided among processes and gradient accumulation, see
-        `spear.train.parallel`). And the recipe's preset, with the recipe's flow settings, and
-        without MoGe if the recipe has no MoGe.
 
     Raises:
         SpearError: for the first mistake in the recipe or its inputs.
     """
-    # The batch has to be divisible into equal pieces.
-    pieces_per_process = recipe.optimization.accumulate
-    sizes_per_piece = {
-        name: parallel.divide_into_pieces(getattr(recipe, name), name, pieces_per_process)
-        for name in ("batch_size", "question_images")
-    }
+    _divide_batch(recipe)  # raises `SpearError` if the pieces are not equal
 
     # The flow settings and the folders of labels.
     preset = _build_preset(recipe)
@@ -149,8 +142,20 @@ def check(recipe: Recipe, inputs: TrainingInputs) -> tuple[Recipe, Preset]:
     elif recipe.kind == "vla":
         vlm = build_vlm_config(preset) if init_config is None else _get_vlm_config(init_config)
         build_empty_model(recipe, build_spear1_config(preset, vlm))
-    recipe_of_piece = recipe.with_changes(**sizes_per_piece)
-    return recipe_of_piece, preset
+
+
+def _divide_batch(recipe: Recipe) -> Recipe:
+    """Return the recipe of one piece of a batch, whose batch sizes are divided by their number.
+
+    A step's batch is divided among processes and gradient accumulation, see
+    `spear.train.parallel`. Raises `SpearError` if it cannot be divided into equal pieces.
+    """
+    pieces_per_process = recipe.optimization.accumulate
+    sizes_per_piece = {
+        name: parallel.divide_into_pieces(getattr(recipe, name), name, pieces_per_process)
+        for name in ("batch_size", "question_images")
+    }
+    return recipe.with_changes(**sizes_per_piece)
 
 
 def _build_preset(recipe: Recipe) -> Preset:

@@ -113,7 +113,7 @@ def train(
     _note_settings_without_effect(recipe, requested.steps, options)
 
     # Build and train.
-    model, task, save = build.build(recipe, inputs, options.seed)
+    model, task, save = build.build(recipe, inputs, options.seed, is_checked=True)
     ema_weights = loop.run(task, opt, out, options, run_settings, changeable_settings)
     _load_weights(model, ema_weights)
 
