@@ -61,8 +61,23 @@ def change_nothing(states: np.ndarray, actions: np.ndarray) -> tuple[np.ndarray,
     return states, actions
 
 
-def write_layout(folder: Path, layout: dict[str, Any]) -> None:
-    (folder / "spear.json").write_text(json.dumps(layout))
+@pytest.fixture(scope="module")
+def rewritten(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[Change], Path]:
+    """A function that returns the real sample with changed numbers, made once for each change.
+
+    Tests must not change the folder, because others use it too.
+    """
+
+    @cache
+    def rewrite_once(change: Change) -> Path:
+        return rewrite_sample(shared, tmp_path_factory.mktemp("rewritten"), change)
+
+    return rewrite_once
+
+
+def write_layout(file: Path, layout: dict[str, Any]) -> Path:
+    file.write_text(json.dumps(layout))
+    return file
 
 
 @pytest.mark.parametrize("name", ["bridge_v2_sample", "lerobot/v3.0_image"])
@@ -138,9 +153,9 @@ def round_units(states: np.ndarray, actions: np.ndarray) -> tuple[np.ndarray, np
 
 
 def test_columns_of_whole_numbers_are_proposed_as_measurements(
-    shared: Path, tmp_path: Path
+    rewritten: Callable[[Change], Path],
 ) -> None:
-    proposal = propose_layout(rewrite_sample(shared, tmp_path, round_units))
+    proposal = propose_layout_cached(rewritten(round_units))
 
     assert proposal["position"] == "observation/state[0:3]"
     assert proposal["length_unit"] == "mm"
@@ -163,17 +178,19 @@ def test_the_units_of_a_controller_are_proposed(shared: Path, tmp_path: Path) ->
 
 
 def test_states_in_millimeters_do_not_change_the_unit_of_actions(
-    shared: Path, tmp_path: Path
+    rewritten: Callable[[Change], Path],
 ) -> None:
-    proposal = propose_layout(rewrite_sample(shared, tmp_path, round_units))
+    proposal = propose_layout_cached(rewritten(round_units))
 
     assert proposal["length_unit"] == "mm"
     assert proposal["logged_translation_unit"] == 1  # m
 
 
-def test_degrees_are_read_only_as_degrees(shared: Path, tmp_path: Path) -> None:
-    folder = rewrite_sample(shared, tmp_path, round_units)
-    layout = {**propose_layout(folder), "rotation_format": "euler_xyz"}
+def test_degrees_are_read_only_as_degrees(
+    rewritten: Callable[[Change], Path], tmp_path: Path
+) -> None:
+    folder = rewritten(round_units)
+    layout = {**propose_layout_cached(folder), "rotation_format": "euler_xyz"}
     layout_file = tmp_path / "layout.json"
 
     layout_file.write_text(json.dumps({**layout, "angle_unit": "deg"}))
@@ -209,8 +226,8 @@ def to_six_numbers(states: np.ndarray, actions: np.ndarray) -> tuple[np.ndarray,
     return rewrite(states), rewrite(actions)
 
 
-def test_six_numbers_are_an_orientation(shared: Path, tmp_path: Path) -> None:
-    proposal = propose_layout(rewrite_sample(shared, tmp_path, to_six_numbers))
+def test_six_numbers_are_an_orientation(rewritten: Callable[[Change], Path]) -> None:
+    proposal = propose_layout_cached(rewritten(to_six_numbers))
 
     assert proposal["position"] == "observation/state[7:10]"
     assert proposal["rotation"] == "observation/state[1:7]"
@@ -222,14 +239,15 @@ def test_six_numbers_are_an_orientation(shared: Path, tmp_path: Path) -> None:
     ("rotation_format", "outcome"), [("6d_rows", "undecided"), ("6d_columns", "contradiction")]
 )
 def test_the_audit_tells_rows_from_columns(
-    shared: Path, tmp_path: Path, rotation_format: str, outcome: str
+    rewritten: Callable[[Change], Path], tmp_path: Path, rotation_format: str, outcome: str
 ) -> None:
-    copy = rewrite_sample(shared, tmp_path, to_six_numbers)
+    folder = rewritten(to_six_numbers)
     # `to_six_numbers` writes rows.
     formats = {"rotation_format": rotation_format, "logged_rotation_format": rotation_format}
-    write_layout(copy, {**propose_layout(copy), **formats, "logged_frame": "base"})
+    layout = {**propose_layout_cached(folder), **formats, "logged_frame": "base"}
+    layout_file = write_layout(tmp_path / "layout.json", layout)
 
-    assert audit_dataset(copy).outcome == outcome
+    assert audit_dataset(folder, layout_file=layout_file).outcome == outcome
 
 
 def test_a_whole_pose_is_an_orientation(shared: Path, tmp_path: Path) -> None:
@@ -264,8 +282,8 @@ def put_gripper_and_yaw_first(
     return new_states, new_actions
 
 
-def test_columns_are_found_in_any_order(shared: Path, tmp_path: Path) -> None:
-    proposal = propose_layout(rewrite_sample(shared, tmp_path, put_gripper_and_yaw_first))
+def test_columns_are_found_in_any_order(rewritten: Callable[[Change], Path]) -> None:
+    proposal = propose_layout_cached(rewritten(put_gripper_and_yaw_first))
 
     assert proposal["position"] == "observation/state[1:4]"
     assert proposal["logged_translation"] == "action[1:4]"
@@ -273,8 +291,8 @@ def test_columns_are_found_in_any_order(shared: Path, tmp_path: Path) -> None:
     assert proposal["logged_rotation"] == "action[4:7]"
 
 
-def test_yaw_first_is_thought_of(shared: Path, tmp_path: Path) -> None:
-    proposal = propose_layout(rewrite_sample(shared, tmp_path, put_gripper_and_yaw_first))
+def test_yaw_first_is_thought_of(rewritten: Callable[[Change], Path]) -> None:
+    proposal = propose_layout_cached(rewritten(put_gripper_and_yaw_first))
 
     assert proposal["rotation_format"] is None
     assert "euler_ZYX" in proposal["facts"]["rotation_format"]
@@ -285,8 +303,8 @@ def use_targets(states: np.ndarray, actions: np.ndarray) -> tuple[np.ndarray, np
     return states, np.roll(states, -1, 0)
 
 
-def test_targets_leave_the_rotation_format_open(shared: Path, tmp_path: Path) -> None:
-    proposal = propose_layout(rewrite_sample(shared, tmp_path, use_targets))
+def test_targets_leave_the_rotation_format_open(rewritten: Callable[[Change], Path]) -> None:
+    proposal = propose_layout_cached(rewritten(use_targets))
 
     assert proposal["rotation_format"] is None
     assert "euler_xyz or" in proposal["facts"]["rotation_format"]
@@ -302,13 +320,14 @@ def test_targets_leave_the_rotation_format_open(shared: Path, tmp_path: Path) ->
     ],
 )
 def test_targets_leave_the_audit_undecided(
-    shared: Path, tmp_path: Path, rotation_format: str, rival: str
+    rewritten: Callable[[Change], Path], tmp_path: Path, rotation_format: str, rival: str
 ) -> None:
-    copy = rewrite_sample(shared, tmp_path, use_targets)
+    folder = rewritten(use_targets)
     formats = {"rotation_format": rotation_format, "logged_rotation_format": rotation_format}
-    write_layout(copy, {**propose_layout(copy), **formats, "facts": {}})
+    layout = {**propose_layout_cached(folder), **formats, "facts": {}}
+    layout_file = write_layout(tmp_path / "layout.json", layout)
 
-    report = audit_dataset(copy)
+    report = audit_dataset(folder, layout_file=layout_file)
 
     (check,) = [check for check in report.checks if check.name == "rotation_format"]
     assert report.outcome == "undecided"
@@ -364,15 +383,17 @@ def test_numbers_that_the_metadata_call_joints_are_no_pose(shared: Path, tmp_pat
 
 def test_a_layout_that_takes_joints_for_a_pose_is_refused(shared: Path, tmp_path: Path) -> None:
     copy = copy_with_joint_columns(shared, tmp_path)
-    write_layout(copy, propose_layout(copy))
+    write_layout(
+        copy / "spear.json", propose_layout_cached(shared / "data" / "lerobot" / "v3.0_image")
+    )
     name_state_as_joints(copy)
 
     refuses("shoulder_pan", lambda: next(read_episodes(copy)))
 
 
 def test_a_column_of_success_is_proposed(shared: Path, tmp_path: Path) -> None:
+    without_success = propose_layout_cached(shared / "data" / "lerobot" / "v3.0_image")
     copy = rewrite_sample(shared, tmp_path, change_nothing)
-    without_success = propose_layout(copy)
     (file,) = copy.glob("data/*/*.parquet")
     table = pq.read_table(file)
     successes = pa.array([True] * len(table))

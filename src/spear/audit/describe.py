@@ -877,11 +877,13 @@ def _select_best_fits(fits: Sequence[Fit]) -> list[Fit]:
     the result is empty.
     """
 
-    def rank(fit: Fit) -> tuple[float, int]:
-        num_preferred = sum(str(answer) in PREFERRED_ANSWERS for answer in fit.hypothesis)
-        return round(fit.relative_error, 2), -num_preferred
+    def count_preferred_answers(fit: Fit) -> int:
+        return sum(str(answer) in PREFERRED_ANSWERS for answer in fit.hypothesis)
 
-    best = min(fits, key=rank)
+    # Answers are counted only for the fits that share the smallest rounded error, as most do not.
+    smallest_error = round(min(fit.relative_error for fit in fits), 2)
+    best_fits = [fit for fit in fits if round(fit.relative_error, 2) == smallest_error]
+    best = max(best_fits, key=count_preferred_answers)
     if best.motion.sum() <= 0:
         return []
     limit = best.relative_error + MIN_MARGIN

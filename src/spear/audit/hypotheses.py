@@ -21,7 +21,6 @@ resampling, S formats of recorded orientations, K hypotheses.
 import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
@@ -91,29 +90,36 @@ class Hypothesis(NamedTuple):
 class Fit:
     """How well a hypothesis explains the data.
 
-    error      [U] distance between integrated and recorded states, summed over the steps of each
-               unit of resampling; meters or radians.
-    motion     [U] distance of the recorded states from the first state of their stretch, summed
-               over the steps of each unit of resampling; meters or radians.
-    num_steps  how many states were compared.
-    factor     converts logged translations to meters; not used for rotations.
+    error           [U] distance between integrated and recorded states, summed over the steps of
+                    each unit of resampling; meters or radians.
+    motion          [U] distance of the recorded states from the first state of their stretch,
+                    summed over the steps of each unit of resampling; meters or radians.
+    relative_error  all of the error as a fraction of all of the motion.
+    num_steps       how many states were compared.
+    factor          converts logged translations to meters; not used for rotations.
     """
 
     hypothesis: Hypothesis
     error: Array
     motion: Array
+    relative_error: float
     num_steps: int
     factor: float = 1.0
-
-    @cached_property
-    def relative_error(self) -> float:
-        """Error as a fraction of the motion."""
-        return float(self.error.sum() / max(self.motion.sum(), 1e-12))
 
     @property
     def mean_error(self) -> float:
         """Mean distance between integrated and recorded states, m or rad."""
         return float(self.error.sum() / self.num_steps)
+
+
+def _compute_relative_errors(errors: Array, motions: Array) -> Array:
+    """Compute the relative errors [...] of many fits at once, see `Fit`.
+
+    Args:
+        errors: [..., U] error of each fit in each unit of resampling.
+        motions: [..., U] motion of each fit in each unit of resampling.
+    """
+    return errors.sum(-1) / np.maximum(motions.sum(-1), 1e-12)
 
 
 class Stretches:
@@ -503,9 +509,11 @@ def _fit_scales_and_signs(
     distances = np.linalg.norm(predicted - target[..., None], axis=-2)  # [n, L, K]
     errors = stretches.sum_per_unit(np.moveaxis(distances, -1, 0))  # [K, U]
 
+    relative_errors = _compute_relative_errors(errors, recorded.motion).tolist()
+
     num_steps = int(stretches.is_step.sum())
     cases = itertools.product(scales, SIGNS)
-    for (scale, signs), error in zip(cases, errors, strict=True):
+    for (scale, signs), error, relative_error in zip(cases, errors, relative_errors, strict=True):
         hypothesis = Hypothesis(
             kind=scale.kind,
             frame=reading.frame,
@@ -515,7 +523,7 @@ def _fit_scales_and_signs(
             state_format=reading.state_format,
             action_format="-",
         )
-        yield Fit(hypothesis, error, recorded.motion, num_steps, scale.factor)
+        yield Fit(hypothesis, error, recorded.motion, relative_error, num_steps, scale.factor)
 
 
 def _rotate_components(orientation: Array, diagonal: Array) -> Array:
@@ -649,11 +657,13 @@ def fit_rotations(
         scalar_products = torch.einsum("knlc,snlc->sknl", predicted, observed).numpy()
         errors = stretches.sum_per_unit(_compute_angle_rad(scalar_products))  # [S, K, U] rad
         for s, state_format in enumerate(recorded.formats):
+            motion = recorded.motion_size[s]
+            relative_errors = _compute_relative_errors(errors[s], motion).tolist()
             for k, index in enumerate(indices):
                 hypothesis = hypotheses[index]._replace(
                     frame=frame, delay_steps=delay, state_format=state_format
                 )
-                fits.append(Fit(hypothesis, errors[s, k], recorded.motion_size[s], num_steps))
+                fits.append(Fit(hypothesis, errors[s, k], motion, relative_errors[k], num_steps))
 
     # Indices in `hypotheses`: by which logged rotations are changes, and by which they are targets.
     change_indices: list[int] = []
@@ -799,13 +809,15 @@ def _fit_added_angles(
     for name, orientation in zip(recorded.formats, recorded.orientation, strict=True):
         predicted = _to_quaternions(name, reached)  # [scales, 8, n, L, 4]
         scalar_products.append((predicted * orientation[:, 1:]).sum(-1))
-    # Flattened in the order of `cases` below: scale, state format, signs.
-    all_products = torch.stack(scalar_products, 1).flatten(end_dim=2)  # [scales · S · 8, n, L]
-    errors = stretches.sum_per_unit(_compute_angle_rad(all_products.numpy()))  # [scales · S · 8, U]
+    all_products = torch.stack(scalar_products, 1)  # [scales, S, 8, n, L]
+    errors = stretches.sum_per_unit(_compute_angle_rad(all_products.numpy()))  # [scales, S, 8, U]
+    relative_errors = _compute_relative_errors(errors, recorded.motion_size[:, None])
 
     num_steps = int(stretches.is_step.sum())
-    cases = itertools.product(tested_scales, enumerate(recorded.formats), SIGNS)
-    for (scale, (s, name), signs), error in zip(cases, errors, strict=True):
+    cases = itertools.product(
+        enumerate(tested_scales), enumerate(recorded.formats), enumerate(SIGNS)
+    )
+    for (k, scale), (s, name), (i, signs) in cases:
         hypothesis = Hypothesis(
             kind=scale.kind,
             frame="angles",
@@ -815,4 +827,6 @@ def _fit_added_angles(
             state_format=name,
             action_format=name,
         )
-        yield Fit(hypothesis, error, recorded.motion_size[s], num_steps)
+        error = errors[k, s, i]
+        relative_error = float(relative_errors[k, s, i])
+        yield Fit(hypothesis, error, recorded.motion_size[s], relative_error, num_steps)
