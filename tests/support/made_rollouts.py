@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 
 import numpy as np
 import torch
@@ -44,10 +45,14 @@ class MadeRobot:
     gripper_delay: int = 0
 
 
+@cache
 def make_episode(
     seed: int, robot: MadeRobot = MadeRobot(), instruction: str | None = None
 ) -> RecordedEpisode:
-    """Make an episode of an arm that wanders about a table, gripper down, and opens and closes."""
+    """Make an episode of an arm that wanders about a table, gripper down, and opens and closes.
+
+    Tests share the episode, so they must not change its arrays.
+    """
     rng = np.random.default_rng(seed)
     chunks = _make_chunks(rng)
     position = np.array([0.4, 0.0, 0.2]) + rng.normal(0, 0.03, 3)

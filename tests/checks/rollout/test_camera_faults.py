@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import cache
 
 import numpy as np
 import pytest
@@ -88,6 +89,19 @@ def add_bars(episode: RecordedEpisode) -> RecordedEpisode:
     return change_pictures(episode, "external", blacken)
 
 
+@cache
+def learn_pictures() -> picture_versions.PictureReferences:
+    """What the pictures of 16 demonstrations say. It is computed once for all tests."""
+    return picture_versions.PictureReferences(make_case(num_demonstrations=16).demonstrations)
+
+
+def make_picture_case(change: Callable[[RecordedEpisode], RecordedEpisode] | None = None) -> Case:
+    """Make a case: a rollout whose pictures have a fault, and demonstrations without one."""
+    references = learn_pictures()
+    rollout = make_case(change=change).rollout
+    return Case(rollout, references.demonstrations, references=references)
+
+
 PLANTED = {
     "cameras-exchanged": exchange,
     "camera-mirrored": change_external("mirrored left to right"),
@@ -105,7 +119,7 @@ PLANTED = {
 
 @pytest.mark.parametrize("fault", PLANTED)
 def test_a_planted_fault_is_named_and_no_other_one_is_surer(fault: str) -> None:
-    case = make_case(change=PLANTED[fault], num_demonstrations=16)
+    case = make_picture_case(PLANTED[fault])
 
     findings = {}
     for check in CHECKS:
@@ -121,7 +135,7 @@ def test_a_planted_fault_is_named_and_no_other_one_is_surer(fault: str) -> None:
 
 @pytest.mark.parametrize("axis", ["width", "height"])
 def test_a_wider_picture_that_is_squeezed_is_stretched(axis: str) -> None:
-    case = make_case(change=change_external(f"squeezed in {axis}"), num_demonstrations=16)
+    case = make_picture_case(change_external(f"squeezed in {axis}"))
 
     result = CameraStretchedCheck().examine(case)
 
@@ -130,7 +144,7 @@ def test_a_wider_picture_that_is_squeezed_is_stretched(axis: str) -> None:
 
 
 def test_pictures_like_those_of_training_have_no_fault() -> None:
-    case = make_case(num_demonstrations=16)
+    case = make_picture_case()
 
     for check in CHECKS:
         assert check.examine(case) is None, check.fault
