@@ -199,9 +199,9 @@ def test_help_texts_follow_the_rules() -> None:
     assert problems == []
 
 
-@pytest.mark.parametrize("message", list_messages())
-def test_a_message_follows_the_rules(message: str) -> None:
-    assert find_problems(message) == []
+def test_messages_follow_the_rules() -> None:
+    for message in list_messages():
+        assert find_problems(message) == [], message
 
 
 def test_messages_in_the_code_are_sentences() -> None:
@@ -217,6 +217,6 @@ def test_messages_in_the_code_are_sentences() -> None:
     assert problems == []
 
 
-@pytest.mark.parametrize("message", list_messages())
-def test_a_message_ends_its_last_sentence(message: str) -> None:
-    assert message[-1] in ".?!…" or message.endswith("]'")
+def test_messages_end_their_last_sentence() -> None:
+    for message in list_messages():
+        assert message[-1] in ".?!…" or message.endswith("]'"), message

@@ -6,11 +6,12 @@ import pytest
 
 from refusals import Command
 from spear.errors import SpearError
+from spear.evaluate import shift_suite
 from spear.evaluate.agents import ExpertAgent, IdleAgent
 from spear.evaluate.closed_loop import evaluate_tabletop
 from spear.evaluate.options import TabletopOptions
-from spear.evaluate.shift_suite import evaluate_shifts, list_shifts
-from spear.sim.shifts import AXES, LEVELS
+from spear.evaluate.shift_suite import evaluate_shifts, list_shifts, name_folder
+from spear.sim.shifts import AXES, LEVELS, Shift
 
 
 def make_options(out: Path | None = None, **changes: object) -> TabletopOptions:
@@ -25,12 +26,13 @@ def test_the_suite_has_every_axis_at_every_level() -> None:
     assert len(shifts) == 1 + len(AXES) * len(LEVELS)
 
 
-def test_every_shift_is_evaluated_and_kept_in_a_folder_of_its_own(tmp_path: Path) -> None:
+def test_the_suite_begins_without_a_shift(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shift_suite, "list_shifts", lambda: [None, Shift("noise", 3)])
+
     results = list(evaluate_shifts(IdleAgent(), make_options(tmp_path)))
 
-    assert [result.name for result in results][:3] == ["none", "camera:1", "camera:2"]
-    assert {result.success.n for result in results} == {1}  # one scene each
-    assert (tmp_path / "noise-3" / "results.json").is_file()
+    assert [result.name for result in results] == ["none", "noise:3"]
+    assert [result.success.n for result in results] == [1, 1]  # one scene each
 
 
 @pytest.mark.parametrize("shift", ["camera:3", "layout:3", "robot:3", "language:3", "noise:3"])
@@ -61,12 +63,16 @@ def test_an_unknown_world_is_refused_before_anything_runs(tmp_path: Path) -> Non
     assert not (tmp_path / "out").exists()
 
 
-def test_the_command_writes_a_page(tmp_path: Path, run_command: Command) -> None:
+def test_the_command_keeps_every_shift_in_a_folder_of_its_own_and_writes_a_page(
+    tmp_path: Path, run_command: Command
+) -> None:
     output = run_command(
         "evaluate", "--policy", "nothing", "--num-scenes", "1", "--tasks", "put_on",
         "--videos", "0", "--shift", "all", "--out", str(tmp_path),
     )  # fmt: skip
 
+    names = {file.parent.name for file in tmp_path.glob("*/results.json")}
+    assert names == {name_folder(shift) for shift in list_shifts()}
     assert "success by shift" in output
     assert "background" in output
     assert "level 3" in (tmp_path / "shifts.html").read_text()

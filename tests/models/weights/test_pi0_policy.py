@@ -4,6 +4,8 @@ The published folders here are tiny, with random weights (`published_checkpoints
 `plan_pi0(pi0, moge, "tiny14")` converts a π0 and a MoGe. The preset "linear14" has π0's flow.
 """
 
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +35,7 @@ from published_checkpoints import (
     publish_paligemma,
     publish_pi0,
     publish_pi05,
+    register_tiny_sizes,
 )
 from refusals import refuses
 from spear.models.layers import KVCache
@@ -58,24 +61,30 @@ NEW_WEIGHTS = {
     "vlm.moge_projector.linear.bias",
 }
 
-# Registers the presets "tiny14" and "linear14".
-pytestmark = pytest.mark.usefixtures("tiny_published_presets")
+
+@pytest.fixture(autouse=True, scope="module")
+def tiny_presets() -> Iterator[None]:
+    """Make the presets "tiny14" and "linear14" known by name."""
+    with pytest.MonkeyPatch.context() as patch:
+        register_tiny_sizes(patch)
+        yield
 
 
-@pytest.fixture
-def moge(tmp_path: Path) -> Path:
-    return publish_moge(tmp_path / "model.pt")
+@pytest.fixture(scope="module")
+def moge(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return publish_moge(tmp_path_factory.mktemp("moge") / "model.pt")
 
 
-@pytest.fixture
-def pi0_folder(tmp_path: Path) -> Path:
+@pytest.fixture(scope="module")
+def published_pi0(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A π0 in LeRobot's layout, whose states and actions have 32 numbers, as published."""
-    return publish_pi0(make_pi0(state_dim=32, action_dim=32), tmp_path / "pi0")
+    return publish_pi0(make_pi0(state_dim=32, action_dim=32), tmp_path_factory.mktemp("pi0"))
 
 
 @pytest.fixture
-def pi05_folder(tmp_path: Path) -> Path:
-    return publish_pi05(tmp_path / "pi05")
+def pi0_folder(published_pi0: Path, tmp_path: Path) -> Path:
+    """A copy of `published_pi0`, which a test may change."""
+    return shutil.copytree(published_pi0, tmp_path / "pi0")
 
 
 # --- The same results ---
@@ -114,16 +123,18 @@ def record_hidden_states(expert: Any) -> list[torch.Tensor]:
 class TestParityWithTransformers:
     """Same weights and inputs, same results. States and actions have our sizes here."""
 
-    @pytest.fixture(params=PI0_LAYOUTS)
+    @pytest.fixture(scope="class", params=PI0_LAYOUTS)
     def layout(self, request: pytest.FixtureRequest) -> str:
         """Where the names of weights in the published folder are from."""
         return request.param
 
-    @pytest.fixture
-    def models(self, tmp_path: Path, moge: Path, layout: str) -> tuple[Any, Any]:
+    @pytest.fixture(scope="class")
+    def models(
+        self, tmp_path_factory: pytest.TempPathFactory, moge: Path, layout: str
+    ) -> tuple[Any, Any]:
         """The SPEAR-1, with a MoGe, and the π0."""
         their_model = make_pi0()
-        folder = publish_pi0(their_model, tmp_path / "pi0", layout)
+        folder = publish_pi0(their_model, tmp_path_factory.mktemp("pi0"), layout)
         return plan_pi0(folder, moge, "linear14").run(), their_model
 
     @pytest.fixture
@@ -362,9 +373,11 @@ def test_the_seed_changes_new_weights_only(pi0_folder: Path, moge: Path) -> None
 class TestPi05:
     """Of a π0.5, the VLM is loaded, and of its expert the attention and the MLPs."""
 
-    @pytest.fixture(params=["lerobot", "openpi"])
-    def folder(self, tmp_path: Path, request: pytest.FixtureRequest) -> Path:
-        return publish_pi05(tmp_path / "pi05", request.param)
+    @pytest.fixture(scope="class", params=["lerobot", "openpi"])
+    def folder(
+        self, tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest
+    ) -> Path:
+        return publish_pi05(tmp_path_factory.mktemp("pi05"), request.param)
 
     @torch.no_grad()
     def test_its_vlm_computes_the_same_keys_and_values(self, folder: Path, moge: Path) -> None:

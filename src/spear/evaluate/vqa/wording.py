@@ -9,6 +9,7 @@ the type of question to which the skeleton belongs, or that no model is taught s
 import re
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 from spear.errors import SpearError
 from spear.evaluate.vqa.classifier import QuestionTypeClassifier, fit_classifier
@@ -158,7 +159,7 @@ def match_templates(question: str, question_type: str) -> list[str] | None:
     text = text.rstrip(" ?.")
 
     for prompt in PROMPT_TEMPLATES[question_type]:
-        match = re.fullmatch(_to_pattern(prompt, question_type), text, re.IGNORECASE)
+        match = _compile_prompt(prompt, question_type).fullmatch(text)
         if match:
             gaps = match.groupdict()  # gap ("x" or "y") → name
             names = [gaps[gap] for gap in sorted(gaps)]
@@ -166,8 +167,9 @@ def match_templates(question: str, question_type: str) -> list[str] | None:
     return None
 
 
-def _to_pattern(prompt: str, question_type: str) -> str:
-    """Convert a prompt template to a regular expression.
+@lru_cache(None)
+def _compile_prompt(prompt: str, question_type: str) -> re.Pattern[str]:
+    """Convert a prompt template to a regular expression, once.
 
     Its gaps {x} and {y} become groups of the same names, which match the names of objects. Its gap
     {p} matches the name of any keypoint, or a pixel.
@@ -182,7 +184,7 @@ def _to_pattern(prompt: str, question_type: str) -> str:
     # After its article, a name goes on until a comma, or until words such as " and the" that
     # introduce the second object. \1 is the name of the gap, x or y.
     name = r"(?:(?:the|an?) )?(?P<\1>(?:(?! (?:from|and|to) (?:the|an?) )[^?,])+)"
-    return re.sub(r"\\{([xy])\\}", name, pattern)
+    return re.compile(re.sub(r"\\{([xy])\\}", name, pattern), re.IGNORECASE)
 
 
 def _order_names(skeleton: Skeleton, question_type: str) -> list[str]:
