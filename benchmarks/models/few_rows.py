@@ -169,7 +169,7 @@ def measure(implementations: dict[str, Implementation], x: Tensor, repeats: int)
 def print_roofline(model: Any, device: str, dtype: torch.dtype) -> None:
     weight_bytes = sum(p.numel() * p.element_size() for p in model.layers.parameters())
     phases = [(0.0, float(weight_bytes))] * NUM_FLOW_STEPS
-    least_ms = 1000 * measure_machine(device, dtype).least_seconds(*phases)
+    least_ms = 1000 * measure_machine(device, dtype).compute_least_seconds(*phases)
     print(f"roofline: {least_ms:.1f} ms; {torch.cuda.get_device_name()}")
 
 

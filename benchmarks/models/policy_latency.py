@@ -191,7 +191,7 @@ def compute_roofline_ms(
     cache_numbers *= text_config.num_key_value_heads * text_config.head_dim
     moved_bytes = (num_weights + cache_numbers) * bytes_per_number
     phases += [(batch * flops, moved_bytes)] * NUM_FLOW_STEPS
-    return 1000 * machine.least_seconds(*phases)
+    return 1000 * machine.compute_least_seconds(*phases)
 
 
 # --- The table ---

@@ -93,7 +93,7 @@ def assert_refused(words: str, call: Callable[..., Any], *arguments: Any) -> Non
 def check_resumed_training(saved: Path, steps: int) -> None:
     """Resume a training, and check that the learning rate falls until the last step.
 
-    So it does if there are more steps than the recipe's 600.
+    A schedule of more steps than the recipe's 600 is checked, too.
     """
     from lerobot.configs import PreTrainedConfig
     from torch import optim, zeros
@@ -248,6 +248,7 @@ def write_arm_urdf(path: Path) -> None:
     elements = [f'<link name="root">{inertial}</link>']
     parent = "root"
     for number, (name, axis) in enumerate(zip(MOTORS, MOTOR_AXES, strict=True)):
+        # The first two joints are 0.1 m apart along z, and the others 0.2 m along x.
         x_m = 0.2 if number > 1 else 0
         z_m = 0.1 if number < 2 else 0
         child = f"{name}_link"
@@ -274,12 +275,12 @@ def write_joint_dataset(root: Path) -> None:
         use_videos=False,
     )
     rng = np.random.default_rng(0)
-    steps = rng.normal(0, 1, (31, len(JOINT_KEYS)))
-    path = REST_POSITION + np.cumsum(steps, axis=0).astype(np.float32)
-    for current, following in itertools.pairwise(path):
+    steps_deg = rng.normal(0, 1, (31, len(JOINT_KEYS)))  # random walk; 31 positions, 30 frames
+    positions = REST_POSITION + np.cumsum(steps_deg, axis=0).astype(np.float32)
+    for current_position, next_position in itertools.pairwise(positions):
         frame = {
-            STATE_KEY: current,
-            "action": following,
+            STATE_KEY: current_position,
+            "action": next_position,
             "observation.images.front": rng.integers(0, 256, IMAGE_SHAPE, np.uint8),
             "task": "go",
         }
@@ -291,9 +292,9 @@ def write_joint_dataset(root: Path) -> None:
 def register_made_up_arm() -> tuple[list[dict[str, Any]], list[float]]:
     """Make a stand-in for the arm known to LeRobot.
 
-    Returns lists of its commands and of their times in s.
-
-    The lists are filled while LeRobot drives it.
+    Returns:
+        A list of the commands that LeRobot sends to the stand-in, and a list of their times (s, on
+        the monotonic clock). Both are filled while LeRobot drives the stand-in.
     """
     from lerobot.robots import Robot, RobotConfig
 
@@ -362,7 +363,9 @@ def roll_out(saved: Path) -> None:
     changes_deg = []
     for key, rest_deg in zip(JOINT_KEYS[:-1], REST_POSITION[:-1].tolist(), strict=True):
         changes_deg.append(abs(commands[0][key] - rest_deg))
-    commands_per_s = 20 / (times_s[21] - times_s[1])
+    # The rate over 20 periods; the first period is left out.
+    num_periods = 20
+    commands_per_s = num_periods / (times_s[1 + num_periods] - times_s[1])
     print(
         f"lerobot-rollout: commands of {len(commands[0])} joints, the first {max(changes_deg):.2f}"
         " degrees from the start"

@@ -70,6 +70,11 @@ action takes one tick more than inference does (our choice, see docs/howto/laten
 MIN_LONGEST_STEP_M = 2e-3
 MIN_LONGEST_TURN_RAD = 2e-2  # the same for rotations
 
+# How `Pilot` keeps time, in ticks (our choice, see its docstring).
+MAX_EARLY_TICKS = 0.25  # a call of `step` that comes earlier than this gives a notice
+MAX_LATE_TICKS = 0.5  # of a longer delay, only so much is made up for
+MIN_TICK_LENGTH = 0.9  # length of a tick while a delay is made up for
+
 MAX_PAUSE_S = 1.0  # after a longer pause the plan is outdated, because the robot may have moved
 
 # Number of executed steps that are stored, from which the motion since an observation is computed.
@@ -426,15 +431,16 @@ class Pilot:
         self._begin_anew_if_outdated(observation.get("prompt"), now_s)
 
         # Wait for the tick. After a late call the next tick is planned as if the call had been at
-        # most half a tick late, and may begin after nine tenths of a tick.
-        if self._next_tick_time_s - now_s > tick_s / 4:
+        # most `MAX_LATE_TICKS` late, and the present tick may be as short as `MIN_TICK_LENGTH`.
+        if self._next_tick_time_s - now_s > MAX_EARLY_TICKS * tick_s:
             notice(
                 f"Pilot.step waits until a step is due. Observe and call it once in {tick_s:g} "
                 "s; in a simulator, use ChunkExecutor."
             )
-        earliest_s = max(self._next_tick_time_s, self._last_step_time_s + 0.9 * tick_s)
+        earliest_s = max(self._next_tick_time_s, self._last_step_time_s + MIN_TICK_LENGTH * tick_s)
         time.sleep(max(0.0, earliest_s - now_s))
-        self._next_tick_time_s = max(self._next_tick_time_s, now_s - tick_s / 2) + tick_s
+        planned_start_s = max(self._next_tick_time_s, now_s - MAX_LATE_TICKS * tick_s)
+        self._next_tick_time_s = planned_start_s + tick_s
 
         # Collect a finished inference, and start the next one if needed. In sync, and in the first
         # tick, wait until inference has ended.
@@ -528,8 +534,8 @@ def _join_to_executed(
 
     # The offset, as the action that leads from the pose planned for now to the actual pose.
     planned_until_now = [*actions[:first], _scale_action(actions[first], num_executed % 1)]
-    planned_position, planned_rotation = _pose_after(planned_until_now)
-    actual_position, actual_rotation = _pose_after(executed)
+    planned_position, planned_rotation = _compute_pose_after(planned_until_now)
+    actual_position, actual_rotation = _compute_pose_after(executed)
     position_offset, rotation_offset = action_between_poses(
         planned_position, planned_rotation, actual_position, actual_rotation
     )
@@ -540,7 +546,7 @@ def _join_to_executed(
     fade = (1 - num_done / max(1, num_fading)).clamp_min(0)[:, None]  # [num_remaining, 1]
 
     # The poses of the new path: the actual pose, then the chunk's poses with the fading offset.
-    path_positions, path_rotations = _path(actions)
+    path_positions, path_rotations = _compute_path(actions)
     faded_rotation_offsets = quat_exp(fade * quat_log(rotation_offset))  # [num_remaining, 4]
     positions = path_positions[first:] + fade * position_offset
     rotations = quat_multiply(path_rotations[first:], faded_rotation_offsets)
@@ -563,8 +569,8 @@ def _scale_action(action: Array, fraction: float) -> Array:
     return np.concatenate([fraction * action[:3], scaled_rotation, action[7:]]).astype(np.float32)
 
 
-def _path(actions: Array) -> tuple[torch.Tensor, torch.Tensor]:
-    """The poses after each of n actions [n, 8], relative to the pose before the first action.
+def _compute_path(actions: Array) -> tuple[torch.Tensor, torch.Tensor]:
+    """Compute the poses after each of n actions [n, 8], relative to the pose before the first one.
 
     Returns:
         Positions [n, 3], and rotations [n, 4] as quaternions.
@@ -575,7 +581,7 @@ def _path(actions: Array) -> tuple[torch.Tensor, torch.Tensor]:
     return positions, quat_normalize(torch.stack(running_products))
 
 
-def _pose_after(actions: Sequence[Array]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Position [3] and rotation [4] after all `actions`, relative to the pose before the first."""
-    positions, rotations = _path(np.stack(actions))
+def _compute_pose_after(actions: Sequence[Array]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Compute position [3] and rotation [4] after all actions, from the pose before the first."""
+    positions, rotations = _compute_path(np.stack(actions))
     return positions[-1], rotations[-1]

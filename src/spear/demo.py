@@ -219,7 +219,7 @@ def fine_tune(out: Path, data: Path | None) -> Values:
     dataset = WeightedStore(data.name, training, weight=1.0)
     inputs = TrainingInputs(episodes=[dataset], init=locate("nano"))
     recipe = get_recipe("nano-post").with_changes(steps=FINE_TUNE_STEPS)
-    final = train(recipe, _fine_tuning_folder(out, training), inputs)
+    final = train(recipe, _get_fine_tuning_folder(out, training), inputs)
 
     fine_tuned_policy = Spear1Policy.load(str(final))
     fine_tuned_errors = open_loop.score_policy("fine-tuned", fine_tuned_policy, held_out)
@@ -250,7 +250,7 @@ def fine_tune(out: Path, data: Path | None) -> Values:
     }
 
 
-def _fine_tuning_folder(out: Path, training: EpisodeStore) -> Path:
+def _get_fine_tuning_folder(out: Path, training: EpisodeStore) -> Path:
     """Return the folder for fine-tuning the shipped weights on these episodes.
 
     The folder's name has a hash of both, so that other weights or episodes get another folder.

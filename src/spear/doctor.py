@@ -110,7 +110,7 @@ class MachineSpeed:
     bytes_per_s: float
     flops_per_s: float
 
-    def least_seconds(self, *phases: Phase) -> float:
+    def compute_least_seconds(self, *phases: Phase) -> float:
         """Return the least time in which the machine can compute phases one after the other.
 
         In each phase the machine computes and moves bytes at the same time, so the slower of the
@@ -188,7 +188,7 @@ def measure_machine(
     return MachineSpeed(bytes_per_s=copied_bytes / copy_s, flops_per_s=product_flops / product_s)
 
 
-def describe_machine(size: Preset, device: torch.device) -> list[tuple[str, str]]:
+def describe_machine(preset: Preset, device: torch.device) -> list[tuple[str, str]]:
     """Return what is examined (software, processor, GPU, model), as pairs of name and text."""
     packages = [f"spear {spear.__version__}"]
     packages += [f"{name} {version(name)}" for name in ("torch", "transformers")]
@@ -209,21 +209,21 @@ def describe_machine(size: Preset, device: torch.device) -> list[tuple[str, str]
     else:
         facts.append(("bfloat16", f"only saves memory, compared with float32 on {device.type}"))
 
-    weights = "the weights of this package" if size.name == "nano" else "random weights"
-    steps = FlowConfig(**size.flow).steps
-    model = f"{size.name}, {weights}, {steps} flow steps, one observation of all views"
+    weights = "the weights of this package" if preset.name == "nano" else "random weights"
+    steps = FlowConfig(**preset.flow).steps
+    model = f"{preset.name}, {weights}, {steps} flow steps, one observation of all views"
     facts.append(("model", model))
     return facts
 
 
-def examine(size: Preset, device: torch.device, repeats: int = 10) -> Iterator[InferenceResult]:
+def examine(preset: Preset, device: torch.device, repeats: int = 10) -> Iterator[InferenceResult]:
     """Yield the result of each implementation on this device, the plain network first.
 
     All implementations are examined in float32, if that fits into memory, and in bfloat16. For
     nano, the weights are those that come with this package; for other presets they are random.
 
     Args:
-        size: the preset of the model.
+        preset: the preset of the model.
         device: the device.
         repeats: number of timed runs of each implementation.
 
@@ -231,22 +231,23 @@ def examine(size: Preset, device: torch.device, repeats: int = 10) -> Iterator[I
         SpearError: the model does not even fit into memory in bfloat16.
     """
     planned_bytes = {
-        dtype: measure_inference(size, dtype).total for dtype in (torch.float32, torch.bfloat16)
+        dtype: measure_inference(preset, dtype).total for dtype in (torch.float32, torch.bfloat16)
     }
-    free_bytes = _free_bytes(device)
+    free_bytes = _read_free_bytes(device)
     fitting_dtypes = [dtype for dtype, needed in planned_bytes.items() if needed < free_bytes]
     if not fitting_dtypes:
+        needed_gib = planned_bytes[torch.bfloat16] / GIB
         raise SpearError(
-            f"preset {size.name} needs {planned_bytes[torch.bfloat16] / GIB:.1f} GiB, and {device} "
+            f"preset {preset.name} needs {needed_gib:.1f} GiB, and {device} "
             f"has {free_bytes / GIB:.1f}. Give a smaller preset with --preset."
         )
 
-    inputs = _make_observation(size, device)
+    inputs = _make_observation(preset, device)
     expected: torch.Tensor | None = None
     for dtype in fitting_dtypes:
-        model = _load_or_make_model(size, dtype, device)
+        model = _load_or_make_model(preset, dtype, device)
         speed = measure_machine(device.type, dtype)
-        least_ms = 1000 * speed.least_seconds(*_count_phases(model, inputs))
+        least_ms = 1000 * speed.compute_least_seconds(*_count_phases(model, inputs))
         implementations = _list_implementations(model, inputs)
         for name, run in implementations.items():
             dtype_name = str(dtype).removeprefix("torch.")
@@ -273,7 +274,7 @@ def examine(size: Preset, device: torch.device, repeats: int = 10) -> Iterator[I
         del model, implementations, run
 
 
-def _free_bytes(device: torch.device) -> float:
+def _read_free_bytes(device: torch.device) -> float:
     """Return the free memory of the device.
 
     On a CPU this includes memory that the system frees when a program needs it. If the system does
@@ -313,29 +314,29 @@ def _describe_difference(difference: float, dtype: torch.dtype) -> str:
     return f"more than {max_difference:g} from the plain network"
 
 
-def _load_or_make_model(size: Preset, dtype: torch.dtype, device: torch.device) -> Any:
+def _load_or_make_model(preset: Preset, dtype: torch.dtype, device: torch.device) -> Any:
     """Return the shipped model for nano, and a model with random weights for other presets."""
-    if size.name == "nano":
+    if preset.name == "nano":
         return load(Spear1ForActionPrediction, BUNDLED_WEIGHTS / "nano", dtype).eval().to(device)
     torch.manual_seed(0)
     with device:  # made on its device and in its type, because a large model would not fit twice
-        return AutoModel.from_config(build_spear1_config(size), dtype=dtype).eval()
+        return AutoModel.from_config(build_spear1_config(preset), dtype=dtype).eval()
 
 
-def _make_observation(size: Preset, device: torch.device) -> Inputs:
+def _make_observation(preset: Preset, device: torch.device) -> Inputs:
     """Return the inputs of `sampling.sample_actions` for one random observation.
 
     The observation has all views of the preset, and its instruction has no padding.
     """
     generator = torch.Generator().manual_seed(0)
     inputs: dict[str, torch.Tensor] = {}
-    for view, (width, height) in size.image_sizes.items():
+    for view, (width, height) in preset.image_sizes.items():
         inputs[f"pixels/{view}"] = torch.randint(
             0, 256, (1, 3, height, width), generator=generator, dtype=torch.uint8
         )
     # Token ids from 3 on are words; smaller ids are special tokens, such as padding.
-    ids = torch.randint(3, size.vocabulary_size, (1, INSTRUCTION_TOKENS), generator=generator)
-    noise = sample_noise((1, size.horizon), FlowConfig(**size.flow), generator)
+    ids = torch.randint(3, preset.vocabulary_size, (1, INSTRUCTION_TOKENS), generator=generator)
+    noise = sample_noise((1, preset.horizon), FlowConfig(**preset.flow), generator)
     inputs["input_ids"] = ids
     inputs["state"] = torch.zeros(1, NUM_STATE_FEATURES)
     inputs["noise"] = noise.to_vector()

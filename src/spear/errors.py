@@ -154,13 +154,15 @@ def import_optional(module: str, extra: str, feature: str) -> Any:
     try:
         return importlib.import_module(module)
     except ImportError as error:
-        raise SpearError(missing_extra_message(feature, error.name or module, extra)) from error
+        raise SpearError(
+            make_missing_extra_message(feature, error.name or module, extra)
+        ) from error
 
 
-def missing_extra_message(feature: str, module: str, extra: str) -> str:
+def make_missing_extra_message(feature: str, module: str, extra: str) -> str:
     """Return the message for a feature whose module is not installed.
 
-    >>> missing_extra_message("the simulator", "mujoco", "sim")
+    >>> make_missing_extra_message("the simulator", "mujoco", "sim")
     "the simulator needs mujoco. Install it: pip install 'spear-vla[sim]'"
     """
     return f"{feature} needs {module}. Install it: pip install 'spear-vla[{extra}]'"

@@ -220,21 +220,22 @@ def perturb_committed(
 
     if is_valid is None:
         is_valid = torch.ones_like(is_committed)
-    scale = _standard_deviation(data.translation, is_valid)
+    translation_std = _compute_standard_deviation(data.translation, is_valid)
     if reference == "observed":
         # Each action leads from the observed pose to a pose of its own, so it has the errors of all
         # committed actions up to it. Actions that are not committed have none.
         accumulated = noise.cumsum(-2) * is_committed[..., None]
         turn = quat_exp(PERTURBATION_ROTATION_RAD * accumulated[..., 3:])
         return Action(
-            translation=data.translation + PERTURBATION_TRANSLATION * scale * accumulated[..., :3],
+            translation=data.translation
+            + PERTURBATION_TRANSLATION * translation_std * accumulated[..., :3],
             rotation=quat_canonical(quat_multiply(data.rotation, turn)),
             gripper=data.gripper,
         )
 
     # Translations are displacements in the base frame, so their errors add up, and the first free
     # action subtracts the sum.
-    error = PERTURBATION_TRANSLATION * scale * noise[..., :3]
+    error = PERTURBATION_TRANSLATION * translation_std * noise[..., :3]
     total_error = error.sum(-2, keepdim=True)  # [..., 1, 3]
     translation = data.translation + error - is_first_free * total_error
 
@@ -405,11 +406,11 @@ def compute_loss(
         target = data
         q_hat = _extract_clean_quaternion(prediction.rotation, config)
         q = quat_canonical(data.rotation)
-        rotation_errors = _clean_rotation_error(q_hat, q, config)
+        rotation_errors = _compute_clean_rotation_error(q_hat, q, config)
     else:
         state, target = interpolate(noise, data, tau, config)
         predicted = prediction_to_velocity(prediction, state, tau, config)
-        rotation_errors = _vector_error(predicted.rotation, target.rotation, config)
+        rotation_errors = _compute_vector_error(predicted.rotation, target.rotation, config)
         # One integration step from the state, along the predicted and along the true velocity. The
         # step's length δ is at most the remaining time.
         delta = _broadcast_time(1 - tau, state)
@@ -419,10 +420,12 @@ def compute_loss(
         q = _integrate_rotation(state.rotation, target.rotation, delta, config)
 
     losses = {
-        "translation": _mean(_squared_error(predicted.translation, target.translation), mask),
-        "rotation": _mean(rotation_errors, mask),
-        "geodesic": _mean(_chord(q_hat, q), mask),
-        "gripper": _mean(_squared_error(predicted.gripper, target.gripper), mask),
+        "translation": _average(
+            _compute_squared_error(predicted.translation, target.translation), mask
+        ),
+        "rotation": _average(rotation_errors, mask),
+        "geodesic": _average(_compute_chord(q_hat, q), mask),
+        "gripper": _average(_compute_squared_error(predicted.gripper, target.gripper), mask),
     }
     total = (
         config.translation_weight * losses["translation"]
@@ -551,10 +554,10 @@ def _extract_clean_quaternion(predicted: Tensor, config: FlowConfig) -> Tensor:
     return predicted if loss_teaches_length else quat_normalize(predicted)
 
 
-def _clean_rotation_error(q_hat: Tensor, q: Tensor, config: FlowConfig) -> Tensor:
-    """The rotation's loss of each predicted clean action, [..., H], see `compute_loss`."""
+def _compute_clean_rotation_error(q_hat: Tensor, q: Tensor, config: FlowConfig) -> Tensor:
+    """Compute the rotation's loss of each predicted clean action, [..., H], see `compute_loss`."""
     if config.rotation == "linear":
-        return _vector_error(q_hat, q, config)
+        return _compute_vector_error(q_hat, q, config)
     difference = quat_multiply(quat_conjugate(q_hat), q)
     if config.rotation_loss == "mse":
         return quat_log(difference).square().sum(-1)
@@ -562,8 +565,8 @@ def _clean_rotation_error(q_hat: Tensor, q: Tensor, config: FlowConfig) -> Tenso
     return difference[..., 1:].square().sum(-1)
 
 
-def _vector_error(v: Tensor, u: Tensor, config: FlowConfig) -> Tensor:
-    """The error of predicted vectors v, compared with true vectors u, both in R⁴: [..., H].
+def _compute_vector_error(v: Tensor, u: Tensor, config: FlowConfig) -> Tensor:
+    """Compute the error of predicted vectors v, compared with true vectors u, both in R⁴: [..., H].
 
     The vectors are velocities of rotations or, with `rotation="linear"`, clean quaternions. The
     error is ‖v - u‖² / 4 or 1 - cos(v, u), as `config.rotation_loss` says. The cosine loss is 0
@@ -571,7 +574,7 @@ def _vector_error(v: Tensor, u: Tensor, config: FlowConfig) -> Tensor:
     bounded gradient.
     """
     if config.rotation_loss == "mse":
-        return _squared_error(v, u)
+        return _compute_squared_error(v, u)
     v_norm = torch.linalg.vector_norm(v, dim=-1)
     u_norm = torch.linalg.vector_norm(u, dim=-1)
     divisor = v_norm.clamp_min(_MIN_SPEED) * u_norm.clamp_min(_MIN_SPEED)
@@ -579,21 +582,21 @@ def _vector_error(v: Tensor, u: Tensor, config: FlowConfig) -> Tensor:
     return torch.where(u_norm < _MIN_SPEED, 0, 1 - cos)
 
 
-def _squared_error(a: Tensor, b: Tensor) -> Tensor:
-    """The mean of (a - b)² over the components, [..., H]. For the 4 components of a rotation it is
+def _compute_squared_error(a: Tensor, b: Tensor) -> Tensor:
+    """Average (a - b)² over the components, [..., H]. For the 4 components of a rotation it is
     ‖a - b‖² / 4."""
     return (a - b).square().mean(-1)
 
 
-def _chord(a: Tensor, b: Tensor) -> Tensor:
-    """min(‖a - b‖, ‖a + b‖), [..., H], because b and -b are the same rotation."""
+def _compute_chord(a: Tensor, b: Tensor) -> Tensor:
+    """Compute min(‖a - b‖, ‖a + b‖), [..., H], because b and -b are the same rotation."""
     distance = torch.linalg.vector_norm(a - b, dim=-1)
     antipodal_distance = torch.linalg.vector_norm(a + b, dim=-1)
     return torch.minimum(distance, antipodal_distance)
 
 
-def _standard_deviation(values: Tensor, is_valid: Tensor) -> Tensor:
-    """The standard deviation per component of the valid values.
+def _compute_standard_deviation(values: Tensor, is_valid: Tensor) -> Tensor:
+    """Compute the standard deviation per component of the valid values.
 
     Args:
         values: [..., H, N].
@@ -609,8 +612,8 @@ def _standard_deviation(values: Tensor, is_valid: Tensor) -> Tensor:
     return variance.sqrt()
 
 
-def _mean(error: Tensor, mask: Tensor | None) -> Tensor:
-    """The mean of errors [..., H] over the actions that count, those with `mask` [..., H] True."""
+def _average(error: Tensor, mask: Tensor | None) -> Tensor:
+    """Average errors [..., H] over the actions that count, those with `mask` [..., H] True."""
     if mask is None:
         return error.mean()
     # A mask with one number per chunk might broadcast along a wrong axis.

@@ -178,8 +178,8 @@ def binarize_commands(command: Array, rate_hz: float) -> Array:
 
     # The speed [T], which is 0 unless the opening changes in the direction of the step before.
     window_steps = max(1, round(rate_hz / CONTROL_RATE_HZ))
-    change = _change_over(command, window_steps, lag_steps=0)  # [T]
-    change_before = _change_over(command, window_steps, lag_steps=1)  # [T]
+    change = _compute_change(command, window_steps, lag_steps=0)  # [T]
+    change_before = _compute_change(command, window_steps, lag_steps=1)  # [T]
     is_continued = change * change_before > 0  # [T]
     speed_per_s = is_continued * change * rate_hz / window_steps
 
@@ -192,7 +192,7 @@ def binarize_commands(command: Array, rate_hz: float) -> Array:
     return binary
 
 
-def _change_over(opening: Array, window_steps: int, lag_steps: int) -> Array:
+def _compute_change(opening: Array, window_steps: int, lag_steps: int) -> Array:
     """Compute by how much openings [T] change over the time before each step, [T].
 
     The time ends `lag_steps` steps before the step, and takes `window_steps` steps. Before the

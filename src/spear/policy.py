@@ -47,6 +47,11 @@ from spear.question_types import ANSWER_FORMS
 from spear.types import ACTION_DIM, Action, Array, Pixel, Segments, Unit
 from spear.util.fingerprints import fingerprint_checkpoint
 
+# The noise of an observation is seeded with (policy seed) · SEED_STRIDE + (observation seed). So
+# policies with different seeds draw the same noise only for observation seeds a million apart.
+SEED_STRIDE = 1_000_003
+SEED_LIMIT = 2**63  # PyTorch's seeds are smaller
+
 
 @dataclass(frozen=True)
 class Answer:
@@ -498,17 +503,19 @@ class Spear1Policy:
             Name → tensor, the arguments of the network's sampling.
         """
         checked = [_check_once(observation) for observation in observations]
-        states = torch.from_numpy(np.stack([o["observation/state"] for o in checked]))
+        states = torch.from_numpy(
+            np.stack([observation["observation/state"] for observation in checked])
+        )
         pixels, is_present = self._prepare_images(checked)
         self._monitor.check_batch(
             self.training_distribution, checked, states.numpy(), pixels, is_present
         )
-        text = self.processor.encode_instructions(
-            [o["prompt"] for o in checked], self.truncate_instructions
-        )
+        prompts = [observation["prompt"] for observation in checked]
+        text = self.processor.encode_instructions(prompts, self.truncate_instructions)
         attention_mask = text["attention_mask"]
-        noise = torch.cat([self._draw_noise(o) for o in checked])
-        committed = self._prepare_committed([o.get("committed", ()) for o in checked])
+        noise = torch.cat([self._draw_noise(observation) for observation in checked])
+        prefixes = [observation.get("committed", ()) for observation in checked]
+        committed = self._prepare_committed(prefixes)
 
         device = self.model.device
         # Only a view that some observations lack needs a mask.
@@ -621,8 +628,7 @@ class Spear1Policy:
         """Draw the noise [1, H, 8] from which the flow to an observation's actions begins."""
         observation_seed = int(observation.get("seed", self._num_observations))
         self._num_observations += 1
-        # The prime factor keeps the noise of policies with neighboring seeds from coinciding.
-        seed = (self.seed * 1_000_003 + observation_seed) % 2**63
+        seed = (self.seed * SEED_STRIDE + observation_seed) % SEED_LIMIT
         generator = torch.Generator().manual_seed(seed)
         shape = (1, self.model.config.horizon)
         return flow.sample_noise(shape, self.model.flow_config, generator).to_vector()

@@ -1,4 +1,4 @@
-"""The types that pass between rooms, with their shapes, units and frames.
+"""The types that pass between the parts of this package, with their shapes, units and frames.
 
 Frames:
     base    robot base: x forward, y left, z up, in meters.

@@ -251,10 +251,10 @@ def start_processes(
 
 def read_stderr(function: Callable[..., None], root: Path, rank: int) -> str:
     """Return what the process with this rank, which `start_processes` started, wrote on stderr."""
-    return _stderr_file(function, root, rank).read_text()
+    return _get_stderr_file(function, root, rank).read_text()
 
 
-def _stderr_file(function: Callable[..., None], root: Path, rank: int) -> Path:
+def _get_stderr_file(function: Callable[..., None], root: Path, rank: int) -> Path:
     """Return the file of what the process with this rank writes on stderr."""
     return root / f"{function.__name__}-{rank}.txt"
 
@@ -267,7 +267,7 @@ def _run_in_new_process(
 ) -> None:
     """Call the function in a process that has just started; its stderr goes to a file."""
     os.environ.update(environment)
-    sys.stderr = _stderr_file(function, root, int(environment["RANK"])).open("w", buffering=1)
+    sys.stderr = _get_stderr_file(function, root, int(environment["RANK"])).open("w", buffering=1)
     torch.set_num_threads(1)
     try:
         function(root, *arguments)

@@ -39,16 +39,16 @@ from spear.train.tasks import DepthTask, load_labels
 from spear.util.images import decode_image
 
 
-def example_observation() -> dict[str, Any]:
+def make_example_observation() -> dict[str, Any]:
     """An observation that the shipped policy understands."""
     return load("generic").example()
 
 
-EMBEDDINGS = "language_model.embed_tokens.weight"
+EMBEDDINGS = "language_model.embed_tokens.weight"  # name of the table of token embeddings
 VLM_RECIPE = get_recipe("nano-vlm-2").with_changes(batch_size=2)
 POLICY_RECIPE = get_recipe("nano-post").with_changes(batch_size=1)
 
-
+# Numbers of 3D tokens; the shipped SPEAR-VLM has `SHIPPED_BINS`.
 FEW_BINS = 256
 SHIPPED_BINS = 1024
 MANY_BINS = 1500
@@ -79,18 +79,20 @@ def test_new_3d_tokens_have_new_embeddings_and_words_keep_theirs(
 
     assert isinstance(model, SpearVLMForConditionalGeneration)
     rows = model.get_parameter(EMBEDDINGS)
-    first = model.config.coordinate_start
+    first_token = model.config.coordinate_start
     assert model.config.coordinate_bins == bins
     # If there are fewer 3D tokens than before, the other ones stay in the vocabulary.
-    assert len(rows) == first + max(bins, SHIPPED_BINS)
+    assert len(rows) == first_token + max(bins, SHIPPED_BINS)
     assert model.config.text_config.vocab_size == len(rows)
-    assert torch.equal(rows[:first], original_rows[:first])
+    assert torch.equal(rows[:first_token], original_rows[:first_token])
     words = original_rows[: original.processor.location_start]
     expected = init_new_embeddings(words, bins, torch.Generator().manual_seed(0))
-    assert torch.equal(rows[first : first + bins], expected)
+    assert torch.equal(rows[first_token : first_token + bins], expected)
     # No 3D token that has an old embedding keeps it.
-    end = first + FEW_BINS
-    is_close = torch.isclose(rows[first:end], original_rows[first:end])  # [FEW_BINS, width]
+    end_token = first_token + FEW_BINS
+    is_close = torch.isclose(
+        rows[first_token:end_token], original_rows[first_token:end_token]
+    )  # [FEW_BINS, width]
     assert not is_close.all(dim=1).any()
 
 
@@ -119,7 +121,7 @@ def test_a_vlm_with_new_3d_tokens_learns_and_answers(
 
 
 @pytest.fixture
-def rooms(inputs: TrainingInputs, tmp_path: Path) -> TrainingInputs:
+def room_labels(inputs: TrainingInputs, tmp_path: Path) -> TrainingInputs:
     """Labels nine times as large as a tabletop.
 
     Their coordinates exceed the range of the shipped VLM's 3D tokens.
@@ -131,17 +133,17 @@ def rooms(inputs: TrainingInputs, tmp_path: Path) -> TrainingInputs:
     return dataclasses.replace(inputs, labels=[folder])
 
 
-def test_numbers_outside_of_the_3d_tokens_are_noted(rooms: TrainingInputs) -> None:
+def test_numbers_outside_of_the_3d_tokens_are_noted(room_labels: TrainingInputs) -> None:
     with pytest.warns(Notice, match="outside of the 3D tokens.*--set bins=1024 to fit"):
-        build(VLM_RECIPE, rooms)
+        build(VLM_RECIPE, room_labels)
 
 
 @pytest.mark.parametrize("changes", [{"bins": 1024}, {"families": ["what_at"]}])
 def test_numbers_that_the_recipe_can_say_or_does_not_ask_for_are_not_noted(
-    changes: dict[str, Any], rooms: TrainingInputs
+    changes: dict[str, Any], room_labels: TrainingInputs
 ) -> None:
     with no_warning():
-        build(VLM_RECIPE.with_changes(**changes), rooms)
+        build(VLM_RECIPE.with_changes(**changes), room_labels)
 
 
 def test_numbers_inside_of_the_3d_tokens_are_not_noted(inputs: TrainingInputs) -> None:
@@ -208,7 +210,7 @@ def test_an_action_expert_is_as_deep_as_the_vlm_that_the_policy_begins_with(
     SpearVLMForConditionalGeneration(config).save_pretrained(tmp_path / "vlm")
     processor.save(tmp_path / "vlm")
     store = write_store([make_episode(0)], tmp_path / "mine")
-    inputs = TrainingInputs(episodes=[WeightedStore("it", store, 1.0)], init=tmp_path / "vlm")
+    inputs = TrainingInputs(episodes=[WeightedStore("made", store, 1.0)], init=tmp_path / "vlm")
 
     with pytest.warns(Notice, match="random weights"):
         model, task, _ = build(POLICY_RECIPE, inputs)
@@ -240,7 +242,7 @@ def test_a_policy_keeps_its_normalization_unless_the_recipe_has_another(
     Nano's would at first be three times as long.
     """
     store = write_store([make_episode(0, num_steps=9)], tmp_path / "mine")
-    inputs = TrainingInputs(episodes=[WeightedStore("it", store, 1.0)], init=locate(init))
+    inputs = TrainingInputs(episodes=[WeightedStore("made", store, 1.0)], init=locate(init))
 
     # The same notice about images is printed when the policy acts.
     with pytest.warns(Notice, match="'external' .* black bars"):
@@ -255,7 +257,7 @@ def test_a_policy_keeps_its_normalization_unless_the_recipe_has_another(
 def test_the_aspects_of_the_training_images_are_recorded(tmp_path: Path) -> None:
     """A policy that acts says nothing of black bars that its training images had, too."""
     store = write_store([make_episode(0, num_steps=9)], tmp_path / "mine")
-    inputs = TrainingInputs(episodes=[WeightedStore("it", store, 1.0)], init=locate("nano"))
+    inputs = TrainingInputs(episodes=[WeightedStore("made", store, 1.0)], init=locate("nano"))
 
     _, _, save = build(POLICY_RECIPE, inputs)
     save(tmp_path / "trained")
@@ -410,7 +412,7 @@ def test_the_depth_encoder_learns_from_wrist_images_alone() -> None:
 def policy_inputs(tmp_path: Path) -> TrainingInputs:
     """One episode, and the shipped policy."""
     store = write_store([make_episode(0)], tmp_path / "mine")
-    return TrainingInputs(episodes=[WeightedStore("it", store, 1.0)], init=locate("nano"))
+    return TrainingInputs(episodes=[WeightedStore("made", store, 1.0)], init=locate("nano"))
 
 
 @pytest.mark.slow
@@ -466,7 +468,7 @@ def test_a_policy_of_motions_from_the_observed_pose_answers_with_steps(
     _, _, save = build(recipe, policy_inputs)
     save(tmp_path / "out")
     policy = Spear1Policy.load(tmp_path / "out")
-    observation = {**example_observation(), "seed": 0}
+    observation = {**make_example_observation(), "seed": 0}
 
     network_chunk = policy.predict(policy.prepare_inputs([observation])).translation[0]
     answered = policy.infer(observation)["actions"]

@@ -144,7 +144,7 @@ def test_only_the_first_process_says_that_the_training_is_done(
 
 
 @pytest.fixture
-def refused_vlm(tmp_path: Path, run_refused_command: Command) -> Callable[[str], str]:
+def run_refused_vlm(tmp_path: Path, run_refused_command: Command) -> Callable[[str], str]:
     """A function that runs `spear train WORDS --labels …`, which must be refused.
 
     It returns the error.
@@ -157,25 +157,25 @@ def refused_vlm(tmp_path: Path, run_refused_command: Command) -> Callable[[str],
 # Without MoGe, the factor on its learning rate in `lr_scale` of nano-vlm-2 would be refused, too.
 @pytest.mark.parametrize("recipe", ["nano-vlm-0", "nano-vlm-2 --set moge=false lr_scale={}"])
 def test_a_recipe_without_moge_does_not_begin_with_a_vlm_that_has_it(
-    recipe: str, refused_vlm: Callable[[str], str]
+    recipe: str, run_refused_vlm: Callable[[str], str]
 ) -> None:
-    assert "MoGe" in refused_vlm(f"{recipe} --init nano")
+    assert "MoGe" in run_refused_vlm(f"{recipe} --init nano")
 
 
-def test_a_second_moge_is_refused(refused_vlm: Callable[[str], str]) -> None:
-    assert "--init-depth-encoder" in refused_vlm(
+def test_a_second_moge_is_refused(run_refused_vlm: Callable[[str], str]) -> None:
+    assert "--init-depth-encoder" in run_refused_vlm(
         "nano-vlm-2 --init nano --init-depth-encoder nano-depth"
     )
 
 
 def test_a_broken_origin_of_weights_is_found_before_it_is_needed(
-    refused_vlm: Callable[[str], str], tmp_path: Path
+    run_refused_vlm: Callable[[str], str], tmp_path: Path
 ) -> None:
     """The result would record the origin of the depth encoder, which its recipe.json says."""
     depth = shutil.copytree(locate("nano-depth"), tmp_path / "depth")
     (depth / "recipe.json").write_text('{"learned": 3}')
 
-    assert "recipe.json" in refused_vlm(
+    assert "recipe.json" in run_refused_vlm(
         f"nano-vlm-1 --init nano-vlm-0 --init-depth-encoder {depth}"
     )
 

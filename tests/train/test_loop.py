@@ -144,7 +144,9 @@ def test_steps_that_are_run_again_are_logged_once(tmp_path: Path) -> None:
 
 def test_ema_is_the_ramped_average(tmp_path: Path) -> None:
     task = Regression()
-    expected = {n: p.detach().clone().double() for n, p in task.model.named_parameters()}
+    expected = {}
+    for name, parameter in task.model.named_parameters():
+        expected[name] = parameter.detach().clone().double()
     opt = Optimization(steps=6, lr=1e-2, warmup=1, ema=0.9, precision="fp32", schedule="constant")
 
     # Train one step more each time, continuing from the checkpoint, to see the weights after it.
@@ -192,7 +194,8 @@ def test_gradients_of_trainable_rows_are_clipped_to_a_norm() -> None:
 
     values = stepper(0, [task.batch(0)])
 
-    moments = [stepper.optimizer.state[p]["exp_avg"] for p in task.model.parameters()]
+    optimizer_state = stepper.optimizer.state
+    moments = [optimizer_state[parameter]["exp_avg"] for parameter in task.model.parameters()]
     norm = float(torch.cat([moment.flatten() for moment in moments]).norm())
     assert norm == pytest.approx(0.025, rel=1e-4)
     assert values["grad_norm"] > 1  # before clipping
@@ -207,7 +210,9 @@ def test_a_step_that_is_not_finite_is_skipped(
     opt = replace(FORTY_STEPS, schedule="constant")
     task = NonFiniteRegression(bad_steps={6}, in_gradient=in_gradient)
     run_loop(task, replace(opt, steps=6), tmp_path)
-    weights = {n: p.detach().clone() for n, p in task.model.named_parameters()}
+    weights = {
+        name: parameter.detach().clone() for name, parameter in task.model.named_parameters()
+    }
 
     averaged = run_loop(task, replace(opt, steps=7), tmp_path)  # step 6, counted from 0, is bad
 

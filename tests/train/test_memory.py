@@ -86,7 +86,7 @@ def make_stepper(recipe: Recipe) -> tuple[Stepper, dict[str, Any]]:
     return Stepper(task, recipe.optimization, seed=0), batch
 
 
-def stored_bytes(stepper: Stepper) -> int:
+def count_stored_bytes(stepper: Stepper) -> int:
     """Return the bytes of weights, buffers, moments and EMA weights."""
     weights = stepper.model.state_dict().values()
     total = sum(tensor.untyped_storage().nbytes() for tensor in weights)
@@ -100,12 +100,12 @@ def measure_peak_bytes(recipe: Recipe) -> tuple[Stepper, int]:
 
     The profiler counts the bytes that PyTorch's allocator has given out, beginning from an unknown
     number. So a marker is allocated at the beginning of the step. What is in use at that moment is
-    known (`stored_bytes`), and the peak is that plus the later increase of the count.
+    known (`count_stored_bytes`), and the peak is that plus the later increase of the count.
     """
     stepper, batch = make_stepper(recipe)
     stepper(0, [batch])
     stepper.optimizer.zero_grad()
-    stored = stored_bytes(stepper)
+    stored = count_stored_bytes(stepper)
     cpu = torch.profiler.ProfilerActivity.CPU
     with torch.profiler.profile(activities=[cpu], profile_memory=True) as profile:
         marker = torch.empty(MARKER_BYTES, dtype=torch.uint8)

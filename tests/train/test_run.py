@@ -487,10 +487,10 @@ def stores(tmp_path: Path) -> dict[str, EpisodeStore]:
     return stores
 
 
-def sampling_weights(
+def get_sampling_weights(
     stores: dict[str, EpisodeStore], names: Sequence[str], requested: Sequence[float] = ()
 ) -> list[float]:
-    """The sampling weights of the named stores."""
+    """Weigh the named stores, and return their sampling weights."""
     weighed = weigh_datasets(
         [Path(name) for name in names], [stores[name] for name in names], requested
     )
@@ -501,7 +501,7 @@ def sampling_weights(
 def test_known_datasets_have_the_sampling_weights_of_the_list(
     stores: dict[str, EpisodeStore], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    weights = sampling_weights(stores, ["bridge_dataset", "droid"])
+    weights = get_sampling_weights(stores, ["bridge_dataset", "droid"])
 
     assert weights == [18, 35]
     assert REGISTRY["droid"].weight == 35
@@ -513,13 +513,13 @@ def test_known_datasets_have_the_sampling_weights_of_the_list(
 def test_datasets_that_are_not_all_known_have_equal_weights(
     stores: dict[str, EpisodeStore],
 ) -> None:
-    assert sampling_weights(stores, ["bridge_dataset", "mine"]) == [1, 1]
+    assert get_sampling_weights(stores, ["bridge_dataset", "mine"]) == [1, 1]
 
 
 def test_given_sampling_weights_are_used(
     stores: dict[str, EpisodeStore], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert sampling_weights(stores, ["bridge_dataset", "mine"], [1, 3]) == [1, 3]
+    assert get_sampling_weights(stores, ["bridge_dataset", "mine"], [1, 3]) == [1, 3]
 
     assert "mine 75.0%" in capsys.readouterr().err
 
@@ -527,14 +527,14 @@ def test_given_sampling_weights_are_used(
 def test_a_single_dataset_is_no_mixture(
     stores: dict[str, EpisodeStore], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert sampling_weights(stores, ["mine"]) == [1]
+    assert get_sampling_weights(stores, ["mine"]) == [1]
 
     assert not capsys.readouterr().err
 
 
 def test_episodes_in_several_datasets_are_noted(stores: dict[str, EpisodeStore]) -> None:
     with pytest.warns(Notice, match="1 of the episodes"):
-        assert sampling_weights(stores, ["mine", "droid", "mine"]) == [1, 1, 1]
+        assert get_sampling_weights(stores, ["mine", "droid", "mine"]) == [1, 1, 1]
 
 
 @pytest.fixture

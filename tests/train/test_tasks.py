@@ -23,7 +23,7 @@ from spear.util.images import encode_jpeg
 from train_tiny import PolicyTask
 
 SIZE = (64, 64)  # width and height in pixels
-PATCH = 32  # pixels
+PATCH_PX = 32  # side of a patch
 
 
 def make_label() -> LabeledImage:
@@ -47,7 +47,7 @@ def make_label() -> LabeledImage:
 
 
 def test_targets_say_which_objects_a_patch_shows() -> None:
-    targets = compute_patch_targets(make_label(), ["cup", "fork", "spoon"], PATCH, SIZE)
+    targets = compute_patch_targets(make_label(), ["cup", "fork", "spoon"], PATCH_PX, SIZE)
 
     np.testing.assert_array_equal(targets.is_shown[:, 0], [True, True, False, False])
     assert not targets.is_shown[:, 1].any()
@@ -55,7 +55,7 @@ def test_targets_say_which_objects_a_patch_shows() -> None:
 
 
 def test_targets_say_how_much_of_each_cell_an_object_covers() -> None:
-    targets = compute_patch_targets(make_label(), ["cup", "fork", "spoon"], PATCH, SIZE)
+    targets = compute_patch_targets(make_label(), ["cup", "fork", "spoon"], PATCH_PX, SIZE)
 
     cells = targets.cells.reshape(4, 4, 4, 3)  # [patches, rows, columns, names], 255 is all of it
     # Patch 0's cells begin at pixels 0, 8, 16 and 24. The cup covers pixels from column 20 and row
@@ -67,7 +67,7 @@ def test_targets_say_how_much_of_each_cell_an_object_covers() -> None:
 
 def test_targets_of_a_wide_size_are_between_its_bars() -> None:
     """Fitted into 128 × 64 pixels, the square image lies in the middle two columns of patches."""
-    targets = compute_patch_targets(make_label(), ["cup"], PATCH, size=(128, 64))
+    targets = compute_patch_targets(make_label(), ["cup"], PATCH_PX, size=(128, 64))
 
     is_cup_shown = targets.is_shown[:, 0].reshape(2, 4)  # rows and columns of patches
     np.testing.assert_array_equal(is_cup_shown[0], [False, True, True, False])
@@ -75,13 +75,13 @@ def test_targets_of_a_wide_size_are_between_its_bars() -> None:
 
 
 def test_targets_say_where_the_center_of_the_largest_object_is() -> None:
-    targets = compute_patch_targets(make_label(), ["cup", "fork", "spoon"], PATCH, SIZE)
+    targets = compute_patch_targets(make_label(), ["cup", "fork", "spoon"], PATCH_PX, SIZE)
 
     np.testing.assert_array_equal(targets.has_object, [True, True, False, True])
     # The cup's center is pixel (30, 14), and the middles of patches 0 and 1 are (16, 16) and
     # (48, 16). The spoon's center is (54, 52), and the middle of patch 3 is (48, 48).
     offsets_px = np.array([[14, -2], [-18, -2], [6, 4]])
-    np.testing.assert_allclose(targets.center[[0, 1, 3]], offsets_px / PATCH)
+    np.testing.assert_allclose(targets.center[[0, 1, 3]], offsets_px / PATCH_PX)
 
 
 def test_an_image_of_another_size_is_fitted_with_its_masks() -> None:
@@ -92,15 +92,16 @@ def test_an_image_of_another_size_is_fitted_with_its_masks() -> None:
     the labeled image with masks cut to the rows between the bars.
     """
     label = make_label()
-    bar = 16  # pixels
+    bar_px = 16
     large_objects = []
     cut_objects = []
     is_between_bars = np.zeros((64, 64), bool)
-    is_between_bars[bar : 64 - bar] = True
+    is_between_bars[bar_px : 64 - bar_px] = True
     for item in label.objects:
         mask = decode_mask(item.mask_runs, 64, 64)
-        large_mask = np.kron(mask[bar : 64 - bar], np.ones((3, 3), bool))  # each pixel 3 × 3 times
-        large_box = (np.asarray(item.box2d) - [0, bar, 0, bar]) * 3
+        shown_mask = mask[bar_px : 64 - bar_px]
+        large_mask = np.kron(shown_mask, np.ones((3, 3), bool))  # each pixel 3 × 3 times
+        large_box = (np.asarray(item.box2d) - [0, bar_px, 0, bar_px]) * 3
         large_objects.append(
             dataclasses.replace(
                 item, mask_runs=encode_mask(large_mask), box2d=large_box.astype(np.float32)
@@ -108,12 +109,13 @@ def test_an_image_of_another_size_is_fitted_with_its_masks() -> None:
         )
         cut_mask = mask & is_between_bars
         cut_objects.append(dataclasses.replace(item, mask_runs=encode_mask(cut_mask)))
-    large = dataclasses.replace(label, width=192, height=3 * (64 - 2 * bar), objects=large_objects)
+    large_height = 3 * (64 - 2 * bar_px)
+    large = dataclasses.replace(label, width=192, height=large_height, objects=large_objects)
     cut = dataclasses.replace(label, objects=cut_objects)
 
-    targets = compute_patch_targets(large, ["cup", "spoon"], PATCH, SIZE)
+    targets = compute_patch_targets(large, ["cup", "spoon"], PATCH_PX, SIZE)
 
-    expected = compute_patch_targets(cut, ["cup", "spoon"], PATCH, SIZE)
+    expected = compute_patch_targets(cut, ["cup", "spoon"], PATCH_PX, SIZE)
     np.testing.assert_array_equal(targets.is_shown, expected.is_shown)
     # Fitting blurs the edges of masks, so cells differ by up to 40 of 255.
     np.testing.assert_allclose(targets.cells, expected.cells.astype(int), atol=40)

@@ -64,7 +64,7 @@ from spear.errors import SpearError
 from spear.types import Array
 from spear.util.files import read_json
 from spear.util.images import IMAGE_MAGIC_BYTES
-from spear.util.units import ANGLE_UNITS, LENGTH_UNITS, unit_factor
+from spear.util.units import ANGLE_UNITS, LENGTH_UNITS, get_unit_factor
 
 MAX_EPISODES = 30  # at most this many episodes are read
 MAX_SEARCH_EPISODES = 8  # columns of positions and rotations are sought in this many episodes
@@ -670,7 +670,7 @@ def _propose_position(
     # The hypotheses take recorded positions for meters, so their unit "m" is the positions' unit.
     meters_per_position_unit = LENGTH_UNITS[proposal.fields["length_unit"]]
     logged_unit = fit.hypothesis.unit.removesuffix("/s")
-    position_units_per_logged_unit = unit_factor(logged_unit, LENGTH_UNITS)
+    position_units_per_logged_unit = get_unit_factor(logged_unit, LENGTH_UNITS)
     if position_units_per_logged_unit != 1:
         meters_per_logged_unit = position_units_per_logged_unit * meters_per_position_unit
         proposal.fields["logged_translation_unit"] = round_to_known_unit(
@@ -707,7 +707,7 @@ def _propose_rotation_format(
     proposal.fields["angle_unit"] = "deg" if angle_unit.startswith("deg") else "rad"
     logged_unit = best.unit.removesuffix("/s")
     if logged_unit not in (UNIT_QUATERNION, proposal.fields["angle_unit"]):
-        proposal.fields["logged_rotation_unit"] = unit_factor(logged_unit, ANGLE_UNITS)
+        proposal.fields["logged_rotation_unit"] = get_unit_factor(logged_unit, ANGLE_UNITS)
 
     tied_formats = {fit.hypothesis.state_format for fit in fits}
     other_formats = find_formats_that_turn_otherwise(

@@ -27,7 +27,7 @@ from spear.errors import (
     VerdictError,
     escape_control_characters,
     is_first_process,
-    missing_extra_message,
+    make_missing_extra_message,
 )
 from spear.util.files import DISK_FULL_ERRNOS, DISK_FULL_MESSAGE
 
@@ -200,7 +200,7 @@ def _explain_missing_module(error: ModuleNotFoundError) -> str | None:
     package = (error.name or "").split(".")[0]
     for extra, modules in MODULES_OF_EXTRA.items():
         if package in modules:
-            return missing_extra_message("this command", package, extra)
+            return make_missing_extra_message("this command", package, extra)
     return None
 
 
@@ -253,10 +253,10 @@ def find_command(args: Sequence[str]) -> str:
     for name in (" ".join(words), words[0]):
         if name in COMMANDS:
             return name
-    raise _unknown_command_error(" ".join(words))
+    raise _make_unknown_command_error(" ".join(words))
 
 
-def _unknown_command_error(name: str) -> SpearError:
+def _make_unknown_command_error(name: str) -> SpearError:
     """Make the error for a command that does not exist."""
     similar_names = difflib.get_close_matches(name, [*COMMANDS, "--version", "--help"], n=1)
     suggestion = f" Did you mean spear {similar_names[0]}?" if similar_names else ""

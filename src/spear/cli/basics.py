@@ -337,13 +337,13 @@ def doctor(options: DoctorOptions) -> None:
     # The lines are Markdown. Two spaces at the end of a line are a line break.
     lines = [f"{name}: {description}  " for name, description in facts]
     rule_below_header = "|---" * len(COLUMNS) + "|"
-    lines += ["", _markdown_row(COLUMNS), rule_below_header]
+    lines += ["", _format_markdown_row(COLUMNS), rule_below_header]
     print("\n".join(lines), flush=True)
 
     results: list[InferenceResult] = []
     for result in examine(preset, device):
         results.append(result)
-        row = _markdown_row(result.to_row())
+        row = _format_markdown_row(result.to_row())
         lines.append(row)
         print(row, flush=True)
 
@@ -373,12 +373,12 @@ def _compare_checkpoint(folder: Path) -> None:
     from spear.models.weights.foreign_settings import COLUMNS, compare_settings, summarize_verdicts
 
     comparisons = compare_settings(folder)
-    lines = [_markdown_row(COLUMNS), "|---" * len(COLUMNS) + "|"]
-    lines += [_markdown_row(comparison.to_row()) for comparison in comparisons]
+    lines = [_format_markdown_row(COLUMNS), "|---" * len(COLUMNS) + "|"]
+    lines += [_format_markdown_row(comparison.to_row()) for comparison in comparisons]
     print(escape_control_characters("\n".join(lines), keep_newlines=True))
     print(f"\n{summarize_verdicts(comparisons)}")
 
 
-def _markdown_row(cells: list[str]) -> str:
+def _format_markdown_row(cells: list[str]) -> str:
     """Return a row of a Markdown table."""
     return f"| {' | '.join(cells)} |"

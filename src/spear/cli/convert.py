@@ -78,7 +78,7 @@ def convert_backbones(options: BackbonesOptions) -> None:
     """
     from spear.models.weights.backbones import plan_backbones
 
-    plan = plan_backbones(options.paligemma, _moge_or_none(options.moge), options.preset)
+    plan = plan_backbones(options.paligemma, _parse_moge_name(options.moge), options.preset)
     processor = _make_processor(
         plan,
         options,
@@ -113,7 +113,7 @@ def convert_pi0(options: Pi0Options) -> None:
     """
     from spear.models.weights.pi0_policy import plan_pi0
 
-    moge = _moge_or_none(options.moge)
+    moge = _parse_moge_name(options.moge)
     plan = plan_pi0(options.pi0, moge, options.preset, options.tokenizer)
     processor = _make_processor(
         plan,
@@ -308,7 +308,7 @@ def convert_expected(options: ExpectedOptions) -> None:
     print(f"{len(tensors)} tensors, {report.count_parameters():,} numbers")
 
 
-def _moge_or_none(name: str) -> str | None:
+def _parse_moge_name(name: str) -> str | None:
     """Return the MoGe that an option names, or None for "none"."""
     return None if name == "none" else name
 

@@ -276,8 +276,9 @@ def datasets() -> None:
     """
     from spear.data.readers.dataset_layout import REGISTRY, find_missing_fields
 
-    layouts = sorted(REGISTRY.items(), key=lambda item: -(item[1].weight or 0))  # largest first
-    for name, layout in layouts:
+    largest_first = sorted(REGISTRY, key=lambda name: -(REGISTRY[name].weight or 0))
+    for name in largest_first:
+        layout = REGISTRY[name]
         weight = f"{layout.weight:5.1f} %" if layout.weight is not None else "      -"
         rate = f"{layout.rate_hz:g} Hz" if layout.rate_hz else "rate not known"
         missing = find_missing_fields(layout)

@@ -6,7 +6,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Annotated, Any
 
-from rich import print as show
+from rich import print as print_table
 from tyro.conf import Positional, arg
 
 from spear.cli.data import check_episodes, open_or_prepare_episodes
@@ -100,7 +100,7 @@ def _evaluate_all_shifts(agent: "Agent", options: EvaluateOptions) -> None:
         results.append(result)
         success = result.success.to_text(".0f", scale=100, unit=" %")
         print(f"{result.name}: {success}", flush=True)
-    show(build_shift_table(results, options.agent.policy))
+    print_table(build_shift_table(results, options.agent.policy))
     page = out / "shifts.html"
     write_shift_page(results, options.agent.policy, page)
     print(f"open {page.resolve()}")
@@ -383,7 +383,7 @@ def evaluate_vqa(options: EvaluateVqaOptions) -> None:
     bundle = load_vlm(options.model, options.device, options.dtype)
     labels, scores = _ask_and_save(options, bundle)
     for table in scores.tables():
-        show(table)
+        print_table(table)
     print(f"page: {options.out / 'index.html'}")
     if options.calibrate:
         from spear.evaluate.vqa import run
@@ -422,7 +422,7 @@ def _evaluate_vqa_shifts(options: EvaluateVqaOptions) -> None:
             _ask_and_save(shifted, bundle)
         content = read_json(scores_file, advice="remove it, and run the same command again")
         results.append(read_shifted_errors(shift, content))
-    show(build_error_table(results, options.model))
+    print_table(build_error_table(results, options.model))
     page = options.out / "shifts.html"
     write_error_page(results, options.model, page)
     print(f"page: {page}")
@@ -568,7 +568,7 @@ def compare(options: CompareOptions) -> None:
 
     first = load_results(options.first)
     second = load_results(options.second)
-    folders = (_folder_of(options.first), _folder_of(options.second))
+    folders = (_get_result_folder(options.first), _get_result_folder(options.second))
     if folders[0].resolve() == folders[1].resolve():
         raise SpearError(
             f"{options.first} and {options.second} are the same results. Give two that differ."
@@ -578,7 +578,7 @@ def compare(options: CompareOptions) -> None:
     if first.policy == second.policy:  # only the folders tell the two results apart
         names = (str(options.first), str(options.second))
     comparison = compare_results(first, second, names=names)
-    show(comparison.to_table())
+    print_table(comparison.to_table())
     print(escape_control_characters(comparison.verdict(), keep_newlines=True))
     for setting in comparison.settings:
         print(f"run differently: {escape_control_characters(setting)}")
@@ -589,14 +589,14 @@ def compare(options: CompareOptions) -> None:
     named_results = [(comparison.first_name, first), (comparison.second_name, second)]
     references = find_matching_references(first)
     for reference_table in references:
-        show(reference_table.to_table(named_results))
+        print_table(reference_table.to_table(named_results))
     if options.report:
         page = make_comparison_page(comparison, folders, options.videos, references, named_results)
         write_text(options.report, page)
         print(f"page: {options.report}")
 
 
-def _folder_of(results: Path) -> Path:
+def _get_result_folder(results: Path) -> Path:
     """Return the folder of results, which may be given as the file in it."""
     return results if results.is_dir() else results.parent
 
@@ -611,7 +611,7 @@ def reference() -> None:
         spear evaluate reference
     """
     for table in load_references().values():
-        show(table.to_table())
+        print_table(table.to_table())
 
 
 def _save_and_print_results(policy: str, out: Path | None, num_requested: int) -> None:
@@ -625,9 +625,9 @@ def _save_and_print_results(policy: str, out: Path | None, num_requested: int) -
     assert out is not None
     results = load_results(out)
     results.save(out / "results.json")
-    show(results.to_table())
+    print_table(results.to_table())
     for table in find_matching_references(results):
-        show(table.to_table([(policy, results)]))
+        print_table(table.to_table([(policy, results)]))
     num_others = len(results.outcomes) - num_requested
     note = ""
     if num_others:

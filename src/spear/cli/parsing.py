@@ -21,9 +21,9 @@ HELP_OPTIONS = ("-h", "--help", "--help-all")
 NO_DEFAULTS = ("None", "", "''", "False")
 """Defaults that the help does not show, as tyro writes them: None, an empty tuple, an empty text,
 and a flag that is not set."""
-MISSING = "missing: "
+MISSING_PREFIX = "missing: "
 """The beginning of tyro's complaint about missing arguments, after `_extract_complaint`."""
-TOO_MANY = "Unrecognized options: "
+UNRECOGNIZED_PREFIX = "Unrecognized options: "
 """The beginning of tyro's complaint about words that belong to no option."""
 PYTHON_TYPES = {"int()": "a whole number", "to float": "a number"}
 """Words in tyro's complaint about a value of the wrong type -> what the user should give."""
@@ -119,7 +119,7 @@ def _check_options(command: str, options_class: type | None, args: Sequence[str]
             continue
         option = word.partition("=")[0].replace("_", "-")
         if option not in known_options:
-            raise _unknown_option_error(command, option, known_options)
+            raise _make_unknown_option_error(command, option, known_options)
         if option in seen_options:
             raise SpearError(
                 f"{option} is given twice. Write all of its values after one {option}."
@@ -127,7 +127,9 @@ def _check_options(command: str, options_class: type | None, args: Sequence[str]
         seen_options.add(option)
 
 
-def _unknown_option_error(command: str, option: str, known_options: Sequence[str]) -> SpearError:
+def _make_unknown_option_error(
+    command: str, option: str, known_options: Sequence[str]
+) -> SpearError:
     """Make the error for an option that a command does not have."""
     if "--set" in known_options:
         from spear.train.options import list_recipe_keys
@@ -182,12 +184,12 @@ def _parse_with_tyro(
     except SystemExit:  # tyro has written its complaint
         pass
     reason = _extract_complaint(complaint.getvalue(), command)
-    if reason.startswith(MISSING):
-        raise _missing_arguments_error(command, reason.removeprefix(MISSING), help_text)
+    if reason.startswith(MISSING_PREFIX):
+        raise _make_missing_arguments_error(command, reason.removeprefix(MISSING_PREFIX), help_text)
     raise SpearError(f"{_simplify_complaint(reason, args)}. See `spear {command} --help`.")
 
 
-def _missing_arguments_error(command: str, reason: str, help_text: str) -> SpearError:
+def _make_missing_arguments_error(command: str, reason: str, help_text: str) -> SpearError:
     """Make the error for arguments and options that a command needs and the user did not give.
 
     Args:
@@ -219,7 +221,7 @@ def _extract_complaint(text: str, command: str) -> str:
     sentence_lines = [line for line in lines if line and not line.startswith(advice_starts)]
     sentence, _, _ = " ".join(sentence_lines).partition("Argument helptext")
     sentence = " ".join(sentence.split()).rstrip(" .")
-    return sentence.replace(f"Missing from spear {command}: ", MISSING)
+    return sentence.replace(f"Missing from spear {command}: ", MISSING_PREFIX)
 
 
 def _simplify_complaint(reason: str, args: Sequence[str]) -> str:
@@ -227,8 +229,8 @@ def _simplify_complaint(reason: str, args: Sequence[str]) -> str:
 
     Complaints that concern no option's value are returned as they are.
     """
-    if reason.startswith(TOO_MANY):
-        return _explain_extra_word(reason.removeprefix(TOO_MANY).split(), args)
+    if reason.startswith(UNRECOGNIZED_PREFIX):
+        return _explain_extra_word(reason.removeprefix(UNRECOGNIZED_PREFIX).split(), args)
     # The option in "error parsing --steps: …", for example.
     match = re.search(r"(?:argument '|parsing )(--[\w-]+)", reason)
     if match is None:
@@ -247,7 +249,7 @@ def _simplify_complaint(reason: str, args: Sequence[str]) -> str:
             alternatives.append(description)
     if not alternatives:
         return reason
-    values = " ".join(_values_of(option, args))
+    values = " ".join(_find_values(option, args))
     distinct_alternatives = dict.fromkeys(alternatives)
     return f"{option} cannot be {values}. Give {' or '.join(distinct_alternatives)}"
 
@@ -262,7 +264,7 @@ def _explain_extra_word(words: Sequence[str], args: Sequence[str]) -> str:
     return f"{options[-1]} does not take as many values, and {word} is one too many"
 
 
-def _values_of(option: str, args: Sequence[str]) -> list[str]:
+def _find_values(option: str, args: Sequence[str]) -> list[str]:
     """Return the value at each occurrence of an option.
 
     The value follows an equals sign in the option's word, or is the next word.

@@ -76,15 +76,15 @@ class Tool:
 
     def from_hand(self, position: Array, rotation: Array) -> tuple[Array, Array]:
         """Convert poses [..., 3], [..., 4] of the hand's end-effector frame to the tool's."""
-        return self._compose(position, rotation, self._pose())
+        return self._compose(position, rotation, self._get_pose())
 
     def to_hand(self, position: Array, rotation: Array) -> tuple[Array, Array]:
         """Convert poses of the tool's end-effector frame to the hand's: the inverse."""
-        tool_position, tool_rotation = self._pose()
+        tool_position, tool_rotation = self._get_pose()
         return self._compose(position, rotation, pose_inverse(tool_position, tool_rotation))
 
-    def _pose(self) -> tuple[Tensor, Tensor]:
-        """The pose of the tool's end-effector frame in the hand's: position [3], rotation [4]."""
+    def _get_pose(self) -> tuple[Tensor, Tensor]:
+        """Return the tool's end-effector frame in the hand's: position [3], quaternion [4]."""
         offset = torch.tensor(self.offset_m, dtype=torch.float64)
         return offset, torch.tensor(self.rotation, dtype=torch.float64)
 
@@ -212,13 +212,15 @@ def convert_to_cartesian_position_rows(
     # Interpolate: the rows of an action lead from one pose to the next.
     row_numbers = torch.arange(1, ROWS_PER_ACTION + 1, dtype=torch.float64)  # 1, 2, 3
     fraction = row_numbers.repeat(len(actions)) / ROWS_PER_ACTION  # [3 H] 1/3, 2/3, 1, 1/3, …
-    step = torch.arange(len(actions)).repeat_interleave(ROWS_PER_ACTION)  # [3 H] 0, 0, 0, 1, …
-    ee_position = torch.lerp(positions[step], positions[step + 1], fraction[:, None])  # [3 H, 3]
-    ee_rotation = quat_slerp(rotations[step], rotations[step + 1], fraction)  # [3 H, 4]
+    # [3 H] the pose from which each row's action starts: 0, 0, 0, 1, …
+    start_index = torch.arange(len(actions)).repeat_interleave(ROWS_PER_ACTION)
+    end_index = start_index + 1
+    ee_position = torch.lerp(positions[start_index], positions[end_index], fraction[:, None])
+    ee_rotation = quat_slerp(rotations[start_index], rotations[end_index], fraction)  # [3 H, 4]
 
     # Convert poses of the tool's end-effector frame to poses of the hand's, and of the flange.
     hand_position, hand_rotation = tool.to_hand(ee_position.numpy(), ee_rotation.numpy())
-    ee_in_flange = torch.from_numpy(_import_kinematics().ee_pose_in_flange())  # [4, 4]
+    ee_in_flange = torch.from_numpy(_import_kinematics().get_ee_pose_in_flange())  # [4, 4]
     # The inverse pose: offset [3] and rotation [4] of the flange in the hand's end-effector frame.
     flange_offset_in_ee, flange_rotation_in_ee = pose_inverse(
         ee_in_flange[:3, 3], matrix_to_quat(ee_in_flange[:3, :3])

@@ -46,7 +46,7 @@ _POSITION_CONVERGED_M = 1e-5  # iteration ends when both errors are smaller than
 _ROTATION_CONVERGED_RAD = 1e-4
 
 
-def ee_pose_in_flange() -> Floats:
+def get_ee_pose_in_flange() -> Floats:
     """Return the [4, 4] pose of the end-effector frame in the flange frame."""
     hand_angle_rad = -math.pi / 4  # the hand is mounted on the flange at this angle
     cos = math.cos(hand_angle_rad)
@@ -107,7 +107,7 @@ def solve_joints(
         with _ARM_DATA_LOCK:
             ee_position, ee_rotation = compute_ee_pose(angles)
             position_error = position - ee_position  # [3] m
-            rotation_error = rotation_vector_between(ee_rotation, rotation)  # [3] rad
+            rotation_error = compute_rotation_vector(ee_rotation, rotation)  # [3] rad
             is_position_reached = euclidean_norm(position_error) < _POSITION_CONVERGED_M
             is_rotation_reached = euclidean_norm(rotation_error) < _ROTATION_CONVERGED_RAD
             if is_position_reached and is_rotation_reached:
@@ -126,7 +126,7 @@ def euclidean_norm(vector: Floats) -> float:
     return math.hypot(*vector)
 
 
-def rotation_vector_between(start: Floats, end: Floats) -> Floats:
+def compute_rotation_vector(start: Floats, end: Floats) -> Floats:
     """Return the rotation vector [3] (rad, base frame) that turns quaternion `start` into `end`."""
     # The functions of MuJoCo write their result into their first argument.
     conjugate = np.empty(4)

@@ -132,16 +132,18 @@ def convert_to_controller_commands(actions: Array, state: Array, observation: Ob
     translations = positions - first_position  # [H, 3]
     relative_rotations = quat_multiply(torch.from_numpy(rotations), quat_conjugate(first_rotation))
     goals = np.concatenate([translations, quat_log(relative_rotations).numpy()], axis=1)  # [H, 6]
-    limits = np.repeat([MAX_TRANSLATION_M, MAX_ROTATION_RAD], 3)  # [6]
+    # [6] by how much a command of 1 moves the goal in each coordinate, m and rad
+    unit_change = np.repeat([MAX_TRANSLATION_M, MAX_ROTATION_RAD], 3)
 
     expected_pose = np.zeros(6)
     speed = np.zeros(6)
     commands = []
     for goal in goals:
         for _ in range(CONTROLLER_STEPS_PER_ACTION):
-            command = np.clip((goal - expected_pose) / limits, -1, 1)
+            command = np.clip((goal - expected_pose) / unit_change, -1, 1)
             commands.append(command)
-            commanded_goal = expected_pose + command * limits  # nearer than `goal` if clipped
+            # If the command was clipped, the commanded goal is nearer than `goal`.
+            commanded_goal = expected_pose + command * unit_change
             expected_pose, speed = predict_motion(expected_pose, speed, commanded_goal)
     arm_commands = np.stack(commands)  # [4 H, 6]
     openings = np.repeat(actions[:, 7:], CONTROLLER_STEPS_PER_ACTION, axis=0)  # [4 H, 1]

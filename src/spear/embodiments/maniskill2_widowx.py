@@ -44,7 +44,7 @@ def observe(observation: Observation) -> dict[str, Any]:
         {**observation, PRIMARY_IMAGE_KEY: images["primary"]},
         "states",
         values,
-        rotation=maniskill3.ee_from_link_rotation(link_rotation),
+        rotation=maniskill3.convert_link_to_ee_rotation(link_rotation),
         image_key=PRIMARY_IMAGE_KEY,
         prompt_key="task_description",
     )

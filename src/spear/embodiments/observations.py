@@ -248,7 +248,7 @@ def read_numbers(observation: Observation, key: str, count: int) -> Array:
     advice = f"Send {format_count(count, 'numbers')}."
     # NumPy would pad every text of a list to the longest one, which could take gigabytes. So lists
     # are checked before NumPy converts them.
-    if isinstance(value, list) and not all(isinstance(v, int | float | np.generic) for v in value):
+    if isinstance(value, list) and not _has_only_numbers(value):
         raise SpearError(f"{key} is a list of other things than numbers. {advice}")
     numbers = np.asarray(value)
     is_numeric = numbers.dtype.kind in "fiu"
@@ -257,6 +257,11 @@ def read_numbers(observation: Observation, key: str, count: int) -> Array:
     if not np.isfinite(numbers).all():
         raise SpearError(f"{key} contains nan or infinity. Check the robot's state.")
     return numbers.astype(np.float64).reshape(count)
+
+
+def _has_only_numbers(values: list[Any]) -> bool:
+    """Return whether all entries of a list are Python's or NumPy's numbers."""
+    return all(isinstance(value, int | float | np.generic) for value in values)
 
 
 def validate_position(position: Array, name: str) -> Array:

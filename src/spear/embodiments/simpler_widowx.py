@@ -42,7 +42,7 @@ LINK_ROTATION = matrix_to_quat(
 """Orientation of the gripper link when our end-effector frame is parallel to the base frame."""
 
 
-def ee_from_link_rotation(link_rotation: Array) -> Array:
+def convert_link_to_ee_rotation(link_rotation: Array) -> Array:
     """Convert the orientation of the gripper link, [4], to that of our end-effector frame, [4]."""
     ee_rotation = quat_multiply(torch.from_numpy(link_rotation), quat_conjugate(LINK_ROTATION))
     return ee_rotation.numpy()
@@ -71,7 +71,7 @@ def observe(observation: Observation) -> dict[str, Any]:
     """
     values = read_numbers(observation, POSE_KEY, 8)
     link_rotation = values[3:7]
-    rotation = ee_from_link_rotation(link_rotation)
+    rotation = convert_link_to_ee_rotation(link_rotation)
     return read_arm(observation, POSE_KEY, values, rotation)
 
 

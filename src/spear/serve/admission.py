@@ -65,7 +65,7 @@ class TokenBucket:
         return self.num_tokens >= self.capacity
 
     def take_token(self) -> None:
-        """Count an event."""
+        """Take the token of an event that `has_token` allowed."""
         self.num_tokens -= 1
 
     def spend(self, num_tokens: float, now_s: float) -> float:

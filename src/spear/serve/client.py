@@ -139,15 +139,16 @@ class RemotePolicy:
         """Make the error for a connection that was lost."""
         close_frame = getattr(error, "rcvd", None)
         if close_frame and close_frame.code == CloseCode.MESSAGE_TOO_BIG:
+            limit = _format_limit(close_frame.reason)
             return SpearError(
-                f"the observation is larger than the server takes{_find_limit(close_frame.reason)}."
+                f"the observation is larger than the server takes{limit}."
                 " Send smaller images, or start the server with a larger --max-message-mib."
             )
         return SpearError(f"the server {self.url} has gone ({error}). Start it again.")
 
-    def _open_connections(self, count: int) -> None:
-        """Connect until there are `count` connections."""
-        while len(self._connections) < count:
+    def _open_connections(self, num_connections: int) -> None:
+        """Connect until there are that many connections."""
+        while len(self._connections) < num_connections:
             try:
                 greeting = self._open_connection()
             except InvalidStatus as error:
@@ -207,10 +208,10 @@ class RemotePolicy:
             )
 
 
-def _find_limit(reason: str) -> str:
+def _format_limit(reason: str) -> str:
     """Return the size limit that a server's reason names, in parentheses; "" if it names none.
 
-    >>> _find_limit("frame with 400000 bytes exceeds limit of 300000 bytes")
+    >>> _format_limit("frame with 400000 bytes exceeds limit of 300000 bytes")
     ' (at most 300000 bytes)'
     """
     limit = re.search(r"limit of (\d+) bytes", reason)

@@ -45,7 +45,9 @@ class Metrics:
         )
         self._add_gauge("spear_queue", "Requests that wait.", count_waiting)
         self._add_gauge("spear_clients", "Open connections.", count_clients)
-        self._add_gauge("spear_gpu_memory_bytes", "Held by PyTorch on GPUs.", gpu_memory_bytes)
+        self._add_gauge(
+            "spear_gpu_memory_bytes", "Held by PyTorch on GPUs.", measure_gpu_memory_bytes
+        )
 
     def count_unrecorded(self, count: Callable[[], float]) -> None:
         """Also report how many observations were not recorded, which `count` returns."""
@@ -62,7 +64,7 @@ class Metrics:
         Gauge(name, description, registry=self.registry).set_function(read)
 
 
-def gpu_memory_bytes() -> float:
+def measure_gpu_memory_bytes() -> float:
     """Return the memory that PyTorch reserves on all GPUs together; 0 without one."""
     import torch
 

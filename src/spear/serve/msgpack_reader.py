@@ -173,6 +173,7 @@ class _Reader:
         return length
 
     def _take(self, num_bytes: int) -> memoryview:
+        """Return the next bytes of the message, and move behind them."""
         end = self._position + num_bytes
         if end > len(self._data):
             raise ValueError(f"{end - len(self._data)} bytes are missing")

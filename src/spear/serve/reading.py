@@ -15,7 +15,9 @@ from spear.serve.admission import TokenBucket
 MIB = 2**20
 MAX_ADDRESSES = 1024  # when this many addresses are remembered, those without a debt are forgotten
 TURN_BYTES = 2**18  # what asyncio reads of a connection at once
-RATE_MEMORY_S = 1.0  # what a connection sent so long ago counts 1/e for its rate
+# In a connection's rate, the weight of bytes falls with their age; at this age it is 1/e.
+RATE_MEMORY_S = 1.0
+ACTIVE_S = 1.0  # a connection that has sent something within this time takes part in sharing
 
 
 @dataclass(frozen=True)
@@ -41,7 +43,7 @@ class ReadingLimits:
 class _Sender:
     """What is known of one connection."""
 
-    rate: float = 0.0  # bytes per second of late
+    rate_bytes_per_s: float = 0.0  # its recent rate
     updated_s: float = -math.inf  # when it last sent something
     num_reserved_bytes: int = 0  # that the shared budget has paid for already
 
@@ -73,14 +75,15 @@ class ReadingBudgets:
             For how long to read nothing more from this connection, s.
         """
         sender = self._senders.setdefault(connection, _Sender())
-        memory = math.exp((sender.updated_s - now_s) / RATE_MEMORY_S)
-        sender.rate = memory * sender.rate + num_bytes / RATE_MEMORY_S
+        earlier_weight = math.exp((sender.updated_s - now_s) / RATE_MEMORY_S)
+        earlier_rate = earlier_weight * sender.rate_bytes_per_s
+        sender.rate_bytes_per_s = earlier_rate + num_bytes / RATE_MEMORY_S
         sender.updated_s = now_s
 
         address_wait_s = self._find_budget(address).spend(num_bytes, now_s)
         shared_wait_s = self._shared.spend(num_bytes - sender.num_reserved_bytes, now_s)
         sender.num_reserved_bytes = 0
-        if shared_wait_s == 0 or sender.rate <= self._compute_equal_share(now_s):
+        if shared_wait_s == 0 or sender.rate_bytes_per_s <= self._compute_equal_share(now_s):
             return address_wait_s
         # Its turn comes when all is paid that was read or reserved before. Whoever waits next has
         # to wait for this turn, too.
@@ -95,8 +98,8 @@ class ReadingBudgets:
             self._shared.spend(-sender.num_reserved_bytes, now_s)
 
     def _compute_equal_share(self, now_s: float) -> float:
-        """Return the bytes per second that each connection has if all that send now have equal."""
-        num_active = sum(now_s - sender.updated_s < 1 for sender in self._senders.values())
+        """Return the bytes per second for each connection if all active ones get the same."""
+        num_active = sum(now_s - sender.updated_s < ACTIVE_S for sender in self._senders.values())
         return self._limits.bytes_per_s / num_active
 
     def _find_budget(self, address: str) -> TokenBucket:

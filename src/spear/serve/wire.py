@@ -182,6 +182,8 @@ def _decode_dtype(packed: dict[Any, Any], path: str) -> np.dtype[Any]:
 
 
 def _pack(value: Any) -> Any:
+    """Convert a NumPy array or scalar to a map that msgpack can pack."""
+    # NumPy's kinds: b boolean, i signed and u unsigned integer, f float.
     if isinstance(value, np.ndarray | np.generic) and value.dtype.kind not in "biuf":
         raise SpearError(
             f"an array of type {value.dtype} cannot be sent. Send booleans, integers or floats."

@@ -20,8 +20,8 @@ from spear.embodiments.inverse_kinematics import (
     MAX_JOINT_SPEED_RAD_S,
     Floats,
     compute_ee_pose,
+    compute_rotation_vector,
     euclidean_norm,
-    rotation_vector_between,
     solve_joints,
 )
 from spear.errors import SpearError
@@ -197,7 +197,7 @@ def _is_target_missed(
 ) -> bool:
     """Return whether a pose is farther from a target than the tolerance."""
     distance_m = euclidean_norm(position - target_position)
-    angle_rad = euclidean_norm(rotation_vector_between(rotation, target_rotation))
+    angle_rad = euclidean_norm(compute_rotation_vector(rotation, target_rotation))
     return distance_m > REACHED_TOLERANCE_M or angle_rad > REACHED_TOLERANCE_RAD
 
 
@@ -208,7 +208,7 @@ def _limit_lead(target: Floats, measured: Floats) -> Floats:
 
 def _limit_rotation_lead(target: Floats, measured: Floats) -> Floats:
     """Return a copy of the target rotation, turned to at most `MAX_LEAD_RAD` from `measured`."""
-    difference = rotation_vector_between(measured, target)
+    difference = compute_rotation_vector(measured, target)
     if euclidean_norm(difference) <= MAX_LEAD_RAD:
         return target.copy()
     difference = _shorten(difference, MAX_LEAD_RAD)

@@ -50,7 +50,9 @@ from spear.train.options import Recipe, TrainingInputs, check_inputs
 from spear.types import LabeledImage
 from spear.util.images import decode_image
 
-EMBEDDINGS = "language_model.embed_tokens.weight"  # the VLM's parameter with the token embeddings
+# Name of the VLM's parameter with the token embeddings.
+EMBEDDINGS_NAME = "language_model.embed_tokens.weight"
+
 LabelsByView = dict[str, list[LabeledImage]]
 """View (camera) -> its labeled images, as `tasks.load_labels` returns them."""
 
@@ -238,8 +240,9 @@ def _check_moge(recipe: Recipe, inputs: TrainingInputs, has_moge: bool) -> None:
             f"--init-depth-encoder {inputs.init_depth_encoder} has no effect, because --init "
             "has an encoder of MoGe already. Leave it out."
         )
-    adds_moge = recipe.kind != "vla" and recipe.moge and not has_moge
-    if adds_moge and inputs.init_depth_encoder is None:
+    # A policy takes the VLM of `--init` as it is. All other recipes add a missing encoder.
+    should_add_moge = recipe.kind != "vla" and recipe.moge and not has_moge
+    if should_add_moge and inputs.init_depth_encoder is None:
         raise SpearError(
             f"recipe {recipe.name} adds MoGe's encoder. Give --init-depth-encoder FOLDER, the "
             "result of nano-depth."
@@ -637,7 +640,7 @@ def _renew_coordinate_embeddings(
     first_id = processor.coordinate_ids.start
     num_bins = processor.coordinates.num_bins
     end_id = first_id + num_bins
-    old_rows = vlm.get_parameter(EMBEDDINGS).detach()
+    old_rows = vlm.get_parameter(EMBEDDINGS_NAME).detach()
     word_rows = old_rows[: processor.location_start]
     generator = torch.Generator().manual_seed(seed)
     new_rows = init_new_embeddings(word_rows, num_bins, generator, smooth=recipe.smooth_tokens)
@@ -674,7 +677,7 @@ def _make_new_vlm(
     _set_coordinate_loss(config, recipe)
     vlm = SpearVLM(config)
 
-    embeddings = vlm.get_parameter(EMBEDDINGS)
+    embeddings = vlm.get_parameter(EMBEDDINGS_NAME)
     word_rows = embeddings[: processor.location_start]
     generator = torch.Generator().manual_seed(seed)
     # (first token id, count) of the location tokens, and of the 3D tokens.
@@ -695,21 +698,23 @@ def _set_coordinate_loss(config: SpearVLMConfig, recipe: Recipe) -> None:
     config.coordinate_smoothing = recipe.questions.coordinate_smoothing
 
 
-def _add_moge(vlm: SpearVLM, preset: Preset, moge: Path | None) -> SpearVLM:
+def _add_moge(vlm: SpearVLM, preset: Preset, depth_encoder: Path | None) -> SpearVLM:
     """Return the VLM with MoGe's encoder and a projection for it, added without changing outputs.
 
     With MoGe a visual token is the average of two projections, SigLIP's and MoGe's. So that visual
     tokens stay what the language model already knows, SigLIP's projection is doubled and MoGe's
-    starts at zero (our choice for nano).
+    starts at zero (our choice for nano). `depth_encoder` is the folder of a trained "depth" recipe,
+    from which MoGe's weights come.
     """
     moge_config = build_vlm_config(preset).moge_config.to_dict()
     config = SpearVLMConfig.from_dict({**vlm.config.to_dict(), "moge_config": moge_config})
     model = SpearVLM(config)
     model.load_state_dict(vlm.state_dict(), strict=False)  # without MoGe's encoder and projection
-    assert moge is not None
+    assert depth_encoder is not None
     assert model.moge is not None
     assert model.moge_projector is not None
-    model.moge.load_state_dict(weights.load(MogeForDepth, moge).moge.state_dict())
+    trained_encoder = weights.load(MogeForDepth, depth_encoder).moge
+    model.moge.load_state_dict(trained_encoder.state_dict())
     with torch.no_grad():
         for parameter in model.multi_modal_projector.parameters():
             parameter.mul_(2)

@@ -33,7 +33,7 @@ from spear.train.optimize import Stepper
 from spear.util.files import read_json_as
 
 NUM_KEPT = 2  # checkpoints that stay in a run's folder: the newest, and one in case it is damaged
-ADVICE = "delete that folder to continue from the checkpoint before it"
+REMOVAL_ADVICE = "delete that folder to continue from the checkpoint before it"
 _FOLDER_PATTERN = "step-" + 8 * "[0-9]"  # the step with eight digits
 _MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's names of the moments
 # What reading or writing a checkpoint raises if the disk is full or a file is damaged.
@@ -91,11 +91,11 @@ def find_newest_checkpoint(folder: Path) -> tuple[Path, dict[str, Any]] | None:
     path = max(folder.glob(f"{_FOLDER_PATTERN}/state.json"), default=None)
     if path is None:
         return None
-    state = read_json_as(CheckpointState, path, ADVICE)
+    state = read_json_as(CheckpointState, path, REMOVAL_ADVICE)
     for name in state.files:
         file = path.parent / name
         if not file.is_file():
-            raise SpearError(f"{file} is missing. Copy the folder again, or {ADVICE}.")
+            raise SpearError(f"{file} is missing. Copy the folder again, or {REMOVAL_ADVICE}.")
     return path.parent, state.model_dump()
 
 
@@ -155,7 +155,7 @@ class Checkpoints:
             pending_write.result()
         except _STORAGE_ERRORS as error:
             raise SpearError(
-                f"a checkpoint cannot be written to {self._folder} ({_last_line(error)}). Free "
+                f"a checkpoint cannot be written to {self._folder} ({_get_last_line(error)}). Free "
                 "some space there; the same command continues from the checkpoint before."
             ) from error
 
@@ -187,9 +187,9 @@ class Checkpoints:
                 no_dist=self._group is None,
             )
         except _STORAGE_ERRORS as error:
-            reason = _last_line(error)
+            reason = _get_last_line(error)
             raise SpearError(
-                f"the checkpoint {path} cannot be read ({reason}). {to_sentence(ADVICE)}"
+                f"the checkpoint {path} cannot be read ({reason}). {to_sentence(REMOVAL_ADVICE)}"
             ) from error
 
     def _count_updates(self) -> dict[str, float]:
@@ -289,7 +289,7 @@ class Checkpoints:
                 state[parameter] = {"step": counter, **moments}
 
 
-def _last_line(error: BaseException) -> str:
+def _get_last_line(error: BaseException) -> str:
     """Return the last line of an error's text.
 
     PyTorch's errors begin with the traceback of another process; their last line says what failed.

@@ -106,16 +106,16 @@ def _open_log(path: Path, first_step: int) -> Any:
     """Open `log.jsonl` for appending, after removing the lines about steps after `first_step`."""
     text = path.read_text("utf-8", "replace") if path.is_file() else ""
     lines = text.splitlines(keepends=True)
-    write_text(path, "".join(line for line in lines if _step_of(line) <= first_step))
+    write_text(path, "".join(line for line in lines if _read_step(line) <= first_step))
     return path.open("a", encoding="utf-8")
 
 
-def _step_of(line: str) -> float:
+def _read_step(line: str) -> float:
     """Return the step of a line in the log, or infinity for a broken line.
 
     The last line is broken if the process was killed while writing it: it lacks its end.
 
-    >>> _step_of('{"step": 20, "loss": 0.5}' + chr(10)), _step_of('{"step": 4')
+    >>> _read_step('{"step": 20, "loss": 0.5}' + chr(10)), _read_step('{"step": 4')
     (20.0, inf)
     """
     try:

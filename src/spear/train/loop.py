@@ -482,9 +482,13 @@ def _check_processes_agree(
     checkpoint: tuple[Path, dict[str, Any]] | None, options: RunOptions, settings: dict[str, Any]
 ) -> None:
     """Check that all processes continue the same run in the same way."""
+    first_step = 0
+    if checkpoint is not None:
+        _, state = checkpoint
+        first_step = state["step"]
     parallel.check_same_settings(
         {
-            "begins at step": checkpoint[1]["step"] if checkpoint else 0,
+            "begins at step": first_step,
             "save_every": options.save_every,
             "sharded": options.sharded,
             "seed": options.seed,

@@ -94,7 +94,7 @@ def train(
     checkpoint = find_newest_checkpoint(out / "checkpoints")
     if not _has_same_episodes(inputs, checkpoint):
         inputs = _drop_failed_episodes(inputs)
-    requested = recipe.optimization  # before it is adapted to the device and to a resumed run
+    requested_opt = recipe.optimization  # before it is adapted to the device and to a resumed run
     recipe, torch_device, run_settings = check_run(recipe, out, inputs, options, device)
     init_origin = None if inputs.init is None else read_provenance(inputs.init)
     options = dataclasses.replace(options, device=torch_device)
@@ -107,10 +107,11 @@ def train(
     earlier_settings: list[dict[str, Any]] = []
     if checkpoint is not None:
         new_settings = {**dataclasses.asdict(opt), **changeable_settings}
-        earlier_settings = loop.list_earlier_settings(checkpoint[1], new_settings)
-    _note_changed_optimization(requested, opt, is_resumed=checkpoint is not None)
+        _, checkpoint_state = checkpoint
+        earlier_settings = loop.list_earlier_settings(checkpoint_state, new_settings)
+    _note_changed_optimization(requested_opt, opt, is_resumed=checkpoint is not None)
     _note_changed_settings(checkpoint, earlier_settings)
-    _note_settings_without_effect(recipe, requested.steps, options)
+    _note_settings_without_effect(recipe, requested_opt.steps, options)
 
     # Build and train.
     model, task, save = build.build(recipe, inputs, options.seed, is_checked=True)
@@ -254,13 +255,13 @@ def _compute_short_hash(folders: Sequence[Path], patterns: Sequence[str]) -> str
 
 
 def _note_changed_optimization(
-    requested: Optimization, opt: Optimization, is_resumed: bool
+    requested_opt: Optimization, opt: Optimization, is_resumed: bool
 ) -> None:
     """Print notices about settings of the optimization that differ from the requested ones."""
-    if opt.precision != requested.precision:
+    if opt.precision != requested_opt.precision:
         reason = "as the run began" if is_resumed else "which is faster on this CPU"
         notice(f"training in float32, {reason}.")
-    if opt.accumulate != requested.accumulate:
+    if opt.accumulate != requested_opt.accumulate:
         notice(f"a run keeps the pieces of its batches, so accumulate is {opt.accumulate}.")
 
 
@@ -268,8 +269,12 @@ def _note_changed_settings(
     checkpoint: Checkpoint | None, earlier_settings: Sequence[Mapping[str, Any]]
 ) -> None:
     """Print a notice if this continuation of the run changes settings of the run."""
-    if checkpoint is None or earlier_settings == checkpoint[1]["earlier"]:
+    if checkpoint is None:
         return
+    _, state = checkpoint
+    if earlier_settings == state["earlier"]:
+        return
+    # The last entry has the values that this continuation changes.
     values = [f"{name} {value}" for name, value in earlier_settings[-1].items()]
     notice(f"the run continues with other settings than before ({', '.join(values)}).")
 
@@ -362,7 +367,10 @@ def _is_simulator_only(inputs: TrainingInputs) -> bool:
 def _read_minutes_of_run(out: Path) -> float:
     """Return the minutes that the run took, including the time before it was resumed."""
     checkpoint = find_newest_checkpoint(out / "checkpoints")
-    return 0.0 if checkpoint is None else round(checkpoint[1]["minutes"], 2)
+    if checkpoint is None:
+        return 0.0
+    _, state = checkpoint
+    return round(float(state["minutes"]), 2)
 
 
 def _list_machine_properties(options: RunOptions) -> dict[str, Any]:

@@ -152,19 +152,19 @@ class PatchTask:
 
 
 def compute_patch_targets(
-    label: LabeledImage, names: Sequence[str], patch: int, size: tuple[int, int]
+    label: LabeledImage, names: Sequence[str], patch_side_px: int, size: tuple[int, int]
 ) -> PatchTargets:
     """Return what the patches of a labeled image show.
 
     Args:
         label: the image and its objects.
         names: the C object names to learn.
-        patch: the side of a square patch in pixels.
+        patch_side_px: the side of a square patch.
         size: (width, height) in pixels to which the image is fitted.
     """
     width, height = size
-    rows = height // patch
-    columns = width // patch
+    rows = height // patch_side_px
+    columns = width // patch_side_px
     is_shown = np.zeros((rows, columns, len(names)), bool)
     cells = np.zeros((rows, columns, CELLS_PER_SIDE, CELLS_PER_SIDE, len(names)), np.uint8)
     center = np.zeros((rows, columns, 2), np.float32)
@@ -176,7 +176,7 @@ def compute_patch_targets(
     # The window of the original image, in its pixels, that the fitted image shows.
     left, top, *window_size = visible_window((label.width, label.height), size)
     for labeled_object in label.objects:
-        cell_coverage = _cell_coverage(labeled_object, label, patch, size)
+        cell_coverage = _compute_cell_coverage(labeled_object, label, patch_side_px, size)
         coverage = cell_coverage.mean((2, 3))  # [rows, columns], averaged over a patch's cells
         if labeled_object.name in names:
             name_index = names.index(labeled_object.name)
@@ -188,7 +188,7 @@ def compute_patch_targets(
         # object's 2D box is converted from original pixels to units of patches.
         x0, y0, x1, y1 = labeled_object.box2d
         window_center_px = np.array([(x0 + x1) / 2 - left, (y0 + y1) / 2 - top])
-        object_center = window_center_px * size / window_size / patch
+        object_center = window_center_px * size / window_size / patch_side_px
         is_largest = coverage > max_coverage  # [rows, columns]
         center[is_largest] = (object_center - patch_centers)[is_largest]
         max_coverage = np.maximum(max_coverage, coverage)
@@ -203,8 +203,8 @@ def compute_patch_targets(
     )
 
 
-def _cell_coverage(
-    labeled_object: LabeledObject, label: LabeledImage, patch: int, size: tuple[int, int]
+def _compute_cell_coverage(
+    labeled_object: LabeledObject, label: LabeledImage, patch_side_px: int, size: tuple[int, int]
 ) -> Array:
     """Return the fraction of each cell of the fitted image that an object of `label` covers.
 
@@ -221,12 +221,12 @@ def _cell_coverage(
         gray = np.repeat(mask[..., None], 3, axis=2).astype(np.uint8) * 255
         mask = fit_image(gray, height, width)[..., 0] / np.float32(255)
 
-    rows = height // patch
-    columns = width // patch
-    cell_side = patch // CELLS_PER_SIDE
-    mask = mask[: rows * patch, : columns * patch]
+    rows = height // patch_side_px
+    columns = width // patch_side_px
+    cell_side_px = patch_side_px // CELLS_PER_SIDE
+    mask = mask[: rows * patch_side_px, : columns * patch_side_px]
     # Split each axis into patches, cells and pixels; average over the pixels of a cell.
-    pixels = mask.reshape(rows, CELLS_PER_SIDE, cell_side, columns, CELLS_PER_SIDE, cell_side)
+    pixels = mask.reshape(rows, CELLS_PER_SIDE, cell_side_px, columns, CELLS_PER_SIDE, cell_side_px)
     cells = pixels.mean((2, 5))  # [rows, cell rows, columns, cell columns]
     return cells.transpose(0, 2, 1, 3)
 
@@ -373,7 +373,8 @@ class QuestionSamples:
     def _note_numbers_outside_of_tokens(self) -> None:
         """Print a notice if many numbers in a view's answers exceed the range of the 3D tokens."""
         tokens = self.processor.coordinates
-        low, high = tokens.bin_edges[[0, -1]]  # the first and the last edge
+        low = tokens.bin_edges[0]
+        high = tokens.bin_edges[-1]
         for view, labels in self.labels.items():
             answers = collect_answers(labels, self.seed, NUM_CHECKED_LABELS, self.mix.families)
             is_outside = (answers < low) | (answers > high)

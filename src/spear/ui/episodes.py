@@ -366,7 +366,7 @@ class _Recordings:
         self.titles = []
         for number in range(min(self.num_episodes, MAX_LISTED_EPISODES)):
             episode = self._store.without_images(number)
-            ending = _title_prefix(episode.success)
+            ending = _make_title_prefix(episode.success)
             self.titles.append(f"{number} · {ending}{episode.instruction[:80]}")
 
     def open(self, number: int, policy: Spear1Policy) -> RecordedEpisode:
@@ -407,7 +407,7 @@ class _Evaluation:
         self.titles = []
         for outcome in self._outcomes[:MAX_LISTED_EPISODES]:
             family = outcome.family.replace("_", " ")
-            self.titles.append(f"{_title_prefix(outcome.success)}{family} {outcome.seed}")
+            self.titles.append(f"{_make_title_prefix(outcome.success)}{family} {outcome.seed}")
 
     def open(self, number: int, policy: Spear1Policy) -> SimulatedEpisode:
         outcome = self._outcomes[number]
@@ -442,7 +442,7 @@ def validate_whole_number(name: str, value: object, largest: int) -> int:
     )
 
 
-def _title_prefix(success: bool | None) -> str:
+def _make_title_prefix(success: bool | None) -> str:
     """Return the beginning of an episode's title; empty if its success is not known."""
     if success is None:
         return ""

@@ -38,7 +38,7 @@ LOG = logging.getLogger("spear.ui")
 
 MAX_REQUEST_CHARS = 10_000  # longer messages are cut off, since the page's requests are shorter
 MAX_TABS = 8  # tabs that may be open at the same time
-PAUSE_S = 0.01
+PAUSE_AFTER_ANSWER_S = 0.01
 """How long the server does not read a tab's messages after each answer. While someone drags through
 a recording, the tab would otherwise send more than `max_small_frames_per_s` of `serve.connection`
 messages per second."""
@@ -90,7 +90,7 @@ class Page:
         self._token_form = folder.joinpath("token_form.html").read_text("utf-8")
         self._files: dict[str, tuple[bytes, str]] = {}  # path → content, content type
         for path, subtype in SUBTYPE_BY_PATH.items():
-            content = folder.joinpath(path[1:] or "index.html").read_bytes()
+            content = folder.joinpath(path.removeprefix("/") or "index.html").read_bytes()
             self._files[path] = (content, f"text/{subtype}")
 
     def owns(self, request: Request) -> bool:
@@ -217,7 +217,7 @@ class TabConnection:
             await self._report_problems(self._handle_request(first_scene))
             async for message in self._connection:
                 await self._report_problems(self._handle_message(message))
-                await asyncio.sleep(PAUSE_S)
+                await asyncio.sleep(PAUSE_AFTER_ANSWER_S)
         finally:
             if self._rollout is not None:
                 self._rollout.cancel()

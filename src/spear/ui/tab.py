@@ -247,7 +247,7 @@ class Tab:
                     "name": name,
                     "vertices": vertices.tolist(),
                     "step": step,
-                    "error_mm": _distance_mm(center, true_centers.get(name)),
+                    "error_mm": _compute_distance_mm(center, true_centers.get(name)),
                     "within_mm": self._compute_interval_mm(answer),
                 }
             )
@@ -391,7 +391,7 @@ class Tab:
         return actions, chunk
 
 
-def _distance_mm(center: Array, true_center: Array | None) -> float | None:
+def _compute_distance_mm(center: Array, true_center: Array | None) -> float | None:
     """Return the distance of two points [3] in meters; None if the true one is not known."""
     if true_center is None:
         return None

@@ -41,8 +41,7 @@ _SAME_SIZE_ORIENTATIONS = (2, 3, 4)
 _EXCHANGED_SIZE_ORIENTATIONS = (5, 6, 7, 8)
 _INVERSE_ORIENTATION = {6: 8, 8: 6}  # every other orientation is its own inverse
 
-
-_JPEG_DAMAGE = ("premature end", "bad huffman code", "bad arithmetic code", "instead of rst")
+_LOST_DATA_WARNINGS = ("premature end", "bad huffman code", "bad arithmetic code", "instead of rst")
 """Parts of libjpeg's warnings about lost data, in lower case. Its other warnings, such as those
 about extraneous bytes before a marker, are harmless."""
 
@@ -118,7 +117,7 @@ def check_jpeg_is_complete(encoded: bytes, name: str) -> None:
 def _raise_if_data_are_lost(warning: ValueError, name: str) -> None:
     """Raise `SpearError` for a decoder's warning that means lost data; ignore others."""
     reason = summarize_error(warning)
-    if any(words in reason.lower() for words in _JPEG_DAMAGE):
+    if any(words in reason.lower() for words in _LOST_DATA_WARNINGS):
         raise SpearError(
             f"{name} is not a readable image ({reason}), because a part of it is missing. "
             "Record it again."
@@ -436,6 +435,7 @@ def _iterate_strips(image: Image.Image) -> Iterator[tuple[slice, Image.Image]]:
 
 
 def _strip_to_rgb(strip: Image.Image, keep_transparent_colors: bool) -> Image.Image:
+    """Convert a strip of 8-bit pixels to RGB; see `load_image` for transparency."""
     if strip.has_transparency_data:
         strip = strip.convert("RGBA")
         if not keep_transparent_colors:
@@ -464,7 +464,7 @@ def _find_gray_divisor(image: Image.Image, name: str) -> int:
         return 1
     if 0 < brightest <= _MAX_12_BIT:
         raise SpearError(_describe_unused_bits(name, brightest.bit_length(), num_bits))
-    return 256
+    return 256  # leaves the upper byte of 16 bits
 
 
 def _check_16_bit_colors(rgb: Array, name: str) -> None:

@@ -91,7 +91,7 @@ class ProgressBar:
 
     def format_rate(self) -> str:
         """Return how fast this command works, such as "5.0 steps/s"; "" before the first item."""
-        rate_hz = self._rate_hz()
+        rate_hz = self._compute_rate_hz()
         if rate_hz == 0:
             return ""
         if rate_hz >= 1:
@@ -100,7 +100,7 @@ class ProgressBar:
 
     def _format_remaining_time(self) -> str:
         """Return the remaining time, such as "0:03:00 left"; "" if it is not known."""
-        rate_hz = self._rate_hz()
+        rate_hz = self._compute_rate_hz()
         if self.num_done >= self.total or not rate_hz:
             return ""
         remaining_s = round((self.total - self.num_done) / rate_hz)
@@ -108,7 +108,7 @@ class ProgressBar:
         hours, minutes = divmod(minutes, 60)
         return f"{hours}:{minutes:02d}:{seconds:02d} left"
 
-    def _rate_hz(self) -> float:
+    def _compute_rate_hz(self) -> float:
         """Return the number of items that this command finishes per second."""
         elapsed_s = time.monotonic() - self._start_time_s
         return (self.num_done - self.num_done_before) / max(elapsed_s, 1e-9)

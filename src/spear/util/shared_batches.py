@@ -128,6 +128,6 @@ class SharedBatchSlots:
         return tree_map_only(TensorLocation, lambda location: location.view(slot), slotted.batch)
 
 
-def _map_slots(count: int) -> list[mmap.mmap]:
+def _map_slots(num_slots: int) -> list[mmap.mmap]:
     """Map shared memory for the slots of one worker."""
-    return [mmap.mmap(-1, SLOT_BYTES) for _ in range(count)]
+    return [mmap.mmap(-1, SLOT_BYTES) for _ in range(num_slots)]

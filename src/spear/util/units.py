@@ -25,11 +25,11 @@ def name_unit(factor: float, units: Mapping[str, float]) -> str:
     return f"{factor:.3g} {next(iter(units))}"
 
 
-def unit_factor(name: str, units: Mapping[str, float]) -> float:
+def get_unit_factor(name: str, units: Mapping[str, float]) -> float:
     """Return the factor of a unit from the name that `name_unit` made.
 
     Example:
-        >>> unit_factor("mm", LENGTH_UNITS), unit_factor("0.05 m", LENGTH_UNITS)
+        >>> get_unit_factor("mm", LENGTH_UNITS), get_unit_factor("0.05 m", LENGTH_UNITS)
         (0.001, 0.05)
     """
     if name in units:

@@ -34,7 +34,7 @@ class Spear1SchedulerConfig(LRSchedulerConfig):
     recipe: str
 
     def build(self, optimizer: Optimizer, num_training_steps: int) -> LambdaLR:
-        """The scheduler of an optimizer."""
+        """Make the scheduler of an optimizer; LeRobot calls this."""
         recipe_optimization = get_recipe(self.recipe).optimization
         fraction = min(1.0, num_training_steps / recipe_optimization.steps)
         optimization = dataclasses.replace(
@@ -45,8 +45,8 @@ class Spear1SchedulerConfig(LRSchedulerConfig):
         return LambdaLR(optimizer, lambda step: compute_learning_rate_factor(step, optimization))
 
 
-def _no_normalization() -> dict[str, NormalizationMode]:
-    """SPEAR-1 normalizes by itself."""
+def _disable_normalization() -> dict[str, NormalizationMode]:
+    """Return LeRobot's setting for no normalization, because SPEAR-1 normalizes by itself."""
     return dict.fromkeys(("VISUAL", "STATE", "ACTION"), NormalizationMode.IDENTITY)
 
 
@@ -84,7 +84,9 @@ class Spear1Config(PreTrainedConfig):
     state_names: list[str] = field(default_factory=list)
     action_feature_names: list[str] = field(default_factory=list)
     license: str | None = "apache-2.0"
-    normalization_mapping: dict[str, NormalizationMode] = field(default_factory=_no_normalization)
+    normalization_mapping: dict[str, NormalizationMode] = field(
+        default_factory=_disable_normalization
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -122,7 +124,7 @@ class Spear1Config(PreTrainedConfig):
         return round(self.fps / CONTROL_RATE_HZ)
 
     def make_robot(self) -> Robot:
-        """What the dataset's numbers mean.
+        """Make the object that converts the numbers of the dataset's robot.
 
         Raises SpearError for numbers that are no end-effector's pose.
         """
@@ -131,7 +133,7 @@ class Spear1Config(PreTrainedConfig):
         )
 
     def map_views(self) -> dict[str, str]:
-        """Image feature → view of SPEAR-1.
+        """Return a map from image feature to view of SPEAR-1.
 
         Raises SpearError if the view of a camera cannot be known.
         """
@@ -154,8 +156,8 @@ class Spear1Config(PreTrainedConfig):
 
     def set_dataset_feature_metadata(self, features: dict[str, dict[str, Any]]) -> None:
         """Take the names of the numbers from the dataset's features; LeRobot calls this."""
-        self.state_names = _number_names(features.get(OBS_STATE, {}))
-        self.action_feature_names = _number_names(features.get(ACTION, {}))
+        self.state_names = _list_number_names(features.get(OBS_STATE, {}))
+        self.action_feature_names = _list_number_names(features.get(ACTION, {}))
 
     def validate_features(self) -> None:
         """Raises SpearError for a robot or cameras that SPEAR-1 cannot be used with."""
@@ -182,9 +184,10 @@ class Spear1Config(PreTrainedConfig):
 
     @property
     def action_delta_indices(self) -> list[int]:
-        """The last frame of each of the 5 actions, and one more.
+        """The frames of a training sample, counted from its first frame, as LeRobot asks for them.
 
-        The last one shows where an episode ends.
+        They are the last frame of each of the 5 actions, and the frame after these, which shows
+        whether the episode has ended.
         """
         ends = [(action + 1) * self.stride for action in range(HORIZON)]
         return [*(end - 1 for end in ends), ends[-1]]
@@ -194,8 +197,8 @@ class Spear1Config(PreTrainedConfig):
         """None: no rewards are used."""
 
 
-def _number_names(feature: dict[str, Any]) -> list[str]:
-    """The names of a feature's numbers, which datasets hold as a list or as a map of lists."""
+def _list_number_names(feature: dict[str, Any]) -> list[str]:
+    """Return the names of a feature's numbers, which datasets have as a list or a map of lists."""
     names = feature.get("names") or []
     if isinstance(names, dict):
         all_names = []

@@ -17,7 +17,7 @@ CAMERA_SHAPES = {"external": (210, 280, 3), "wrist": (112, 112, 3)}  # height, w
 
 
 def make_tabletop(family: str) -> gymnasium.Env[Any, Any]:
-    """`spear/Tabletop-v0` with the keys that LeRobot reads."""
+    """Make the environment `spear/Tabletop-v0` with the keys that LeRobot reads."""
     from spear.sim.env import MAX_STEPS, TabletopEnv
 
     class LeRobotTabletop(TabletopEnv):
@@ -42,7 +42,7 @@ def make_tabletop(family: str) -> gymnasium.Env[Any, Any]:
 
 
 def _rename_keys(observation: Any) -> dict[str, Any]:
-    """An observation, or its space, under LeRobot's keys."""
+    """Return the entries of an observation, or of its space, under LeRobot's keys."""
     images = {
         "external": observation["observation/image"],
         "wrist": observation["observation/wrist_image"],
@@ -51,6 +51,7 @@ def _rename_keys(observation: Any) -> dict[str, Any]:
 
 
 def _make_features() -> dict[str, PolicyFeature]:
+    """Describe the environment's keys: type and shape of each value."""
     features = {
         ACTION: PolicyFeature(FeatureType.ACTION, (8,)),
         "agent_pos": PolicyFeature(FeatureType.STATE, (8,)),
@@ -61,6 +62,7 @@ def _make_features() -> dict[str, PolicyFeature]:
 
 
 def _make_features_map() -> dict[str, str]:
+    """Return the policy's key for each key of the environment."""
     features_map = {ACTION: ACTION, "agent_pos": OBS_STATE}
     for camera in CAMERA_SHAPES:
         features_map[f"pixels/{camera}"] = f"{OBS_IMAGES}.{camera}"

@@ -83,6 +83,10 @@ class Spear1Policy(PreTrainedPolicy):
         self.reset()
 
     def _use_statistics_of(self, dataset_meta: Any, folder: Path | None) -> None:
+        """Take over a dataset's statistics, unless the checkpoint in `folder` has the same ones.
+
+        `folder` is the spear checkpoint that training starts from; None for `config.checkpoint`.
+        """
         self.is_demonstrated = find_demonstrated_frames(dataset_meta, self.robot)
         root = Path(dataset_meta.root)
         normalizer, mean_initial_opening = fit_statistics(
@@ -111,7 +115,7 @@ class Spear1Policy(PreTrainedPolicy):
         """Load a folder that `save_pretrained` wrote, or a repository of the Hub with its files."""
         path = Path(pretrained_name_or_path)
         if not path.is_dir():
-            # The checkpoints of its training stay there.
+            # Of the repository only these files are fetched, without checkpoints of its training.
             patterns = ["config.json", f"{CHECKPOINT_FOLDER}/*"]
             snapshot = snapshot_download(
                 str(pretrained_name_or_path), revision=revision, allow_patterns=patterns
@@ -150,7 +154,7 @@ class Spear1Policy(PreTrainedPolicy):
             distribution.save(folder / "seen.json")
 
     def _summarize_training(self) -> TrainingDistribution | None:
-        """The training distribution summary, as far as training has come."""
+        """Summarize the training distribution, as far as training has come."""
         if self._mean_initial_opening is None or not self._batches:
             return self.spear.training_distribution
         return TrainingDistribution.from_batches(self._batches, self._mean_initial_opening)
@@ -176,15 +180,15 @@ class Spear1Policy(PreTrainedPolicy):
     def forward(
         self, batch: dict[str, Any], reduction: str = "mean"
     ) -> tuple[Tensor, dict[str, float]]:
-        """The flow-matching loss of a batch of the dataset, and its parts."""
+        """Compute the flow-matching loss of a batch of the dataset, and the parts of the loss."""
         if reduction != "mean":
             raise SpearError(
                 f"reduction {reduction!r} is not supported. Leave sample_weighting out."
             )
-        raw = self._to_robot_batch(batch)
+        robot_batch = self._to_robot_batch(batch)
         if self._mean_initial_opening is not None:
-            self._collect(raw)
-        inputs = encode_robot_batch(self.spear.processor, self.spear.normalizer, raw)
+            self._collect(robot_batch)
+        inputs = encode_robot_batch(self.spear.processor, self.spear.normalizer, robot_batch)
         inputs = torch.utils._pytree.tree_map_only(
             Tensor, lambda tensor: tensor.to(self.model.device), inputs
         )
@@ -194,7 +198,7 @@ class Spear1Policy(PreTrainedPolicy):
         return output.loss, {name: float(part) for name, part in output.parts.items()}
 
     def _to_robot_batch(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """A batch of LeRobot's dataset as spear's own training draws one."""
+        """Convert a batch of LeRobot's dataset to one as spear's own training draws it."""
         states = []
         actions = []
         action_masks = []
@@ -227,18 +231,18 @@ class Spear1Policy(PreTrainedPolicy):
             "dataset": np.zeros(len(state), int),
         }
 
-    def _collect(self, raw: dict[str, Any]) -> None:
+    def _collect(self, robot_batch: dict[str, Any]) -> None:
         """Collect a batch for the training distribution summary, and summarize when there are
         enough."""
-        self._batches.append(raw)
-        num_samples = len(self._batches) * len(raw["position"])
+        self._batches.append(robot_batch)
+        num_samples = len(self._batches) * len(robot_batch["position"])
         if num_samples >= NUM_SAMPLES:
             self.spear.training_distribution = self._summarize_training()
             self._mean_initial_opening = None
             self._batches = []
 
     def _read_state(self, batch: dict[str, Any]) -> Tensor:
-        """The robots' numbers [B, d].
+        """Read the robots' numbers [B, d].
 
         Raises SpearError if they are not as many as the policy was trained on.
         """
@@ -253,7 +257,7 @@ class Spear1Policy(PreTrainedPolicy):
         return state
 
     def _read_images(self, batch: dict[str, Any]) -> dict[str, Array]:
-        """View → images [B, h, w, 3].
+        """Read the images of each view: view → [B, h, w, 3].
 
         The wrist camera may be missing, as with spear's own commands.
         """
@@ -272,9 +276,11 @@ class Spear1Policy(PreTrainedPolicy):
     def predict_action_chunk(
         self, batch: dict[str, Any], last: Tensor | None = None, **_: Any
     ) -> Tensor:
-        """The whole chunk as the robot takes it: commands [B, N, d].
+        """Predict the whole chunk as the robot takes it: commands [B, N, d].
 
-        last: [B, d] the commands before.
+        Args:
+            batch: LeRobot's observations of B robots.
+            last: [B, d] the last command of each robot; None if it is not known.
         """
         state = self._read_state(batch)
         values = _to_numpy(state)
@@ -301,7 +307,7 @@ class Spear1Policy(PreTrainedPolicy):
 
     @torch.no_grad()
     def select_action(self, batch: dict[str, Any], **_: Any) -> Tensor:
-        """The next command [B, d].
+        """Return the next command [B, d].
 
         A new chunk is predicted when the commands of `replan` actions are used up. Commands of one
         robot come no faster than `fps`; several robots are a simulator's, which does not wait.
@@ -333,16 +339,16 @@ def fit_statistics(
     """
     state, action, episode, index = read_columns(root, OBS_STATE, ACTION, "episode_index", "index")
     notice_unlikely_units(robot, state)
-    frame_counts = is_demonstrated[index]
+    is_demonstrated_row = is_demonstrated[index]  # in the order of the rows of the columns above
     chunk_offsets = np.array(config.action_delta_indices)
     translations = []
     positions = []
     initial_openings = []
-    for number in np.unique(episode):
-        is_of_episode = episode == number
+    for episode_number in np.unique(episode):
+        is_of_episode = episode == episode_number
         states = state[is_of_episode].astype(np.float32)
         commands = action[is_of_episode].astype(np.float32)
-        counts = frame_counts[is_of_episode]
+        is_demonstrated_frame = is_demonstrated_row[is_of_episode]
         initial_openings.append(robot.to_state(states[0])[7])
         for frame in range(0, len(states), config.stride):
             robot_state = robot.to_state(states[frame])
@@ -351,7 +357,7 @@ def fit_statistics(
             actions, action_mask = robot.to_actions(
                 robot_state, chunk_commands, chunk_frames >= len(states)
             )
-            if action_mask[0] and counts[frame]:
+            if action_mask[0] and is_demonstrated_frame[frame]:
                 translations.append(actions[0, :3])
                 positions.append(robot_state[:3])
     if not translations:
@@ -360,7 +366,7 @@ def fit_statistics(
             "of its episodes."
         )
 
-    samples = np.hstack([translations, positions]).astype(np.float64)
+    samples = np.hstack([translations, positions]).astype(np.float64)  # [frames, 3 + 3]
     if mode == "meanstd":
         low = samples.mean(0) - samples.std(0)
         high = samples.mean(0) + samples.std(0)
@@ -374,4 +380,5 @@ def fit_statistics(
 
 
 def _to_numpy(values: Tensor) -> Array:
+    """Return a tensor's values as an array on the CPU."""
     return values.detach().cpu().numpy()

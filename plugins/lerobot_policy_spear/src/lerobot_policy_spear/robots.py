@@ -46,10 +46,13 @@ POSE_NAMES = [f"ee.{name}" for name in ("x", "y", "z", "wx", "wy", "wz", "grippe
 OPEN_GRIPPER = 100.0  # LeRobot's value of an open gripper
 NORMALIZED_JOINT_LIMIT = 100.0  # LeRobot's value of a joint at its end, if it gives no degrees
 
-IK_STEPS = 5  # LeRobot's inverse kinematics makes one step of its solver: so many for each command
+IK_STEPS = 5  # solver steps per command; a call of LeRobot's inverse kinematics makes one step
 MAX_IK_ERROR_M = 0.01  # if the solution is further from the target, the arm stands still
 
-EARLY_FRACTION_OF_NOTICE = 0.2  # of the period, by which a robot asks too early
+# A robot that asks for a command by more than this fraction of the period too early gets a notice.
+EARLY_FRACTION_OF_NOTICE = 0.2
+# A gripper that never reads more than this is taken to be recorded from 0 to 1 instead of percent.
+MAX_UNLIKELY_OPENING = OPEN_GRIPPER / 50
 
 
 class Pose(NamedTuple):
@@ -75,7 +78,7 @@ class CommandPacer:
     def __init__(self, fps: int) -> None:
         self.period_s = 1 / fps
         self._due_s = -math.inf
-        self._handed_out_s = math.inf
+        self._last_handed_out_s = math.inf
         self._commands: deque[Tensor] = deque()
         self._last_command: Tensor | None = None
 
@@ -84,11 +87,12 @@ class CommandPacer:
         predict: Callable[[Tensor | None], Iterable[Tensor]],
         is_single_robot: bool = True,
     ) -> Tensor:
-        """The next command [B, d], when it is due.
+        """Return the next command [B, d], when it is due.
 
-        predict: Called when no command is left: the command before (None if it is not known) → new
-            commands.
-        is_single_robot: Several robots are a simulator's, which does not wait.
+        Args:
+            predict: a function from the last command (None if it is not known) to new commands. It
+                is called when no command is left.
+            is_single_robot: whether to wait. Several robots are a simulator's, which does not wait.
         """
         if is_single_robot:
             self.wait_until_due()
@@ -96,7 +100,7 @@ class CommandPacer:
             self._commands.extend(predict(self._last_command))
         command = self._commands.popleft()
         self._last_command = command
-        self._handed_out_s = time.monotonic()
+        self._last_handed_out_s = time.monotonic()
         return command
 
     def __len__(self) -> int:
@@ -115,7 +119,7 @@ class CommandPacer:
 
         After a pause, the remaining commands and the one before are forgotten.
         """
-        if time.monotonic() - self._handed_out_s > MAX_PAUSE_S:
+        if time.monotonic() - self._last_handed_out_s > MAX_PAUSE_S:
             self.clear()
             self._last_command = None
         early_s = self._due_s - time.monotonic()
@@ -127,6 +131,7 @@ class CommandPacer:
                     f"waits. Add --fps={fps}."
                 )
             time.sleep(early_s)
+        # After a late command the next one may come half a period early.
         self._due_s = max(self._due_s + self.period_s, time.monotonic() + self.period_s / 2)
 
 
@@ -189,10 +194,10 @@ class PoseRobot:
         return actions[:-1], ~is_past_end[:HORIZON]
 
     def to_commands(self, actions: Array, values: Array, last: Array | None = None) -> Array:
-        """Straight lines and geodesics between the poses to which the actions lead.
+        """Interpolate between the poses to which the actions lead, by lines and geodesics.
 
-        They begin at the last command, because an arm lags behind it: beginning where the arm is,
-        every chunk would draw it back.
+        The path begins at the last command, because an arm lags behind its command. A path that
+        began where the arm is would draw the arm back at every chunk.
         """
         state = self.to_state(values)
         target_positions, target_rotations = compute_target_poses(state, actions)
@@ -215,11 +220,11 @@ class PoseRobot:
         return self._poses_to_commands(poses, values, last)
 
     def _find_start(self, state: Array, action: Array, last: Array | None) -> tuple[Array, Array]:
-        """Position [3] and quaternion [4] from which the first action leads.
+        """Find the position [3] and quaternion [4] from which the first action leads.
 
-        It is the last command, if there is one, but no further from the state than the action moves
-        and turns, because the arm may be blocked, or pushed. A demonstrated action is never shorter
-        than the lag, unless its command goes back.
+        This is the pose of the last command, if there is one. But it is no further from the state
+        than the action moves and turns, because the arm may be blocked or pushed. A demonstrated
+        action is never shorter than the arm's lag, unless its command goes back.
         """
         if last is None:
             return state[:3], state[3:7]
@@ -295,7 +300,7 @@ class JointRobot(PoseRobot):
             command = [*last]
         commands = []
         for pose in poses:
-            solution_deg = self._solve(pose, angles_deg)
+            solution_deg = self._solve_joint_angles(pose, angles_deg)
             if solution_deg is not None:
                 angles_deg = solution_deg
                 command = [*angles_deg, OPEN_GRIPPER * pose.opening]
@@ -308,8 +313,11 @@ class JointRobot(PoseRobot):
             commands.append(command)
         return np.array(commands, np.float32)
 
-    def _solve(self, pose: Pose, angles_deg: Array) -> Array | None:
-        """Joint angles that lead to a pose, or None."""
+    def _solve_joint_angles(self, pose: Pose, angles_deg: Array) -> Array | None:
+        """Return joint angles [d] (deg) that lead to a pose; None if none are found.
+
+        The solver begins at `angles_deg`.
+        """
         target = np.eye(4)
         target[:3, :3] = quat_to_matrix(torch.from_numpy(pose.rotation)).numpy()
         target[:3, 3] = pose.position
@@ -321,6 +329,7 @@ class JointRobot(PoseRobot):
 
 
 def _to_opening(value: float) -> float:
+    """Convert LeRobot's value of a gripper (100 is open) to an opening, 0 closed … 1 open."""
     return float(min(max(value / OPEN_GRIPPER, 0.0), 1.0))
 
 
@@ -403,7 +412,7 @@ def notice_unlikely_units(robot: Robot, state: Array) -> None:
                 f"joint angles are at most {max_angle:.3g}, which are hardly degrees. Record with"
                 " use_degrees=true."
             )
-    if isinstance(robot, PoseRobot) and 0 < max_values[-1] <= OPEN_GRIPPER / 50:
+    if isinstance(robot, PoseRobot) and 0 < max_values[-1] <= MAX_UNLIKELY_OPENING:
         notice(
             f"the gripper reads at most {max_values[-1]:.3g}. It must go from 0 (closed) to"
             f" {OPEN_GRIPPER:g} (open)."
@@ -425,11 +434,11 @@ def read_columns(root: Path, *keys: str) -> list[Array]:
 
 
 def find_demonstrated_frames(dataset_meta: Any, robot: Robot) -> Array:
-    """Which frames of a dataset are demonstrations: [frames] bool.
+    """Find out which frames of a dataset are demonstrations: [frames] bool.
 
-    A dataset that spear exported says it: frames outside its `action_mask` are none, nor are those
-    of episodes whose `success` is 0. In other datasets columns of these names may mean something
-    else, so all frames are.
+    In a dataset that spear exported, a frame is a demonstration if its `action_mask` is true and
+    the `success` of its episode is not 0. In other datasets columns of these names may mean
+    something else, so all frames count as demonstrations.
     """
     is_demonstrated = np.ones(dataset_meta.total_frames, bool)
     if not isinstance(robot, ExportedRobot):
@@ -442,11 +451,13 @@ def find_demonstrated_frames(dataset_meta: Any, robot: Robot) -> Array:
 
 
 def find_demonstrated_actions(is_demonstrated: Array, index: Array) -> Array:
-    """Which actions of chunks are demonstrations: [B, 5] bool.
+    """Find out which actions of B chunks are demonstrations: [B, 5] bool.
 
-    index: [B] the frames at which the chunks begin.
+    An action is one if its own frame and all frames before it in the chunk are demonstrations.
 
-    is_demonstrated: [frames]. From the first frame on that is none, no action is.
+    Args:
+        is_demonstrated: [frames] bool.
+        index: [B] the frames at which the chunks begin.
     """
     frames = index[:, None] + np.arange(HORIZON)
     frames = np.minimum(frames, len(is_demonstrated) - 1)

@@ -29,8 +29,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from spear.embodiments.simpler_widowx import LINK_ROTATION, POSE_KEY, ee_from_link_rotation
-from spear.errors import SpearError, missing_extra_message, summarize_error
+from spear.embodiments.simpler_widowx import LINK_ROTATION, POSE_KEY, convert_link_to_ee_rotation
+from spear.errors import SpearError, make_missing_extra_message, summarize_error
 from spear.evaluate.simpler.frames import fit_frame, rebuild_scene, render_labeled_frame
 from spear.evaluate.simpler.tasks import (
     CAMERA,
@@ -75,7 +75,7 @@ def find_assets(folder: Path | None) -> Path:
         SpearError: The folder lacks assets, or ManiSkill is not installed.
     """
     if find_spec("mani_skill") is None:
-        raise SpearError(missing_extra_message("SIMPLER", "mani_skill", "simpler"))
+        raise SpearError(make_missing_extra_message("SIMPLER", "mani_skill", "simpler"))
     root = folder or Path(os.environ.get("MS_ASSET_DIR", "~/.maniskill")).expanduser()
     for name, subfolder in ASSETS.items():
         if not (root / "data" / subfolder).is_dir():
@@ -364,7 +364,7 @@ def _to_ee_pose(link: Array) -> Array:
 
     The two frames have the same origin.
     """
-    rotation = torch.from_numpy(ee_from_link_rotation(link[3:]))
+    rotation = torch.from_numpy(convert_link_to_ee_rotation(link[3:]))
     return np.concatenate([link[:3], quat_canonical(rotation).numpy()])
 
 
