@@ -27,7 +27,9 @@ from spear.geometry import quat_conjugate, quat_multiply
 
 ARM = read_urdf_arm(Path(__file__).with_name("so101_new_calib.urdf"), tip="gripper_frame_link")
 NUM_JOINTS = 5
-OPEN_GRIPPER = 100  # LeRobot's reading of an open gripper
+# LeRobot's readings of the closed and of the open gripper, as in gripper_range of spear.json.
+CLOSED_GRIPPER = 0
+OPEN_GRIPPER = 100
 TOOL_ROTATION = torch.tensor([1.0, 0, 0, 0], dtype=torch.float64)  # as in the dataset's spear.json
 
 RATE_HZ = 30.0
@@ -44,7 +46,8 @@ def read_state(observation, key):
         ARM, np.radians(numbers[None, :NUM_JOINTS]), source=key
     )
     rotation = quat_multiply(torch.from_numpy(rotations[0]), TOOL_ROTATION).numpy()
-    opening = validate_opening(numbers[NUM_JOINTS] / OPEN_GRIPPER, key)
+    gripper_range = OPEN_GRIPPER - CLOSED_GRIPPER
+    opening = validate_opening((numbers[NUM_JOINTS] - CLOSED_GRIPPER) / gripper_range, key)
     return make_state(positions[0], rotation, opening)
 
 
@@ -91,7 +94,8 @@ def convert_to_joints(actions, state, observation):
         solution = solve_urdf_joints(ARM, joints, position, rotation, MAX_TURN_RAD)
         last_command = command
         if solution.position_error_m < MAX_MISS_M:
-            command = np.append(np.degrees(solution.joints), OPEN_GRIPPER * action[7])
+            gripper = CLOSED_GRIPPER + (OPEN_GRIPPER - CLOSED_GRIPPER) * action[7]
+            command = np.append(np.degrees(solution.joints), gripper)
         for fraction in np.arange(1, ROWS_PER_ACTION + 1) / ROWS_PER_ACTION:
             row = last_command + fraction * (command - last_command)
             row[NUM_JOINTS] = command[NUM_JOINTS]  # the gripper does not wait

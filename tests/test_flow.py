@@ -831,6 +831,20 @@ def test_an_unknown_word_in_the_config_is_refused(field: str) -> None:
     refuses(f"{field} 'wrong'", FlowConfig, **{field: "wrong"})
 
 
+@pytest.mark.parametrize("rotation", ["s3", "linear"])
+@pytest.mark.parametrize("prediction", ["velocity", "clean"])
+def test_a_rotation_loss_without_a_branch_stops_the_training(
+    rotation: Any, prediction: Any
+) -> None:
+    """A word that is new in `FlowConfig`, but not yet computed, must not train as the cosine."""
+    config = FlowConfig(rotation=rotation, prediction=prediction)
+    object.__setattr__(config, "rotation_loss", "huber")
+    noise, data, tau = draw_pair(config, (2, 5))
+
+    with pytest.raises(AssertionError, match="huber"):
+        flow.compute_loss(data, noise, data, tau, config)
+
+
 @pytest.mark.parametrize("steps", [0, 2.5])
 def test_a_number_of_steps_that_is_not_a_positive_integer_is_refused(steps: Any) -> None:
     refuses("flow steps", FlowConfig, steps=steps)

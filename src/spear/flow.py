@@ -44,7 +44,7 @@ translation, rotation or gripper.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, assert_never
 
 import torch
 from torch import Tensor
@@ -561,8 +561,10 @@ def _compute_clean_rotation_error(q_hat: Tensor, q: Tensor, config: FlowConfig) 
     difference = quat_multiply(quat_conjugate(q_hat), q)
     if config.rotation_loss == "mse":
         return quat_log(difference).square().sum(-1)
-    # The squared imaginary part equals 1 - ⟨q̂, q⟩², and has no cancellation near 0.
-    return difference[..., 1:].square().sum(-1)
+    if config.rotation_loss == "cosine":
+        # The squared imaginary part equals 1 - ⟨q̂, q⟩², and has no cancellation near 0.
+        return difference[..., 1:].square().sum(-1)
+    assert_never(config.rotation_loss)
 
 
 def _compute_vector_error(v: Tensor, u: Tensor, config: FlowConfig) -> Tensor:
@@ -575,11 +577,13 @@ def _compute_vector_error(v: Tensor, u: Tensor, config: FlowConfig) -> Tensor:
     """
     if config.rotation_loss == "mse":
         return _compute_squared_error(v, u)
-    v_norm = torch.linalg.vector_norm(v, dim=-1)
-    u_norm = torch.linalg.vector_norm(u, dim=-1)
-    divisor = v_norm.clamp_min(_MIN_SPEED) * u_norm.clamp_min(_MIN_SPEED)
-    cos = (v * u).sum(-1) / divisor
-    return torch.where(u_norm < _MIN_SPEED, 0, 1 - cos)
+    if config.rotation_loss == "cosine":
+        v_norm = torch.linalg.vector_norm(v, dim=-1)
+        u_norm = torch.linalg.vector_norm(u, dim=-1)
+        divisor = v_norm.clamp_min(_MIN_SPEED) * u_norm.clamp_min(_MIN_SPEED)
+        cos = (v * u).sum(-1) / divisor
+        return torch.where(u_norm < _MIN_SPEED, 0, 1 - cos)
+    assert_never(config.rotation_loss)
 
 
 def _compute_squared_error(a: Tensor, b: Tensor) -> Tensor:

@@ -17,6 +17,9 @@ ANY_ROBOT_FILE = "your robot's file"
 ROBOT_FILE_WITH_EXAMPLE = f"{ANY_ROBOT_FILE} (see examples/my_robot.py)"
 CLIENT = "your robot's client, which sends the observations and executes the actions"
 MIN_CONFIDENCE = 0.5  # a finding of less confidence only makes the diagnosis undecided
+# Checks are at most 0.9 to 0.98 sure, by their kind. So confidences from here on count as equal
+# where one finding may explain another.
+SURE_CONFIDENCE = 0.9
 
 
 @dataclass(frozen=True)
@@ -132,8 +135,8 @@ def _rank(
     ranked = sorted(results, key=lambda entry: -entry.finding.confidence)
     findings = []
     secondary = []
-    for entry in ranked:
-        explanation = _find_explanation(entry, ranked)
+    for rank, entry in enumerate(ranked):
+        explanation = _find_explanation(rank, ranked)
         if explanation is None:
             findings.append(entry)
         else:
@@ -141,10 +144,21 @@ def _rank(
     return findings, secondary
 
 
-def _find_explanation(entry: RankedFinding, ranked: Sequence[RankedFinding]) -> str | None:
-    """Return the fault that explains a finding, if one does."""
-    for cause in ranked:
-        if entry.check.fault in cause.check.causes:
+def _find_explanation(rank: int, ranked: Sequence[RankedFinding]) -> str | None:
+    """Return the fault that explains the finding of a rank, if one does.
+
+    A finding does not explain a surer one. Of two that could explain each other, the surer one
+    explains the other.
+    """
+    entry = ranked[rank]
+    least_confidence = min(entry.finding.confidence, SURE_CONFIDENCE)
+    for cause_rank, cause in enumerate(ranked):
+        if entry.check.fault not in cause.check.causes:
+            continue
+        is_mutual = cause.check.fault in entry.check.causes
+        if is_mutual and cause_rank > rank:
+            continue
+        if cause.finding.confidence >= least_confidence:
             return cause.check.fault
     return None
 

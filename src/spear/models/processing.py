@@ -224,9 +224,7 @@ class Processor:
         """Say which images lose nothing, or are like those of training."""
         known_aspects = self.training_aspects.get(view)
         if known_aspects is None:
-            return (
-                "Images of that aspect and size would lose nothing, in training and on the robot."
-            )
+            return "Images of that aspect and size would lose nothing."
         if self._is_aspect_of_training(size, view):
             return "The images of training had this aspect, too."
         aspects = list_alternatives([f"{aspect:.2f}" for aspect in known_aspects])

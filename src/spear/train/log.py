@@ -97,7 +97,7 @@ class Logger:
                 self._board.add_scalar(name, value, num_done)
 
         shown_values = [
-            f"{name} {value:.3f}" for name, value in values.items() if name != "grad_norm"
+            f"{name} {value:.3g}" for name, value in values.items() if name != "grad_norm"
         ]
         self._info = f"waits for data {data_wait:.0%}, {' '.join(shown_values)}"
 

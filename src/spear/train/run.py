@@ -275,8 +275,13 @@ def _note_changed_settings(
     if earlier_settings == state["earlier"]:
         return
     # The last entry has the values that this continuation changes.
-    values = [f"{name} {value}" for name, value in earlier_settings[-1].items()]
-    notice(f"the run continues with other settings than before ({', '.join(values)}).")
+    earlier_values = dict(earlier_settings[-1])
+    last_step = earlier_values.pop("until_step")
+    values = ", ".join(f"{name}={value}" for name, value in earlier_values.items())
+    notice(
+        "the run continues with other settings than before. "
+        f"Up to step {last_step} it had {values}."
+    )
 
 
 def _note_settings_without_effect(recipe: Recipe, steps: int, options: RunOptions) -> None:

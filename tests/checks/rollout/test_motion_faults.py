@@ -188,3 +188,20 @@ def test_a_robot_that_moves_while_it_waits_is_not_judged_by_its_moves() -> None:
     result = ActionsRepeatedCheck().examine(make_case(robot))
 
     assert isinstance(result, Doubt)
+
+
+@pytest.mark.parametrize(
+    ("action_s", "most_confidence"),
+    [(0.2, 0.5), (0.01, 0.98)],  # the second robot observes again as soon as it has an answer
+    ids=["stands still while it waits", "moves while it waits"],
+)
+def test_slow_answers_are_a_sure_fault_only_of_an_arm_that_moves_while_it_waits(
+    action_s: float, most_confidence: float
+) -> None:
+    robot = MadeRobot(answer_s=lambda step: 0.7, action_s=action_s)
+
+    result = LatencyCheck().examine(make_case(robot))
+
+    assert isinstance(result, Finding)
+    assert result.confidence == most_confidence
+    assert ("The arm waits" in result.evidence) == (action_s == 0.2)

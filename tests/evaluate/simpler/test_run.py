@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 
-from refusals import refuses
+from refusals import Command, refuses
 from spear import embodiments
 from spear.data.store.episode_store import EpisodeStore
 from spear.evaluate.agents import load_agent
@@ -24,6 +24,7 @@ from spear.evaluate.compare import find_matching_references
 from spear.evaluate.options import EpisodeOptions, SimplerOptions
 from spear.evaluate.results import load_results
 from spear.evaluate.runner import run_evaluation
+from spear.evaluate.simpler import world
 from spear.evaluate.simpler.frames import fit_frame
 from spear.evaluate.simpler.record import record_demonstrations, record_episode
 from spear.evaluate.simpler.run import OracleAgent, Simpler
@@ -92,6 +93,29 @@ def test_a_fitted_frame_shows_the_same_points(frame: Frame) -> None:
     # A pixel of the fitted frame is about 6 mm wide at the cube.
     np.testing.assert_allclose(fitted_center, center, atol=0.006)
     np.testing.assert_allclose(fitted_extent, extent, atol=0.006)
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "evaluate simpler --policy oracle --num-scenes 1 --out out",
+        "record simpler --num-episodes 1 --out out",
+        "label simpler:10000-10001 --out out",
+    ],
+)
+def test_without_maniskill_a_command_says_how_to_install_it(
+    command: str,
+    run_refused_command: Command,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(world, "find_spec", lambda name: None)
+
+    message = run_refused_command(command.split())
+
+    assert "SIMPLER needs mani_skill. Install it: pip install 'spear-vla[simpler]'" in message
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.fixture(scope="module")

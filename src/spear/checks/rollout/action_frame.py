@@ -21,7 +21,7 @@ class ActionFrameCheck(MotionCheck):
 
     fault = "action-frame"
     title = "the robot moves along other axes than those of the base"
-    causes: ClassVar[frozenset[str]] = frozenset({"controller-short", "latency"})
+    causes: ClassVar[frozenset[str]] = frozenset({"controller-short"})
 
     def examine_motion(self, motion: CommandedMotion) -> Result:
         better = motion.better_reading

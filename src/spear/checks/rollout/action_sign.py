@@ -16,7 +16,7 @@ class ActionSignCheck(MotionCheck):
 
     fault = "action-sign"
     title = "the robot moves against the actions along some axis"
-    causes: ClassVar[frozenset[str]] = frozenset({"controller-short", "latency"})
+    causes: ClassVar[frozenset[str]] = frozenset({"controller-short"})
 
     def examine_motion(self, motion: CommandedMotion) -> Result:
         better = motion.better_reading

@@ -136,8 +136,8 @@ class RolloutCheck:
         fault: the fault's name, as the JSON output has it.
         title: what is wrong, in words.
         needs: without any of these the check is not run.
-        causes: faults that this one explains: they are not reported if this one is found with at
-            least as much confidence.
+        causes: faults that this one explains. They are not reported as causes of the failure if
+            this one is found and is about as sure (`spear.diagnose.diagnosis`).
     """
 
     fault: ClassVar[str]

@@ -15,9 +15,7 @@ class ControlRateCheck(MotionCheck):
 
     fault = "control-rate"
     title = "the robot executes actions at another rate than in training"
-    causes: ClassVar[frozenset[str]] = frozenset(
-        {"actions-repeated", "latency", "controller-short"}
-    )
+    causes: ClassVar[frozenset[str]] = frozenset({"actions-repeated", "controller-short"})
 
     def examine_motion(self, motion: CommandedMotion) -> Result:
         if not np.isfinite(motion.seconds).all():

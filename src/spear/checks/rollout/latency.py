@@ -1,5 +1,6 @@
 """Answers come late, or at very different times."""
 
+from collections.abc import Sequence
 from typing import ClassVar
 
 import numpy as np
@@ -14,6 +15,7 @@ from spear.checks.rollout.case import (
     RolloutCheck,
     confidence_of_margin,
 )
+from spear.checks.rollout.episode import ServedTimes
 from spear.types import CONTROL_RATE_HZ
 
 MIN_ANSWERS = 10
@@ -23,6 +25,12 @@ MIN_LATENCY_STEPS = 1.0
 CERTAIN_LATENCY_STEPS = 2.0
 MIN_SPREAD_STEPS = 1.0  # between the median and the slowest 10 % of the answers
 CERTAIN_SPREAD_STEPS = 2.5
+# An arm that waits for its answers stands still meanwhile: slow answers make it slow, but it goes
+# where it would go with fast ones. So any other finding of a rollout is likelier to be the reason
+# of the failure, and latency gets the least confidence that a diagnosis still reports.
+MAX_WAITING_CONFIDENCE = 0.5
+# The arm waits if it observes again this long after an answer, or later: time for half an action.
+MIN_WAITING_PAUSE_STEPS = 0.5
 
 
 class LatencyCheck(RolloutCheck):
@@ -48,12 +56,19 @@ class LatencyCheck(RolloutCheck):
         )
         if median_s < MIN_LATENCY_STEPS * STEP_S and spread_s < MIN_SPREAD_STEPS * STEP_S:
             return None
+        evidence = (
+            f"answers take {1000 * median_s:.0f} ms (median), one in ten longer than "
+            f"{1000 * slow_s:.0f} ms; an action lasts {1000 * STEP_S:.0f} ms"
+        )
+        if _waits_for_answers(served):
+            confidence = min(confidence, MAX_WAITING_CONFIDENCE)
+            evidence += (
+                ". The arm waits for each answer, so this makes it slow; it hardly explains why it "
+                "goes to a wrong place"
+            )
         return Finding(
             confidence=confidence,
-            evidence=(
-                f"answers take {1000 * median_s:.0f} ms (median), one in ten longer than "
-                f"{1000 * slow_s:.0f} ms; an action lasts {1000 * STEP_S:.0f} ms"
-            ),
+            evidence=evidence,
             cure=(
                 "use a faster machine or a nearer one, or execute in the mode async, as "
                 "spear.chunks.Pilot does"
@@ -68,3 +83,12 @@ class LatencyCheck(RolloutCheck):
                 ],
             ),
         )
+
+
+def _waits_for_answers(served: Sequence[ServedTimes]) -> bool:
+    """Return whether the arm executes actions after an answer, before it observes again.
+
+    An arm that moves while it waits observes again as soon as it has an answer.
+    """
+    pauses_s = [times.arrival_s[1:] - times.answer_s[:-1] for times in served]
+    return bool(np.median(np.concatenate(pauses_s)) >= MIN_WAITING_PAUSE_STEPS * STEP_S)

@@ -56,10 +56,11 @@ def evaluate_simpler(agent: Agent, options: SimplerOptions) -> tuple[Results, li
     check_known("task", TASKS, *tasks)
     if options.off_grid:
         held_out_seeds(options.first_seed, options.num_scenes)  # raises if training uses them
+    assets = find_assets(options.assets)  # raises without ManiSkill, too
 
     settings: dict[str, Any] = {
         "simulator": f"ManiSkill {version('mani_skill')}",
-        "assets": hash_assets(find_assets(options.assets)),
+        "assets": hash_assets(assets),
         "commands begin at": "the last that was reached",
         "replan": options.replan_steps,
         "weights": agent.weights,
