@@ -91,7 +91,7 @@ def test_a_turned_base_comes_before_slow_answers_and_does_not_explain_them() -> 
 
     case = make_case(MadeRobot(turn_quarter, answer_s=lambda step: 0.7))
 
-    result = diagnose(PolicyCase(case.rollout, case.demonstrations))
+    result = diagnose(PolicyCase(case.rollout))
 
     assert list_faults(result) == ["action-frame", "latency"]
     assert list_explanations(result) == {}

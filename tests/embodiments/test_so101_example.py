@@ -71,6 +71,25 @@ def test_the_state_is_the_pose_of_the_tip(robot: Embodiment, arm: UrdfArm) -> No
     assert state[7] == pytest.approx(example["joints"][5] / 100)
 
 
+def test_a_gripper_that_opens_in_part_has_its_range_in_the_file(folder: Path) -> None:
+    file = folder / "so101.py"
+    code = file.read_text("utf-8")
+    code = code.replace("CLOSED_GRIPPER = 0", "CLOSED_GRIPPER = 2")
+    code = code.replace("OPEN_GRIPPER = 100", "OPEN_GRIPPER = 39")
+    file.write_text(code, "utf-8")
+    robot = embodiments.load(str(file))
+    example = robot.example()
+    example["joints"][5] = 39
+
+    state = robot.read(example)["observation/state"]
+    open_rows = convert(robot, make_chunk([0.0, 0.0, 0.0], opening=1.0), example)
+    closed_rows = convert(robot, make_chunk([0.0, 0.0, 0.0], opening=0.0), example)
+
+    assert state[7] == pytest.approx(1.0)
+    assert open_rows[-1, 5] == pytest.approx(39)
+    assert closed_rows[-1, 5] == pytest.approx(2)
+
+
 def test_the_robot_and_a_dataset_of_its_joints_mean_the_same_pose(
     robot: Embodiment, tmp_path: Path
 ) -> None:
