@@ -348,7 +348,8 @@ def _count_phases(model: Any, inputs: Inputs) -> list[Phase]:
 
     Each phase has its floating-point operations, and the bytes of the weights that it reads.
     """
-    # Inference with one flow step more costs the operations of one step more.
+    # Two inferences that differ by one flow step tell what this step costs, and thereby what the
+    # prefix costs, which both read once.
     total_flops = []
     for num_steps in (1, 2):
         with FlopCounterMode(display=False) as counter:

@@ -313,7 +313,7 @@ def _propose_instruction(episode: Mapping[str, Any], proposal: _Proposal) -> Non
     """Propose the first column of texts whose name says that it contains an instruction."""
     proposal.fields["instruction"] = None
     for name, values in episode.items():
-        if not isinstance(values, list) or _are_images(values):
+        if not isinstance(values, list) or _are_encoded_images(values):
             continue
         if "instruction" in name or "language" in name:
             proposal.fields["instruction"] = name
@@ -419,8 +419,8 @@ def _find_unused_numbers(
     return unused_numbers
 
 
-def _are_images(values: Any) -> bool:
-    """Return whether the values of a column are encoded color images."""
+def _are_encoded_images(values: Any) -> bool:
+    """Return whether the values of a column are encoded color images, such as JPEG files."""
     if not isinstance(values, list):
         return False
     first = values[0] if values else b""
@@ -445,7 +445,7 @@ def _propose_cameras(
         if isinstance(steps, SpearError):
             continue
         for name, values in walk_columns(steps):
-            if not are_raw_images(values) and not _are_images(values):
+            if not are_raw_images(values) and not _are_encoded_images(values):
                 continue
             images = read_encoded_images(steps, name, source)
             # The positions are not known yet. These made-up ones move at every step, so that no
@@ -460,7 +460,9 @@ def _propose_cameras(
     for name, episode_shares in shares.items():
         if episode_shares:
             median_shares[name] = float(np.nanmedian(episode_shares))
-    facts = [f"{name}: {share:.0%} of it change in a step" for name, share in median_shares.items()]
+    facts = []
+    for name, share in median_shares.items():
+        facts.append(f"{name}: {share:.0%} of its pixels change in a step")
     facts += [f"{name} is blank" for name in shares if name not in median_shares]
     proposal.facts["images"] = "; ".join(facts)
     return _choose_cameras(median_shares)

@@ -181,8 +181,8 @@ class Normalizer:
                 "normalization bounds needs the length of a step that becomes 1. Add "
                 "bounds_m=[0.05,0.05,0.05], in meters per axis."
             )
-        step_sketches = _WeightedSketches([], [])  # of single steps
-        chunk_sketches = _WeightedSketches([], [])  # of chunks, measured from the observed pose
+        step_sketches = _WeightedSketches()  # of single steps
+        chunk_sketches = _WeightedSketches()  # of chunks, measured from the observed pose
         for store, weight in stores:
             step_sketches.add(_load_or_make_sketches(store), weight)
             if action_reference == "observed" and mode != "bounds":
@@ -306,8 +306,8 @@ class _WeightedSketches:
         weights: The sampling weight of each dataset.
     """
 
-    sketches: list[list[QuantileSketch]]
-    weights: list[float]
+    sketches: list[list[QuantileSketch]] = field(default_factory=list)
+    weights: list[float] = field(default_factory=list)
 
     def add(self, sketches: list[QuantileSketch], weight: float) -> None:
         """Add a dataset, unless it has no valid action."""

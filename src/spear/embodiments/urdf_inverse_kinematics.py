@@ -86,7 +86,8 @@ def solve_urdf_joints(
             f"({', '.join(arm.joint_names)}). Give one number for each of them."
         )
     target_matrix = quat_to_matrix(torch.from_numpy(np.array(rotation, np.float64))).numpy()
-    # Two orientations that differ by a small angle have matrices that differ by √2 times the angle.
+    # If two orientations differ by a small angle, the Frobenius norm of the difference of their
+    # matrices is √2 times the angle.
     matrix_weight_m = METERS_PER_RAD / math.sqrt(2)
 
     def compute_errors(angles: Array) -> Array:
@@ -115,7 +116,7 @@ def solve_urdf_joints(
     )
 
     tip = _compute_tip_motion(arm, result.x)
-    matrix_distance = np.linalg.norm(tip.matrix - target_matrix)  # √8 sin(angle / 2)
+    matrix_distance = np.linalg.norm(tip.matrix - target_matrix)  # Frobenius: √8 sin(angle / 2)
     return JointSolution(
         joints=result.x,
         position_error_m=float(np.linalg.norm(tip.position - position)),

@@ -334,8 +334,8 @@ def _draw_lab_look(appearance: SceneAppearance, rng: np.random.Generator) -> Sce
     """Draw the appearance of a laboratory: a wild world, with the camera where a person mounts it.
 
     The result is the same for every scene, because `rng` is seeded with the laboratory's number
-    alone. Of the scene's own camera, a wild world uses only the target, azimuth and distance, and
-    these are replaced here.
+    alone, and nothing of the scene's own camera remains. `_draw_wild_look` uses that camera's
+    target, azimuth and distance, but this function replaces all three.
     """
     wild = _draw_wild_look(appearance, rng)
     wild_orbit = CameraOrbit.of(wild)

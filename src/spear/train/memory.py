@@ -296,7 +296,7 @@ def _list_memory_saving_changes(recipe: Recipe) -> list[tuple[str, Any]]:
         changes.append(("frozen_precision", "bf16"))
     if not opt.gradient_checkpointing:
         changes.append(("gradient_checkpointing", True))
-    # Pieces of eight steps, and pieces of one step.
+    # Split the batch into pieces of eight samples, or of one sample.
     for num_pieces in (recipe.batch_size // 8, recipe.batch_size):
         if num_pieces <= opt.accumulate:
             continue

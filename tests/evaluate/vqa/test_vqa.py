@@ -26,8 +26,8 @@ from spear.evaluate.vqa.calibration import (
     Certainty,
     ScoredAnswer,
     calibrate,
+    compute_spread,
     compute_spread_factor,
-    compute_uncertainty,
 )
 from spear.evaluate.vqa.measures import (
     guess_constants,
@@ -472,17 +472,17 @@ def test_a_vertex_is_no_surer_than_those_before_it() -> None:
     first_vertex = np.concatenate([wide.probabilities[:2], narrow.probabilities[2:]])
     vertices = np.concatenate([first_vertex, *[narrow.probabilities] * 7])
 
-    uncertainty = compute_uncertainty(Distribution(vertices, COORDINATES))
+    spread = compute_spread(Distribution(vertices, COORDINATES))
 
     x, y, _ = wide.spread()
     z = narrow.spread()[2]
-    np.testing.assert_allclose(uncertainty, np.tile([x, y, z], 8))
+    np.testing.assert_allclose(spread, np.tile([x, y, z], 8))
 
 
-def test_the_uncertainty_of_a_point_is_its_spread() -> None:
+def test_the_spread_of_a_point_is_that_of_its_distribution() -> None:
     distribution = make_distribution(np.full(3, 0.4), 0.01)
 
-    np.testing.assert_array_equal(compute_uncertainty(distribution), distribution.spread())
+    np.testing.assert_array_equal(compute_spread(distribution), distribution.spread())
 
 
 # ---- Readings and the page.

@@ -24,8 +24,14 @@ MIN_EPISODES = 4  # demonstrations, with fewer their orientations are no measure
 MIN_OUTSIDE_RAD = np.radians(20)  # as they are sent, they must be farther than this
 MAX_INSIDE_RAD = np.radians(8)  # in the other variant, they must be nearer than this
 
-QUATERNION_VARIANTS = ("x y z w", "w x y z reordered once too often")
-"""Orders of the four numbers, as which a quaternion w x y z may be sent by mistake."""
+SENT_AS_XYZW = "x y z w"
+REORDERED_TWICE = "w x y z reordered once too often"
+QUATERNION_VARIANTS = (SENT_AS_XYZW, REORDERED_TWICE)
+"""Mistakes with the order of a quaternion's numbers, which should be sent as w x y z, in words.
+
+"x y z w" is a quaternion that was never brought into our order. The other variant was w x y z
+already, and was then reordered as if it had been x y z w.
+"""
 
 
 class EulerVariant(NamedTuple):
@@ -78,10 +84,10 @@ class OrientationFit:
 def undo_variant(rotation: Array, variant: str) -> Array:
     """Return the orientations [T, 4] that are meant, if they were sent in another variant."""
     quats = torch.as_tensor(np.asarray(rotation, np.float64))
-    if variant == QUATERNION_VARIANTS[0]:
-        return quats.roll(1, dims=-1).numpy()
-    if variant == QUATERNION_VARIANTS[1]:
-        return quats.roll(-1, dims=-1).numpy()
+    if variant == SENT_AS_XYZW:
+        return quats.roll(1, dims=-1).numpy()  # the numbers were sent as x y z w
+    if variant == REORDERED_TWICE:
+        return quats.roll(-1, dims=-1).numpy()  # the numbers were sent as z w x y
     if variant in EULER_VARIANTS:
         euler_variant = EULER_VARIANTS[variant]
         angles = quat_to_euler(quats, euler_variant.read)

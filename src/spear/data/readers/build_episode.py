@@ -173,17 +173,18 @@ def _mark_usable_actions(
         source: The name of the episode.
 
     Returns:
-        [T] bool, False for actions that nothing should be learned from; None if there are none.
+        [T] bool, False for actions that nothing should be learned from. None if all actions are
+        usable and the layout has no column that says which of them a policy chose.
     """
-    is_before_next_row = mask_actions_before_gaps(rows)
+    is_before_kept_row = mask_actions_before_gaps(rows)
     if layout.autonomous is None:
-        return is_before_next_row
+        return is_before_kept_row
 
     modes = read_numbers(steps, layout.autonomous, source).reshape(-1)  # [T]
     is_demonstrated = modes != layout.autonomous_value
-    if is_before_next_row is None:
+    if is_before_kept_row is None:  # no row was dropped
         return is_demonstrated
-    return is_before_next_row & is_demonstrated
+    return is_before_kept_row & is_demonstrated
 
 
 def _add_derived_actions(episode: Episode, gripper_command: Array) -> Episode:

@@ -192,8 +192,9 @@ class LeRobotFolder:
         """Load the dataset's layout (see `find_layout`).
 
         Raises:
-            SpearError: If the metadata contradict the layout: they state another rate, or name the
-                components of a column of the pose as joints, or in another quaternion order.
+            SpearError: If the metadata contradict the layout: they state another rate; or the names
+                that they give the numbers of the pose's columns are those of joints, or of another
+                quaternion order.
         """
         format_defaults = {"instruction": TASK_COLUMN, "rate_hz": self.info.fps}
         layout = find_layout(self.name, self.path, layout_file, format_defaults)
@@ -212,7 +213,7 @@ class LeRobotFolder:
         if named_format and layout.rotation_format != named_format:
             raise SpearError(
                 f"rotation_format in the layout of {self.path} is {layout.rotation_format}, but "
-                f"its {INFO_FILE} names the numbers as of {named_format}. Correct the one that "
+                f"the component names in its {INFO_FILE} say {named_format}. Correct the one that "
                 "is wrong."
             )
         return layout
@@ -220,14 +221,15 @@ class LeRobotFolder:
     def _add_joint_names(self, layout: DatasetLayout) -> DatasetLayout:
         """Add the names of the joints that the metadata give, unless the layout names them.
 
-        Raises SpearError if they are not those of the layout's arm.
+        Raises SpearError if the metadata's names are not those of the layout's arm.
         """
-        column = str(layout.position)
-        names = [name.removesuffix(MOTOR_SUFFIX) for name in self.component_names(column)]
+        # With joint angles, the layout's columns `position` and `rotation` are the same column.
+        joint_column = str(layout.position)
+        names = [name.removesuffix(MOTOR_SUFFIX) for name in self.component_names(joint_column)]
         if layout.joints is not None or not names:
             return layout
         assert layout.arm is not None
-        check_joint_names(layout.arm, names, column, f"{self.path / INFO_FILE}")
+        check_joint_names(layout.arm, names, joint_column, f"{self.path / INFO_FILE}")
         return dataclasses.replace(layout, joints=tuple(names))
 
     def _check_no_joints(self, key: str, column: str) -> None:

@@ -278,7 +278,8 @@ def load_labeled_images(
         num_images: Maximum number of images.
         view: The camera that took the images.
         processor: The model's processor.
-        shift: How the scenes are shifted; only scenes can be.
+        shift: What differs from the scenes of training, see `render_held_out_frames`. Only the
+            simulator's scenes can be shifted, not images of a folder.
 
     Raises:
         SpearError: The view is unknown; the folder has no labels; the labels have another unit than
@@ -335,7 +336,8 @@ def render_held_out_frames(
         first_seed: The seed of the first scene.
         size: (width, height), px.
         camera: "external" or "wrist".
-        shift: How the scenes, or their images, are shifted.
+        shift: What differs from the scenes of training: one axis, such as the camera or noise in
+            the images, and how much. None is no difference.
 
     Raises:
         SpearError: Training uses these seeds (10,000 and above).

@@ -45,7 +45,7 @@ class Certainty:
     Each array has one entry per number of the answer.
 
     probability_below  probability that the model gave to all numbers below the true number.
-    relative_spread    spread (`compute_uncertainty`) as a fraction of the object's distance.
+    relative_spread    spread (`compute_spread`) as a fraction of the object's distance.
     relative_error     distance of the true number from the median of the distribution, as a
                        fraction of the object's distance.
     """
@@ -66,7 +66,7 @@ class Certainty:
         error = np.abs(distribution.read_numbers("median") - truth)
         return Certainty(
             probability_below=distribution.probability_below(truth),
-            relative_spread=compute_uncertainty(distribution) / scales,
+            relative_spread=compute_spread(distribution) / scales,
             relative_error=error / scales,
         )
 
@@ -79,7 +79,7 @@ class Trust:
 
     measured_on    what the images are, in words.
     factors        question type → factor. The model predicts a distribution for each number of an
-                   answer. The interval of ± factor · (width of the distribution) around its median
+                   answer. The interval of ± factor · spread around the distribution's median
                    contains `TRUSTED_COVERAGE` of the true numbers.
     names_present  rate at which the model confirms objects that are in the image. For each object,
                    the model is asked to point at the object, and then what is at this point. It
@@ -145,22 +145,25 @@ class Trust:
     ) -> tuple[Array, Array]:
         """Compute the intervals of an answer's numbers: their lower and upper ends, [numbers]."""
         median = distribution.read_numbers("median")
-        half_width = self.factors[question_type] * compute_uncertainty(distribution)
+        half_width = self.factors[question_type] * compute_spread(distribution)
         return median - half_width, median + half_width
 
 
-def compute_uncertainty(distribution: Distribution) -> Array:
+def compute_spread(distribution: Distribution) -> Array:
     """Compute the spread of each number of an answer, [numbers].
 
-    The distribution of each number depends on the numbers that the model has chosen before. So if
-    the first vertex of a box is wrong, the others follow it with small spreads. Therefore, the
-    spread of a vertex's coordinate is the largest spread of this coordinate so far.
+    For the vertices of a box, the spread of x, y or z of a vertex is the largest spread that this
+    coordinate has at the vertex itself or at any vertex before it. The reason is that the
+    distribution of each number depends on the numbers that the model has chosen before: if the
+    first vertex is wrong, the later ones follow it with small spreads.
     """
     spread = distribution.spread()
-    if len(spread) != ANSWER_FORMS["box_vertices"].num_numbers:
+    is_box = len(spread) == ANSWER_FORMS["box_vertices"].num_numbers
+    if not is_box:
         return spread
-    spread_by_vertex = spread.reshape(-1, 3)
-    return np.maximum.accumulate(spread_by_vertex, axis=0).ravel()
+    spread_by_vertex = spread.reshape(-1, 3)  # [8 vertices, x y z]
+    running_maximum = np.maximum.accumulate(spread_by_vertex, axis=0)
+    return running_maximum.ravel()
 
 
 def compute_spread_factor(answers: Sequence[Certainty]) -> float:

@@ -37,6 +37,11 @@ NO_TYPE = "untaught"
 RIDGE_PENALTY = 0.1  # chosen by cross-validation among 0.1, 0.5 and 2
 SOLVER_TOLERANCE = 1e-5  # of the least-squares solver; scores are wrong by less than 0.001
 _UNTAUGHT_WORDS = WORDS["untaught"] | WORDS["adjectives"]
+"""Words of skeletons which show that no model is taught to answer the question.
+
+An adjective before a noun is part of an object's name, and is not in the skeleton. Any other
+adjective asks for a property, as in "is the mug fragile".
+"""
 
 _UNIT = "(?:meters|centimeters|millimeters|feet|inches|yards)"
 CUE_PATTERNS = {
@@ -165,7 +170,7 @@ class QuestionTypeClassifier:
 
         A type is possible only if the skeleton names as many objects and pixels as its questions.
         """
-        if not _UNTAUGHT_WORDS.isdisjoint(skeleton.words):
+        if any(word in _UNTAUGHT_WORDS for word in skeleton.words):
             return NO_TYPE, 0.0
         vector = _to_vector(list_features(skeleton), self.feature_indices)
         scores = dict(zip(self.classes, (vector @ self.weights).tolist(), strict=True))

@@ -37,13 +37,15 @@ _MAX_OBJECTS = 2  # that a taught question names
 VOCABULARY = CUE_WORDS.union(*(WORDS[group] for group in WORDS.keys() - _GROUPS_OF_NAMES))
 """The words of questions, which are no names."""
 
-_WORDS_IN_NO_NAME = WORDS["untaught"] | CUES["solid"] | CUES["corners"] | CUES["center"]
+_WORDS_BESIDE_NAMES = WORDS["untaught"] | CUES["solid"] | CUES["corners"] | CUES["center"]
+"""A text that has one of these before its last word is no name: "shadow of the mug"."""
 
 _WORDS_OF_SENTENCES = WORDS["subordinators"] | {
     *("are", "be", "do", "does", "how", "is", "it", "was", "were"),
     *("what", "where", "whether", "which", "who", "why"),
 }
-"""These are in no name of one object: "detect whether the gripper is closed"."""
+"""A text that has one of these before its last word is a part of a sentence, and no name: "whether
+the gripper is closed"."""
 
 NAME = "NAME"  # stands for an object in a skeleton
 PIXEL = "PIXEL"  # stands for the coordinates of a pixel in a skeleton
@@ -156,9 +158,9 @@ class QuestionReading:
     """What was read of a question.
 
     Attributes:
-        clauses: the skeletons of its clauses.
-        sentences: for each sentence, the indices of its clauses.
-        pixel: (x, y) of the pixel that it mentions, px; None if it mentions none.
+        clauses: the skeletons of the question's clauses.
+        sentences: for each sentence, the range of the indices of its clauses in `clauses`.
+        pixel: (x, y) of the pixel that the question mentions, px; None if it mentions none.
     """
 
     clauses: list[Skeleton]
@@ -209,7 +211,9 @@ class QuestionReading:
         # From each later sentence to the end
         readings = [self.clauses[sentence.start :] for sentence in self.sentences[1:]]
         words_of_last_sentence = _join_clauses(readings[-1]).words
-        if (WORDS["untaught"] | WORDS["adjectives"]).isdisjoint(words_of_last_sentence):
+        untaught_words = WORDS["untaught"] | WORDS["adjectives"]
+        asks_untaught = any(word in untaught_words for word in words_of_last_sentence)
+        if not asks_untaught:
             # Each sentence alone, and from the beginning to each sentence
             for sentence in self.sentences:
                 readings.append(self.clauses[sentence.start : sentence.stop])
@@ -244,8 +248,8 @@ def read_question(question: str) -> QuestionReading:
     text, pixel = _replace_pixel(text)
 
     clauses: list[Skeleton] = []
-    sentences: list[range] = []
-    tokens: list[str] = []
+    sentences: list[range] = []  # of each sentence, the indices of its clauses
+    tokens: list[str] = []  # of the clause that is being read
     for token in [*_split_words(text), "."]:
         if token not in _ENDS_OF_CLAUSES:
             is_noun = tokens and tokens[-1] in WORDS["determiners"]
@@ -255,20 +259,21 @@ def read_question(question: str) -> QuestionReading:
             tokens = _replace_possessives(tokens)
             clauses.append(_Clause(tokens, capitalized).read_skeleton())
             tokens = []
-        first_clause = sentences[-1].stop if sentences else 0
-        if token in _ENDS_OF_SENTENCES and first_clause < len(clauses):
-            sentences.append(range(first_clause, len(clauses)))
+        first_clause_index = sentences[-1].stop if sentences else 0
+        has_new_clause = first_clause_index < len(clauses)
+        if token in _ENDS_OF_SENTENCES and has_new_clause:
+            sentences.append(range(first_clause_index, len(clauses)))
     return QuestionReading(clauses, sentences, pixel)
 
 
 def is_name(text: str, question: str) -> bool:
     """Return whether the text that fills a gap of a template is a name.
 
-    The comments have examples of texts that are none.
+    The comments have examples of texts that are no names.
     """
     first_word, *_ = text.casefold().split()
     *other_words, last_word = text.casefold().split()
-    if not _WORDS_IN_NO_NAME.isdisjoint(other_words):
+    if any(word in _WORDS_BESIDE_NAMES for word in other_words):
         return False  # "shadow of the mug"
     if last_word in WORDS["times"]:
         return False  # "next summer"
@@ -276,7 +281,7 @@ def is_name(text: str, question: str) -> bool:
         return False  # "mug center"
     if first_word in CUES["motion"]:
         return False  # "reach the mug"
-    if not _WORDS_OF_SENTENCES.isdisjoint(other_words):
+    if any(word in _WORDS_OF_SENTENCES for word in other_words):
         return False  # "whether the gripper is closed"
     has_article = re.search(rf"\b(?:the|an?) {re.escape(text)}", question, re.IGNORECASE)
     if not has_article and re.match("[A-Z][a-z]", text):

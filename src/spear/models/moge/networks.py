@@ -508,7 +508,8 @@ class ConvStack(nn.Module):
             SpearError: A field is not supported. The message names the stack by `name`.
         """
         super().__init__()
-        # The values that these fields have where a config does not name them.
+        # A config that does not name these fields means these norms, which our stack does not have.
+        # So such a config is refused: `_SUPPORTED_STACK` has "none" for both.
         norm_defaults = {"res_block_in_norm": "layer_norm", "res_block_hidden_norm": "group_norm"}
         check_supported(
             prefix=f"{name}.", config={**norm_defaults, **config}, supported=_SUPPORTED_STACK

@@ -23,8 +23,9 @@ MIN_COMMON_PARTS = 2
 "q_proj.weight". One part is too few, because nearly all names end with "weight" or "bias"."""
 
 MIN_COMMON_SHAPES = 0.5
-"""Two stacks are taken for the same network if at least this fraction of their shapes is common
-(our choice). A tower with joined queries, keys and values has still 0.7 of DINOv2's shapes."""
+"""Two stacks of layers are taken for the same network if they have at least this fraction of their
+weights' shapes in common (our choice). The DINOv2 of a checkpoint that stores queries, keys and
+values as one weight (see `JOINED_LAYERS`) still has 0.7 of the shapes in common with ours."""
 
 JOINED_LAYERS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 """Layers with the same input, which some networks store as one weight, row after row."""
@@ -34,11 +35,11 @@ _NUMBER = re.compile(r"\b\d+\b")  # "7" in "layers.7.norm2"
 
 @dataclass(frozen=True)
 class WeightGroup:
-    """Weights of one shape, whose names differ only in numbers, as those of all layers do.
+    """Weights of one shape, whose names differ only in the numbers of the layers.
 
-    name     The names, with * for each number.
-    shape    Their shape.
-    members  The whole names.
+    name     The common name, with * for each number: "layers.*.norm.weight".
+    shape    The shape of each weight.
+    members  The names of the weights, with their numbers.
     """
 
     name: str
