@@ -402,30 +402,34 @@ def compute_loss(
         True
     """
     if config.prediction == "clean":
-        predicted = prediction
+        # What the losses compare are clean actions.
+        predicted_target = prediction
         target = data
         q_hat = _extract_clean_quaternion(prediction.rotation, config)
         q = quat_canonical(data.rotation)
         rotation_errors = _compute_clean_rotation_error(q_hat, q, config)
     else:
         state, target = interpolate(noise, data, tau, config)
-        predicted = prediction_to_velocity(prediction, state, tau, config)
-        rotation_errors = _compute_vector_error(predicted.rotation, target.rotation, config)
+        # What the losses compare are velocities.
+        predicted_target = prediction_to_velocity(prediction, state, tau, config)
+        rotation_errors = _compute_rotation_vector_error(
+            predicted_target.rotation, target.rotation, config
+        )
         # One integration step from the state, along the predicted and along the true velocity. The
         # step's length δ is at most the remaining time.
         delta = _broadcast_time(1 - tau, state)
         if config.geodesic_step is not None:
             delta = delta.clamp_max(config.geodesic_step)
-        q_hat = _integrate_rotation(state.rotation, predicted.rotation, delta, config)
+        q_hat = _integrate_rotation(state.rotation, predicted_target.rotation, delta, config)
         q = _integrate_rotation(state.rotation, target.rotation, delta, config)
 
+    translation_errors = _compute_squared_error(predicted_target.translation, target.translation)
+    gripper_errors = _compute_squared_error(predicted_target.gripper, target.gripper)
     losses = {
-        "translation": _average(
-            _compute_squared_error(predicted.translation, target.translation), mask
-        ),
+        "translation": _average(translation_errors, mask),
         "rotation": _average(rotation_errors, mask),
         "geodesic": _average(_compute_chord(q_hat, q), mask),
-        "gripper": _average(_compute_squared_error(predicted.gripper, target.gripper), mask),
+        "gripper": _average(gripper_errors, mask),
     }
     total = (
         config.translation_weight * losses["translation"]
@@ -548,7 +552,7 @@ def _step_towards_clean(
 def _extract_clean_quaternion(predicted: Tensor, config: FlowConfig) -> Tensor:
     """The quaternion q̂ of a predicted clean action.
 
-    It is normalized, unless the loss teaches the network its length.
+    The result is normalized, unless the loss teaches the network a quaternion's length.
     """
     loss_teaches_length = config.rotation == "linear" and config.rotation_loss == "mse"
     return predicted if loss_teaches_length else quat_normalize(predicted)
@@ -557,7 +561,7 @@ def _extract_clean_quaternion(predicted: Tensor, config: FlowConfig) -> Tensor:
 def _compute_clean_rotation_error(q_hat: Tensor, q: Tensor, config: FlowConfig) -> Tensor:
     """Compute the rotation's loss of each predicted clean action, [..., H], see `compute_loss`."""
     if config.rotation == "linear":
-        return _compute_vector_error(q_hat, q, config)
+        return _compute_rotation_vector_error(q_hat, q, config)
     difference = quat_multiply(quat_conjugate(q_hat), q)
     if config.rotation_loss == "mse":
         return quat_log(difference).square().sum(-1)
@@ -567,13 +571,13 @@ def _compute_clean_rotation_error(q_hat: Tensor, q: Tensor, config: FlowConfig) 
     assert_never(config.rotation_loss)
 
 
-def _compute_vector_error(v: Tensor, u: Tensor, config: FlowConfig) -> Tensor:
-    """Compute the error of predicted vectors v, compared with true vectors u, both in R⁴: [..., H].
+def _compute_rotation_vector_error(v: Tensor, u: Tensor, config: FlowConfig) -> Tensor:
+    """Compute the error of predicted rotation vectors v, compared with true ones u: [..., H].
 
-    The vectors are velocities of rotations or, with `rotation="linear"`, clean quaternions. The
-    error is ‖v - u‖² / 4 or 1 - cos(v, u), as `config.rotation_loss` says. The cosine loss is 0
-    where u is too short to have a direction. Where v is too short, the cosine loss still has a
-    bounded gradient.
+    The vectors have 4 components: they are velocities of quaternions or, with `rotation="linear"`,
+    clean quaternions. The error is ‖v - u‖² / 4 or 1 - cos(v, u), as `config.rotation_loss` says.
+    The cosine loss is 0 where u is too short to have a direction. Where v is too short, the cosine
+    loss still has a bounded gradient.
     """
     if config.rotation_loss == "mse":
         return _compute_squared_error(v, u)

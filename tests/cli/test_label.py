@@ -154,7 +154,7 @@ def test_a_plan_says_what_labeling_costs_and_labels_nothing(
 ) -> None:
     output = run_command(plan, "--segmenter", "sam2=somebody/else", "--pointmap", "moge")
 
-    assert output.startswith("3 images, 2 at a time")
+    assert output.startswith("3 images, 2 at a time, longer side 840 pixels;")
     assert "314 M parameters, 1.17 GiB" in output  # MoGe
     assert "before it is loaded: somebody/else" in output
     assert "tokens in" in output  # Gemini, the detector by default

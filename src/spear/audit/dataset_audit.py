@@ -24,6 +24,7 @@ import numpy as np
 import torch
 
 from spear.audit.hypotheses import (
+    NO_INFLUENCE,
     UNIT_QUATERNION,
     Fit,
     Hypothesis,
@@ -742,7 +743,7 @@ def list_layout_answers(layout: DatasetLayout) -> dict[str, dict[str, str | None
             **shared,
             "frame": translation_frame,
             "unit": translation_unit,
-            "action_format": "-",
+            "action_format": NO_INFLUENCE,
         },
         "rotation": {
             **shared,
@@ -776,8 +777,8 @@ def _judge_part(name: str, fits: Sequence[Fit], answers: Mapping[str, str | None
     """
 
     def agrees(fit: Fit, question: str) -> bool:
-        """Return whether a hypothesis gives the layout's answer, or gives none ("-")."""
-        return _get_answer(fit, question) in (answers[question], "-")
+        """Return whether a hypothesis gives the layout's answer, or a question does not matter."""
+        return _get_answer(fit, question) in (answers[question], NO_INFLUENCE)
 
     def rank(fit: Fit) -> tuple[float, int]:
         """Sort better fits first, and equal ones by how many of the layout's answers they give."""
@@ -795,7 +796,7 @@ def _judge_part(name: str, fits: Sequence[Fit], answers: Mapping[str, str | None
     findings = []
     for question in Hypothesis._fields:
         finding = _judge_question(question, ranked, answers[question], resamples, is_undecidable)
-        if finding.best_answer != "-" and len(finding.answers) > 1:
+        if finding.best_answer != NO_INFLUENCE and len(finding.answers) > 1:
             findings.append(finding)
 
     # The layout as a whole: how much worse is the best hypothesis that agrees with all its answers?
@@ -889,7 +890,7 @@ def _judge_question(
     answers: dict[str, tuple[Fit, Margin]] = {}
     for fit in ranked:
         answer = _get_answer(fit, question)
-        if answer == "-" and fit is not best:  # the question has no influence on this hypothesis
+        if answer == NO_INFLUENCE and fit is not best:
             continue
         if answer not in answers:  # the first fit with an answer is the best with that answer
             answers[answer] = (fit, _compute_margin(fit, best, resamples))

@@ -46,6 +46,9 @@ for _factors in itertools.product((1.0, -1.0), repeat=3):
     SIGNS["".join("+" if factor > 0 else "-" for factor in _factors)] = np.array(_factors)
 SIGN_FACTORS = np.stack(list(SIGNS.values()))  # [8, 3]
 
+NO_INFLUENCE = "-"
+"""The answer of hypotheses to a question that does not matter for them, such as how rotations are
+written for a translation."""
 UNIT_QUATERNION = "unit quaternion"
 """The unit that hypotheses name for rotations that are written without angles."""
 TESTED_FORMATS = tuple(name for name in ROTATION_FORMATS if name not in RECORDED_ONLY)
@@ -73,8 +76,9 @@ class Hypothesis(NamedTuple):
     unit           for example "m", "mm", "rad/s".
     signs          signs of the x, y and z components, for example "+-+".
     delay_steps    how many steps after its state an action is executed, see `DELAYS`.
-    state_format   how recorded orientations are written; "-" where the format has no influence.
-    action_format  how a logged rotation is written; "-" for translations.
+    state_format   how recorded orientations are written; `NO_INFLUENCE` where their format does
+                   not matter.
+    action_format  how a logged rotation is written; `NO_INFLUENCE` for translations.
     """
 
     kind: str
@@ -432,7 +436,7 @@ def fit_translations(
         # An action (x, y, z) is split into (x, 0, 0), (0, y, 0) and (0, 0, z), so that scales and
         # signs can be chosen for each part.
         diagonal = actions[..., None] * np.eye(3)  # [n, L, 3, 3]
-        in_base = _TranslationReading("base", state_format="-", delay_steps=delay)
+        in_base = _TranslationReading("base", state_format=NO_INFLUENCE, delay_steps=delay)
 
         # Displacements along base axes, which add up from the start of each stretch.
         sums = diagonal.cumsum(1)
@@ -521,7 +525,7 @@ def _fit_scales_and_signs(
             signs=signs,
             delay_steps=reading.delay_steps,
             state_format=reading.state_format,
-            action_format="-",
+            action_format=NO_INFLUENCE,
         )
         yield Fit(hypothesis, error, recorded.motion, relative_error, num_steps, scale.factor)
 
@@ -766,7 +770,7 @@ def _interpret_logged_rotations(
                     unit=scale.unit,
                     signs=signs,
                     delay_steps=0,
-                    state_format="-",
+                    state_format=NO_INFLUENCE,
                     action_format=action_format,
                 )
             )

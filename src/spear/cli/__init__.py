@@ -236,7 +236,7 @@ def _dispatch(args: list[str]) -> None:
         if not option_words and name in PRINTS_HELP_WITHOUT_ARGUMENTS:
             option_words = ["--help"]
         function = load_command(name)
-        function(*parse_options(name, function, option_words, _make_help_text(name)))
+        function(*parse_options(name, function, option_words, _make_full_help(name)))
 
 
 def find_command(args: Sequence[str]) -> str:
@@ -269,8 +269,8 @@ def load_command(name: str) -> Callable[..., None]:
     return getattr(importlib.import_module(f"spear.cli.{module}"), function)
 
 
-def _make_help_text(name: str) -> str:
-    """Return the command's docstring, and the commands that begin with its name."""
+def _make_full_help(name: str) -> str:
+    """Return the command's whole help: its docstring, and the commands that begin with its name."""
     module, _, function = COMMANDS[name].partition(":")
     docstring = _read_docstrings(module)[function]
     subcommands = _list_subcommands(name)
@@ -312,6 +312,6 @@ def _format_summary_lines(names: Sequence[str]) -> list[str]:
     width = max(len(name) for name in names) + 1
     lines = []
     for name in names:
-        summary = _make_help_text(name).splitlines()[0]
+        summary = _make_full_help(name).splitlines()[0]
         lines.append(f"  spear {name:<{width}} {summary}")
     return lines

@@ -197,8 +197,8 @@ def _print_plan(options: LabelOptions) -> None:
     num_images = sum(1 for _ in images)  # `images` is an iterator
     size_px = options.max_size or DEFAULT_PLANNED_SIZE_PX
     print(
-        f"{format_count(num_images, 'images')}, {options.work.batch_size} at a time, {size_px} "
-        "pixels wide; computed in float32:"
+        f"{format_count(num_images, 'images')}, {options.work.batch_size} at a time, longer side "
+        f"{size_px} pixels; computed in float32:"
     )
 
     networks: list[Resources] = []

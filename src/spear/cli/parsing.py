@@ -199,8 +199,10 @@ def _make_missing_arguments_error(command: str, reason: str, help_text: str) -> 
     """
     missing = []
     for description in reason.split("(required)"):
+        # Before each "(required)", tyro writes the argument's name and a word for its value. The
+        # text after the last "(required)" has fewer words, and names no argument.
         words = description.split()
-        if len(words) > 1:  # the argument's name and a word for its value; not a rest of the text
+        if len(words) > 1:
             missing.append(words[0])
     example = re.search(rf"^ *(spear {command} .*)", help_text, re.MULTILINE)
     verb, pronoun = ("is", "it") if len(missing) == 1 else ("are", "them")

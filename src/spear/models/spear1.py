@@ -201,8 +201,8 @@ class Spear1ForActionPrediction(PreTrainedModel):
             inputs_embeds=suffix.to(dtype),  # under autocast the suffix may have another type
             attention_mask=layers.prepare_mask(self.expert, mask, dtype),
             position_ids=position_ids,
+            use_cache=False,  # Transformers creates no cache; ours is passed in the next argument
             **{layers.CACHE_ARGUMENT: prefix.cache},
-            use_cache=False,
         )
         action_outputs = output.last_hidden_state[:, 1:]  # [B, K · H, width]
         prediction = self.action_out_proj(action_outputs).reshape(vector.shape)

@@ -243,7 +243,7 @@ class SpearVLMForConditionalGeneration(PreTrainedModel):
             inputs_embeds=torch.cat([features.to(text.dtype), text], dim=1),
             attention_mask=layers.prepare_mask(self.language_model, mask, text.dtype),
             position_ids=layers.compute_position_ids(valid),
-            use_cache=False,
+            use_cache=False,  # Transformers creates no cache; ours is passed in the next argument
             **{layers.CACHE_ARGUMENT: cache if keep_cache else None},
         )
         num_visual_tokens = features.shape[1]

@@ -323,7 +323,8 @@ class EpisodeStore:
             index: The number of the episode.
 
         Returns:
-            The dataset and its number there, or the task and the seed of the simulator.
+            The dataset and the episode's number in the dataset; or, for an episode of the
+            simulator, the task and the seed.
         """
         shard, row = self._locate(index)
         return str(shard.episode_columns["source"][row].as_py())

@@ -189,7 +189,7 @@ class Libero:
         """Run all seeds through a few processes; one whose episode ends takes the next seed."""
         needs_pictures = agent.needs_images or filming
         waiting_seeds = list(reversed(seeds))
-        free_processes = self._open_processes(family, min(self._num_processes, len(seeds)))
+        free_processes = self._ensure_processes(family, min(self._num_processes, len(seeds)))
         scenes: list[LiberoScene] = []
         with ThreadPoolExecutor(self._num_processes) as threads:
             while waiting_seeds or scenes:
@@ -242,10 +242,10 @@ class Libero:
             process.close()
         self._processes = []
 
-    def _open_processes(self, task: str, count: int) -> list[LiberoProcess]:
-        """Open processes of a task until there are `count` of them, and return these.
+    def _ensure_processes(self, task: str, count: int) -> list[LiberoProcess]:
+        """Ensure that at least `count` processes of a task are open, and return `count` of them.
 
-        Processes of another task end.
+        Processes of another task are closed first.
         """
         if task != self._task:
             self.close()

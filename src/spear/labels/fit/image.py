@@ -65,12 +65,14 @@ def have_same_aspect(size: tuple[int, ...], other_size: tuple[int, ...]) -> bool
     Args:
         size: (height, width) of an image that may have been resized.
         other_size: (height, width) of the original. Resizing rounds sides to whole pixels, so the
-            aspects may differ by what a difference of one pixel in `size` makes.
+            aspects may differ by as much as one pixel more or less in a side of `size` changes the
+            aspect.
     """
     height, width = size
     other_height, other_width = other_size
-    # With equal aspects the two products are equal. One pixel more in a side of `size` changes
-    # their difference by a side of the original.
+    # The aspects are equal if `height * other_width` equals `width * other_height`. One pixel more
+    # in `height` adds `other_width` to the first product, and one more in `width` adds
+    # `other_height` to the second.
     return abs(height * other_width - width * other_height) <= max(other_size)
 
 

@@ -7,7 +7,7 @@ from spear.types import Array, Box3D, LabeledImage, LabeledObject, Pixel, Segmen
 
 
 def get_box(o: LabeledObject) -> Box3D:
-    """The object's 3D box, which every object has that 3D questions may be about."""
+    """Return the object's 3D box. 3D questions are only asked about objects that have one."""
     assert o.box3d is not None
     return o.box3d
 

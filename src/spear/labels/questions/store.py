@@ -98,6 +98,7 @@ def write_questions(
     bar = ProgressBar("asking", count_labels(folder), "images")
     path = folder / QUESTIONS_FILE
     with ParquetWriter(path, _SCHEMA, rows_per_group=ROWS_PER_GROUP) as writer, bar:
+        # Reading a label's pixels, its image and masks, is slow, and only masks may be needed here.
         needs_masks = any(QUESTION_TYPE_BY_NAME[name].needs_masks for name in question_types)
         labels = read_labels(folder, pixels=needs_masks)
         while batch := list(islice(labels, BATCH_SIZE)):
