@@ -277,15 +277,16 @@ def test_making_up_for_the_difference_is_no_faster_than_the_chunks(
 
 
 def drive_to_closing_at_80_mm(delay: int) -> tuple[Array, Array]:
-    """Run a policy that moves by 10 mm per action and closes the gripper at 80 mm.
+    """Run a policy that moves by 10 mm per action and closes the gripper 80 mm from the start.
 
-    The policy computes from the observed position which action of its chunk closes the gripper.
+    From the observed position, the policy computes which actions of its chunk begin at 80 mm or
+    later. In these actions the gripper is closed.
 
     Args:
         delay: number of ticks from an observation to the arrival of its chunk.
 
     Returns:
-        Of each tick, the motion in mm and whether the gripper is closed.
+        The motion of each tick in mm, [24], and whether the gripper is closed in it, [24] bool.
     """
     executor = ChunkExecutor("async")
     actions: list[Array] = []
@@ -295,7 +296,8 @@ def drive_to_closing_at_80_mm(delay: int) -> tuple[Array, Array]:
             chunk = make_chunk(10)
             chunk[:, 0] = 0.01
             positions_before_mm = position_mm + 10 * np.arange(5)  # before each action
-            is_open = positions_before_mm < 75  # 80, less half an action for rounding
+            # 80 mm, less half an action, so that 79.99 mm counts as 80
+            is_open = positions_before_mm < 75
             chunk[:, 7] = is_open
             executor.add_chunk(chunk, arrival_tick=tick + delay)
         actions.append(executor.next_action())
@@ -309,9 +311,9 @@ def test_async_closes_the_gripper_once_and_where_the_policy_wants_it(delay: int)
     closing_tick = int(is_closed.argmax())
 
     assert is_closed[closing_tick:].all()
-    # The gripper acts with an action of 10 mm: half an action of tolerance, and rounding.
+    # An action moves by 10 mm, so the position is tested to half an action, and 1 mm for rounding.
     assert moved_mm[:closing_tick].sum() == pytest.approx(80, abs=6)
-    assert (moved_mm[delay:] > 0).all()  # no motion only before the first chunk
+    assert (moved_mm[delay:] > 0).all()  # the robot only rests before the first chunk
 
 
 @pytest.mark.parametrize("delay", [0, 1, 2])
@@ -320,28 +322,31 @@ def test_async_goes_slowly_before_the_gripper_closes_and_only_there(delay: int) 
     closing_tick = int(is_closed.argmax())
 
     # A slow action takes 1 + delay ticks instead of one.
-    is_slow = np.isclose(moved_mm, 10 / (1 + delay), atol=0.01)
-    assert is_slow[closing_tick - 1 - delay : closing_tick].all()
+    ticks_per_slow_action = 1 + delay
+    is_slow = np.isclose(moved_mm, 10 / ticks_per_slow_action, atol=0.01)
+    last_action_before_closing = slice(closing_tick - ticks_per_slow_action, closing_tick)
+    assert is_slow[last_action_before_closing].all()
     # All other ticks move by a whole action, except those before the first chunk.
     np.testing.assert_allclose(moved_mm[~is_slow][delay:], 10)
     if delay:
         # At most NUM_SLOW_ACTIONS = 2 slow actions, and one tick of tolerance.
-        assert is_slow.sum() <= 2 * (1 + delay) + 1
+        assert is_slow.sum() <= 2 * ticks_per_slow_action + 1
 
 
 def test_a_chunk_from_before_the_gripper_closed_is_dropped() -> None:
     executor = ChunkExecutor("async")
     closes_at_third = make_chunk(1)
-    closes_at_third[:2, 7] = 1
+    closes_at_third[:2, 7] = 1  # open in the first two actions
     stays_open = make_chunk(50)
     stays_open[:, 7] = 1
 
     executor.add_chunk(closes_at_third)
     actions = execute(executor, 2)
-    # Observed at the beginning of tick 2, in which the gripper closes.
+    # `stays_open` is observed at the beginning of tick 2, in which the gripper closes.
     executor.add_chunk(stays_open, arrival_tick=3)
     actions += execute(executor, 2)
     assert executor.needs_chunk()
+    # A second chunk of the same observation is dropped, too.
     executor.add_chunk(stays_open, observed_tick=2, arrival_tick=4)
     actions += execute(executor, 1)
 

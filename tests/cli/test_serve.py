@@ -229,12 +229,12 @@ def test_a_policy_with_one_camera_is_served_to_a_robot_that_has_two() -> None:
     observation = robot.read(request)
     del observation["observation/wrist_image"]
     actions = policy.infer(observation)["actions"]
-    _, control = robot.select_control(None)
+    _, control = robot.select_control(None)  # the robot's first control, as the service uses
     expected = control.convert(actions, observation["observation/state"], request)
     np.testing.assert_array_equal(answer["actions"], expected)
 
 
-def test_a_policy_of_earlier_frames_is_served_in_them_with_a_notice() -> None:
+def test_a_policy_of_earlier_frames_is_served_in_those_frames_with_a_notice() -> None:
     policy = Spear1Policy.load("nano", steps=1)
     policy.frames = {"droid": 1}
 

@@ -280,7 +280,7 @@ def test_actions_of_a_model_with_gemma2_are_those_of_the_plain_network(padded: b
 
 
 class TestChangedWeights:
-    """The `Sampler` precomputes products of weights. When weights change, it is made again.
+    """The `Sampler` precomputes products of weights. When weights change, a new sampler is made.
 
     The methods before the tests change a model's weights in one way each.
     """

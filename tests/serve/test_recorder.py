@@ -101,7 +101,7 @@ def make_exchange(step: int = 0, interval_s: float = 0.2, **changes: Any) -> Exc
         inference_s=0.04,
         observation=validate_observation(observation),
         actions=chunk,
-        rows=chunk,
+        rows=chunk,  # this robot's commands are the policy's actions
         num_bytes=1000,
     )
     return dataclasses.replace(exchange, **changes)

@@ -34,11 +34,14 @@ def save_sam2(folder: Path, video: bool = False) -> Path:
     common = {"vision_config": vision, "initializer_range": 0.3}
     torch.manual_seed(0)
     if not video:
-        configs = {"prompt_encoder_config": hf.Sam2PromptEncoderConfig(**prompt), **common}
-        config = hf.Sam2Config(mask_decoder_config=hf.Sam2MaskDecoderConfig(**decoder), **configs)
+        config = hf.Sam2Config(
+            prompt_encoder_config=hf.Sam2PromptEncoderConfig(**prompt),
+            mask_decoder_config=hf.Sam2MaskDecoderConfig(**decoder),
+            **common,
+        )
         hf.Sam2Model(config).save_pretrained(folder)
         return folder
-    memory = hf.Sam2VideoConfig(
+    video_config = hf.Sam2VideoConfig(
         prompt_encoder_config=prompt, mask_decoder_config=decoder, **common, image_size=64,
         memory_attention_hidden_size=32, memory_attention_num_layers=1,
         memory_attention_feed_forward_hidden_size=32, memory_attention_rope_feat_sizes=[4, 4],
@@ -46,7 +49,7 @@ def save_sam2(folder: Path, video: bool = False) -> Path:
         mask_downsampler_embed_dim=32,
         memory_fuser_embed_dim=32, memory_fuser_num_layers=1, memory_fuser_intermediate_dim=32,
     )  # fmt: skip
-    hf.Sam2VideoModel(memory).save_pretrained(folder)
+    hf.Sam2VideoModel(video_config).save_pretrained(folder)
     return folder
 
 

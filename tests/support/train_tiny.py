@@ -143,6 +143,7 @@ class NonFiniteRegression(Regression):
 
     def batch(self, step: int) -> dict[str, Any]:
         is_bad = torch.tensor(float(step in self.bad_steps))
+        # A stored batch has to keep tensors in dicts, too, so this one is in a dict.
         return {**super().batch(step), "nested": {"is_bad": is_bad}}
 
     def loss(self, batch: dict[str, Any], generator: torch.Generator) -> Any:

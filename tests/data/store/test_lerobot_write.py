@@ -34,7 +34,7 @@ from spear.util.images import decode_image
 
 OWN_COLUMNS = ("action_mask", "success", "source")
 """Columns that only our datasets have."""
-OTHER_ROTATIONS = ("observation.state", "action")
+ROTATION_COLUMNS = ("observation.state", "action")
 """Columns with a rotation, which is Euler angles in their dataset (7 numbers) and a quaternion in
 ours (8 numbers)."""
 DATA_FILE = "data/chunk-000/file-000.parquet"
@@ -79,7 +79,7 @@ def our_folders(
 
 @pytest.fixture(params=["image", "video"])
 def kind(request: pytest.FixtureRequest) -> str:
-    """How the dataset has its images: a test that uses it runs for both kinds."""
+    """How the dataset has its images: a test with this fixture runs for both kinds."""
     return request.param
 
 
@@ -129,7 +129,7 @@ def test_info_describes_features_in_the_same_way(their_folder: Path, our_folder:
     assert common_names == [to_our_name(name) for name in their_features]
     for name, feature in their_features.items():
         our_feature = our_features[to_our_name(name)]
-        if name in OTHER_ROTATIONS:
+        if name in ROTATION_COLUMNS:  # they differ in their number of values
             assert list(our_feature) == list(feature)
         else:
             assert our_feature == feature
@@ -171,10 +171,10 @@ def test_statistics_are_those_of_lerobot(their_folder: Path, our_folder: Path) -
     for name, their_feature_stats in their_stats.items():
         our_feature_stats = our_stats[to_our_name(name)]
         assert list(our_feature_stats) == list(their_feature_stats)
-        if name in OTHER_ROTATIONS:
+        if name in ROTATION_COLUMNS:  # statistics of angles are not those of quaternions
             continue
         compared_statistics = ["min", "max", "mean", "count"]
-        # The library's deviation of images is not the deviation of their pixels, as ours is.
+        # Our standard deviation of images is that of their pixels. The library's is another one.
         if "images" not in name:
             compared_statistics.append("std")
         for statistic in compared_statistics:
