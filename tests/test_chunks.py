@@ -66,16 +66,16 @@ def execute(executor: ChunkExecutor, num_ticks: int) -> list[Array]:
     return [executor.next_action() for _ in range(num_ticks)]
 
 
-def x_mm(actions: Sequence[Array]) -> list[float]:
+def get_x_mm(actions: Sequence[Array]) -> list[float]:
     """How far each action moves along x, in mm."""
     return [round(1000 * float(action[0]), 3) for action in actions]
 
 
-def total_translation(actions: Sequence[Array]) -> Array:
+def sum_translations(actions: Sequence[Array]) -> Array:
     return sum(action[:3] for action in actions)
 
 
-def total_rotation(actions: Sequence[Array]) -> Rotation:
+def compose_rotations(actions: Sequence[Array]) -> Rotation:
     """The rotation by all actions, one after the other."""
     rotations = [Rotation.from_quat(action[3:7], scalar_first=True) for action in actions]
     return math.prod(rotations, start=Rotation.identity())
@@ -90,7 +90,7 @@ def test_sync_executes_the_first_k_actions_of_each_chunk_unchanged() -> None:
     inference_ticks, actions = drive(executor, 7)
 
     assert inference_ticks == [0, 3, 6]
-    assert x_mm(actions) == [0, 1, 2, 3, 4, 5, 6]
+    assert get_x_mm(actions) == [0, 1, 2, 3, 4, 5, 6]
     np.testing.assert_array_equal(actions[3], make_chunk(3)[0])
 
 
@@ -101,7 +101,7 @@ def test_sync_stands_still_while_it_waits_for_a_chunk() -> None:
 
     assert inference_ticks == [0, 4]
     # Two ticks without motion, the actions 0 and 1 mm, two ticks without motion, and 4 and 5 mm.
-    assert x_mm(actions) == [0, 0, 0, 1, 0, 0, 4, 5]
+    assert get_x_mm(actions) == [0, 0, 0, 1, 0, 0, 4, 5]
 
 
 def test_before_the_first_chunk_there_is_no_motion_and_the_gripper_is_open() -> None:
@@ -182,9 +182,9 @@ def test_async_ends_where_the_new_chunk_wants_to(seam: tuple[list[Array], Array]
     actions, new_chunk = seam
 
     np.testing.assert_allclose(
-        total_translation(actions), total_translation(list(new_chunk)), atol=1e-7
+        sum_translations(actions), sum_translations(list(new_chunk)), atol=1e-7
     )
-    difference = total_rotation(actions).inv() * total_rotation(list(new_chunk))
+    difference = compose_rotations(actions).inv() * compose_rotations(list(new_chunk))
     assert difference.magnitude() < 1e-5
 
 
@@ -234,7 +234,7 @@ def test_the_difference_is_made_up_for_before_the_gripper_closes() -> None:
     # three actions before the one that closes the gripper, so the offset is gone before it closes.
     assert [action[7] for action in actions] == [1] * 5
     np.testing.assert_allclose(
-        total_translation(actions), closes_at_fourth[:3, :3].sum(0), atol=1e-7
+        sum_translations(actions), closes_at_fourth[:3, :3].sum(0), atol=1e-7
     )
 
 
@@ -292,7 +292,7 @@ def drive_to_closing_at_80_mm(delay: int) -> tuple[Array, Array]:
     actions: list[Array] = []
     for tick in range(24):
         if executor.needs_chunk():
-            position_mm = sum(x_mm(actions))
+            position_mm = sum(get_x_mm(actions))
             chunk = make_chunk(10)
             chunk[:, 0] = 0.01
             positions_before_mm = position_mm + 10 * np.arange(5)  # before each action
@@ -302,7 +302,7 @@ def drive_to_closing_at_80_mm(delay: int) -> tuple[Array, Array]:
             executor.add_chunk(chunk, arrival_tick=tick + delay)
         actions.append(executor.next_action())
     is_closed = np.array([action[7] < 0.5 for action in actions])
-    return np.array(x_mm(actions)), is_closed
+    return np.array(get_x_mm(actions)), is_closed
 
 
 @pytest.mark.parametrize("delay", [0, 1, 2])
@@ -418,7 +418,7 @@ def test_rtc_commits_what_is_executed_until_the_chunk_arrives(delay: int) -> Non
     inference_interval = max(delay, 1)
     assert inference_ticks == [0, *range(inference_interval, 12, inference_interval)]
     # It stands still only before the first chunk.
-    assert [mm == 0 for mm in x_mm(actions)] == [True] * delay + [False] * (12 - delay)
+    assert [mm == 0 for mm in get_x_mm(actions)] == [True] * delay + [False] * (12 - delay)
     # From the observation of a chunk until the next chunk arrives, twice the delay, the robot
     # executes that chunk's actions: first its committed prefix, then the actions after it.
     for tick, prefix, chunk in zip(inference_ticks[1:], prefixes[1:], chunks[1:], strict=True):
@@ -452,8 +452,8 @@ def test_rtc_joins_a_chunk_that_comes_later_than_the_policy_has_learned() -> Non
     assert len(rtc.committed_actions()["committed"]) == 1
     action = rtc.next_action()
 
-    assert x_mm([action]) == x_mm([plain_async.next_action()])  # joined as async does
-    assert x_mm([action]) != x_mm([action_before])
+    assert get_x_mm([action]) == get_x_mm([plain_async.next_action()])  # joined as async does
+    assert get_x_mm([action]) != get_x_mm([action_before])
 
 
 def test_rtc_has_no_jump_when_it_joins_a_late_chunk() -> None:
@@ -466,7 +466,7 @@ def test_rtc_has_no_jump_when_it_joins_a_late_chunk() -> None:
     actions = execute(executor, 3)
 
     # No action is longer than the chunk's longest: the joined actions were spread over more ticks.
-    assert -61 < min(x_mm(actions)) < -50
+    assert -61 < min(get_x_mm(actions)) < -50
     assert {step.fraction for step in executor._planned_steps} == {
         1
     }  # each counts as a whole action
@@ -560,7 +560,7 @@ def test_the_pilot_goes_on_while_the_policy_computes() -> None:
     with closing(Pilot(make_policy(answer), "async", replan_interval=3)) as pilot:
         # The first chunk has five actions; after them the robot stands still.
         actions = [pilot.step({"t": t}) for t in range(7)]
-        assert x_mm(actions) == [0, 1, 2, 3, 4, 0, 0]
+        assert get_x_mm(actions) == [0, 1, 2, 3, 4, 0, 0]
 
         may_answer.set()
         assert pilot._inference is not None
@@ -570,7 +570,7 @@ def test_the_pilot_goes_on_while_the_policy_computes() -> None:
         # Two actions were executed since the observation at t = 3, by 3 and 4 mm. So the new chunk
         # continues with its third action, by 5 mm, while the next chunk is computed.
         may_answer.clear()
-        assert x_mm([pilot.step({"t": 7})]) == [5]
+        assert get_x_mm([pilot.step({"t": 7})]) == [5]
         may_answer.set()
         assert pilot._inference.result.result(60)
         assert observed_ticks == [0, 3, 7]
@@ -588,7 +588,7 @@ def test_the_pilot_in_sync_waits_for_every_chunk() -> None:
     with closing(Pilot(make_policy(answer_after_50_ms), "sync", replan_interval=3)) as pilot:
         actions = [pilot.step({"t": t}) for t in range(1, 9)]
 
-    assert x_mm(actions) == [1, 2, 3, 4, 5, 6, 7, 8]
+    assert get_x_mm(actions) == [1, 2, 3, 4, 5, 6, 7, 8]
 
 
 @pytest.mark.usefixtures("no_waiting")
@@ -598,7 +598,7 @@ def test_the_pilot_begins_anew_after_a_pause() -> None:
         pilot._last_step_time_s -= 2  # as if 2 s had passed, more than MAX_PAUSE_S
 
         # The old plan, 2 and 3 mm, is dropped.
-        assert x_mm([pilot.step({"t": t}) for t in (50, 51)]) == [50, 51]
+        assert get_x_mm([pilot.step({"t": t}) for t in (50, 51)]) == [50, 51]
 
 
 @pytest.mark.usefixtures("no_waiting")
@@ -608,7 +608,7 @@ def test_the_pilot_begins_anew_with_another_prompt() -> None:
 
         actions = [pilot.step({"t": t, "prompt": "stop"}) for t in (80, 90)]
 
-    assert x_mm(actions) == [80, 81]  # the chunk of t = 80; the old plan was 2 and 3 mm
+    assert get_x_mm(actions) == [80, 81]  # the chunk of t = 80; the old plan was 2 and 3 mm
 
 
 @pytest.mark.usefixtures("no_waiting")
@@ -636,7 +636,7 @@ def test_an_answer_that_took_much_longer_than_the_one_before_is_dropped(
     ):
         actions = [pilot.step({"t": t, "prompt": str(t // 5)}) for t in range(1, 8)]
 
-    assert x_mm(actions) == [1, 2, 0, 4, 5, 0, 7]  # 0: no motion, because the chunk was dropped
+    assert get_x_mm(actions) == [1, 2, 0, 4, 5, 0, 7]  # 0: no motion, because the chunk was dropped
     assert {float(action[7]) for action in actions} == {0.25}  # the gripper stays as it is
 
 

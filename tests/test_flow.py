@@ -38,17 +38,17 @@ VELOCITY_CONFIGS = [config for config in ALL_CONFIGS if config.prediction == "ve
 ANGLES_RAD = [0.0, 1e-12, 1e-7, 1e-3, 0.1, 1.0, math.pi - 1e-3, math.pi - 1e-7]
 
 
-def config_name(config: FlowConfig) -> str:
+def get_config_name(config: FlowConfig) -> str:
     return f"{config.rotation}-{config.rotation_loss}-{config.prediction}"
 
 
-def generator(seed: int = 0) -> torch.Generator:
+def make_generator(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
 def draw_noise(shape: tuple[int, int], config: FlowConfig, seed: int = 0) -> Action:
     """Noise in double precision; on S³ its quaternions are unit to double precision, too."""
-    noise = flow.sample_noise(shape, config, generator(seed)).to(torch.float64)
+    noise = flow.sample_noise(shape, config, make_generator(seed)).to(torch.float64)
     if config.rotation == "linear":
         return noise
     # `sample_noise` normalizes in single precision.
@@ -58,7 +58,7 @@ def draw_noise(shape: tuple[int, int], config: FlowConfig, seed: int = 0) -> Act
 
 def draw_data(shape: tuple[int, ...], seed: int = 1) -> Action:
     """Actions of a robot: normalized translations, rotations of about 0.1 rad, gripper ±1."""
-    shared_generator = generator(seed)
+    shared_generator = make_generator(seed)
 
     def draw(size: int) -> Tensor:
         return torch.randn(*shape, size, generator=shared_generator, dtype=torch.float64)
@@ -70,18 +70,18 @@ def draw_data(shape: tuple[int, ...], seed: int = 1) -> Action:
 
 
 def draw_vector(*shape: int, seed: int) -> Tensor:
-    return torch.randn(*shape, generator=generator(seed), dtype=torch.float64)
+    return torch.randn(*shape, generator=make_generator(seed), dtype=torch.float64)
 
 
 def draw_pair(
     config: FlowConfig, shape: tuple[int, int] = (64, 5)
 ) -> tuple[Action, Action, Tensor]:
     """Noise and data, chunks of the given shape, and a flow time per chunk."""
-    tau = flow.sample_time(shape[0], config, generator(3)).double()
+    tau = flow.sample_time(shape[0], config, make_generator(3)).double()
     return draw_noise(shape, config, seed=2), draw_data(shape), tau
 
 
-def pair_at_angle(theta: float) -> tuple[Action, Action]:
+def make_pair_at_angle(theta: float) -> tuple[Action, Action]:
     """Noise and data, one chunk of one action, whose quaternions are θ apart and have w ≥ 0."""
     half = torch.tensor([theta / 2], dtype=torch.float64)
     zero = 0 * half
@@ -93,7 +93,7 @@ def pair_at_angle(theta: float) -> tuple[Action, Action]:
     return noise, data
 
 
-def true_prediction_on_path(noise: Action, data: Action, tau: Tensor, config: FlowConfig) -> Action:
+def get_prediction_on_path(noise: Action, data: Action, tau: Tensor, config: FlowConfig) -> Action:
     """The prediction that has loss 0 at τ on the path from this noise to these data."""
     if config.prediction == "clean":
         return data
@@ -101,26 +101,28 @@ def true_prediction_on_path(noise: Action, data: Action, tau: Tensor, config: Fl
     return velocity
 
 
-def velocity_from_clean(clean: Action, state: Action, tau: Tensor, config: FlowConfig) -> Action:
+def compute_velocity_from_clean(
+    clean: Action, state: Action, tau: Tensor, config: FlowConfig
+) -> Action:
     """The velocity from a state to a clean action, also for configs that predict velocities."""
     clean_config = dataclasses.replace(config, prediction="clean")
     return flow.prediction_to_velocity(clean, state, tau, clean_config)
 
 
-def true_prediction_from_state(
+def get_prediction_from_state(
     data: Action, state: Action, tau: Tensor, config: FlowConfig
 ) -> Action:
     """The prediction that leads from any state at τ to the data, whatever the noise was."""
     if config.prediction == "clean":
         return data
-    return velocity_from_clean(data, state, tau, config)
+    return compute_velocity_from_clean(data, state, tau, config)
 
 
 # Sampling
 
 
 def test_noise_of_translation_and_gripper_is_standard_normal() -> None:
-    noise = flow.sample_noise((20_000, 5), S3, generator())
+    noise = flow.sample_noise((20_000, 5), S3, make_generator())
 
     # The mean and the standard deviation of 100,000 numbers or more vary by at most about 0.003.
     for component in (noise.translation, noise.gripper):
@@ -129,7 +131,7 @@ def test_noise_of_translation_and_gripper_is_standard_normal() -> None:
 
 
 def test_noise_of_rotations_is_uniform_on_the_half_sphere() -> None:
-    q = flow.sample_noise((20_000, 5), S3, generator()).rotation
+    q = flow.sample_noise((20_000, 5), S3, make_generator()).rotation
 
     assert q.shape == (20_000, 5, 4)
     assert float(q[..., 0].min()) >= 0
@@ -141,15 +143,15 @@ def test_noise_of_rotations_is_uniform_on_the_half_sphere() -> None:
 
 
 def test_linear_noise_of_rotations_is_standard_normal() -> None:
-    q = flow.sample_noise((20_000, 5), LINEAR, generator()).rotation
+    q = flow.sample_noise((20_000, 5), LINEAR, make_generator()).rotation
 
     # The standard deviation of 100,000 standard normal numbers varies by about 0.002.
     torch.testing.assert_close(q.std((0, 1)), torch.ones(4), atol=0.02, rtol=0)
 
 
 def test_the_same_generator_draws_the_same_noise() -> None:
-    first = flow.sample_noise((100, 5), S3, generator())
-    second = flow.sample_noise((100, 5), S3, generator())
+    first = flow.sample_noise((100, 5), S3, make_generator())
+    second = flow.sample_noise((100, 5), S3, make_generator())
 
     assert torch.equal(first.to_vector(), second.to_vector())
 
@@ -159,7 +161,7 @@ def test_time_has_the_density_of_its_config(alpha: float, beta: float) -> None:
     """A time is τ = scale · (1 - u), where u is Beta(alpha, beta) and the default scale 0.999."""
     config = FlowConfig(time_alpha=alpha, time_beta=beta)
 
-    tau = flow.sample_time(20_000, config, generator())
+    tau = flow.sample_time(20_000, config, make_generator())
 
     assert tau.dtype == torch.float32
     assert float(tau.min()) >= 0
@@ -170,21 +172,25 @@ def test_time_has_the_density_of_its_config(alpha: float, beta: float) -> None:
 
 
 def test_the_same_generator_draws_the_same_times() -> None:
-    first = flow.sample_time(100, S3, generator())
-    second = flow.sample_time(100, S3, generator())
+    first = flow.sample_time(100, S3, make_generator())
+    second = flow.sample_time(100, S3, make_generator())
 
     assert torch.equal(first, second)
 
 
 def test_the_committed_actions_are_the_first_of_a_chunk() -> None:
-    is_committed = flow.sample_committed((20_000, 2, 5), max_committed=3, generator=generator())
+    is_committed = flow.sample_committed(
+        (20_000, 2, 5), max_committed=3, generator=make_generator()
+    )
 
     num_committed = is_committed.sum(-1)
     assert torch.equal(is_committed, torch.arange(5) < num_committed[..., None])
 
 
 def test_committed_prefixes_of_every_length_are_equally_frequent() -> None:
-    is_committed = flow.sample_committed((20_000, 2, 5), max_committed=3, generator=generator())
+    is_committed = flow.sample_committed(
+        (20_000, 2, 5), max_committed=3, generator=make_generator()
+    )
 
     num_committed = is_committed.sum(-1)
     frequency = torch.bincount(num_committed.flatten(), minlength=5) / num_committed.numel()
@@ -194,7 +200,7 @@ def test_committed_prefixes_of_every_length_are_equally_frequent() -> None:
 
 
 def test_a_maximum_of_0_commits_no_action() -> None:
-    assert not flow.sample_committed((4, 5), max_committed=0, generator=generator()).any()
+    assert not flow.sample_committed((4, 5), max_committed=0, generator=make_generator()).any()
 
 
 # Perturbed committed actions
@@ -206,8 +212,11 @@ def draw_perturbed() -> tuple[Action, Action, Tensor]:
     """Demonstrated chunks, the same chunks with errors added by `perturb_committed`, and the mask
     [4000, 5] of the committed actions (at most 3 per chunk)."""
     data = draw_data(PERTURBED_SHAPE)
-    is_committed = flow.sample_committed(PERTURBED_SHAPE, max_committed=3, generator=generator(5))
-    return data, flow.perturb_committed(data, is_committed, "previous", generator(6)), is_committed
+    is_committed = flow.sample_committed(
+        PERTURBED_SHAPE, max_committed=3, generator=make_generator(5)
+    )
+    perturbed = flow.perturb_committed(data, is_committed, "previous", make_generator(6))
+    return data, perturbed, is_committed
 
 
 def test_poses_differ_while_actions_are_committed_and_agree_from_the_next_action_on() -> None:
@@ -256,7 +265,7 @@ def test_perturbations_leave_the_gripper() -> None:
 
 def test_motions_from_the_observed_pose_need_no_correction_after_the_committed_ones() -> None:
     data, _, is_committed = draw_perturbed()
-    perturbed = flow.perturb_committed(data, is_committed, "observed", generator(6))
+    perturbed = flow.perturb_committed(data, is_committed, "observed", make_generator(6))
 
     is_translation_different = (perturbed.translation != data.translation).any(-1)
     assert torch.equal(is_translation_different, is_committed)
@@ -268,7 +277,7 @@ def test_motions_from_the_observed_pose_need_no_correction_after_the_committed_o
 def test_errors_of_motions_from_the_observed_pose_add_up() -> None:
     """The third committed action has the errors of three steps, so its variance is three times."""
     data, _, is_committed = draw_perturbed()
-    perturbed = flow.perturb_committed(data, is_committed, "observed", generator(6))
+    perturbed = flow.perturb_committed(data, is_committed, "observed", make_generator(6))
 
     has_three = is_committed[:, 2]
     errors = (perturbed.translation - data.translation)[has_three]  # [N, 5, 3]
@@ -280,7 +289,7 @@ def test_errors_of_motions_from_the_observed_pose_add_up() -> None:
 
 def test_actions_that_are_not_valid_do_not_change_the_scale_of_perturbations() -> None:
     data, _, is_committed = draw_perturbed()
-    is_valid = torch.rand(PERTURBED_SHAPE, generator=generator(8)) < 0.7
+    is_valid = torch.rand(PERTURBED_SHAPE, generator=make_generator(8)) < 0.7
     # 30 standard deviations more in each action that is not valid.
     outliers = data.translation + 30 * ~is_valid[..., None]
     with_outliers = dataclasses.replace(data, translation=outliers)
@@ -288,7 +297,7 @@ def test_actions_that_are_not_valid_do_not_change_the_scale_of_perturbations() -
     errors = []
     for demonstrations in (data, with_outliers):
         perturbed = flow.perturb_committed(
-            demonstrations, is_committed, "previous", generator(6), is_valid
+            demonstrations, is_committed, "previous", make_generator(6), is_valid
         )
         errors.append(perturbed.translation - demonstrations.translation)
 
@@ -298,7 +307,7 @@ def test_actions_that_are_not_valid_do_not_change_the_scale_of_perturbations() -
 # The interpolant
 
 
-@pytest.mark.parametrize("config", [S3, LINEAR], ids=config_name)
+@pytest.mark.parametrize("config", [S3, LINEAR], ids=get_config_name)
 @pytest.mark.parametrize("sign", [1, -1])
 def test_interpolant_starts_at_noise_and_ends_at_data(config: FlowConfig, sign: int) -> None:
     """Data with the quaternions -q have the same interpolant as data with q."""
@@ -312,11 +321,11 @@ def test_interpolant_starts_at_noise_and_ends_at_data(config: FlowConfig, sign: 
     torch.testing.assert_close(end.to_vector(), data.to_vector(), atol=1e-14, rtol=0)
 
 
-@pytest.mark.parametrize("config", [S3, LINEAR], ids=config_name)
+@pytest.mark.parametrize("config", [S3, LINEAR], ids=get_config_name)
 def test_velocity_is_the_derivative_of_the_interpolant(config: FlowConfig) -> None:
     h = 1e-5  # half the step of the central difference quotient
     noise, data, _ = draw_pair(config)
-    pairs = [(noise, data), *map(pair_at_angle, ANGLES_RAD)]
+    pairs = [(noise, data), *map(make_pair_at_angle, ANGLES_RAD)]
     for noise, data in pairs:
         for tau in np.linspace(0.01, 0.99, 15):
             taus = torch.full((len(noise.translation),), float(tau), dtype=torch.float64)
@@ -329,18 +338,18 @@ def test_velocity_is_the_derivative_of_the_interpolant(config: FlowConfig) -> No
             assert float((velocity.to_vector() - numeric).abs().max()) < 1e-6
 
 
-def s3_states() -> list[tuple[Action, Action, Tensor]]:
+def make_s3_triples() -> list[tuple[Action, Action, Tensor]]:
     """Triples of noise, data and τ: a random triple, and one for each angle of `ANGLES_RAD`."""
     tau = torch.tensor([0.37], dtype=torch.float64)  # any time between noise and data
     triples = [draw_pair(S3)]
     for theta in ANGLES_RAD:
-        noise, data = pair_at_angle(theta)
+        noise, data = make_pair_at_angle(theta)
         triples.append((noise, data, tau))
     return triples
 
 
 def test_states_stay_on_the_half_sphere() -> None:
-    for noise, data, tau in s3_states():
+    for noise, data, tau in make_s3_triples():
         state, _ = flow.interpolate(noise, data, tau, S3)
 
         assert float((state.rotation.norm(dim=-1) - 1).abs().max()) < 1e-14
@@ -348,7 +357,7 @@ def test_states_stay_on_the_half_sphere() -> None:
 
 
 def test_velocity_is_tangent_to_the_sphere_and_has_the_speed_theta() -> None:
-    for noise, data, tau in s3_states():
+    for noise, data, tau in make_s3_triples():
         state, velocity = flow.interpolate(noise, data, tau, S3)
         u = velocity.rotation
 
@@ -371,7 +380,7 @@ def test_velocity_from_the_true_clean_action_is_the_true_velocity(
     state, velocity = flow.interpolate(noise, data, tau, config)
     prediction = Action(data.translation, scale * data.rotation, data.gripper)
 
-    derived = velocity_from_clean(prediction, state, tau, config)
+    derived = compute_velocity_from_clean(prediction, state, tau, config)
 
     torch.testing.assert_close(derived.to_vector(), velocity.to_vector(), atol=1e-9, rtol=0)
 
@@ -379,17 +388,17 @@ def test_velocity_from_the_true_clean_action_is_the_true_velocity(
 # The loss
 
 
-@pytest.mark.parametrize("config", ALL_CONFIGS, ids=config_name)
+@pytest.mark.parametrize("config", ALL_CONFIGS, ids=get_config_name)
 def test_loss_is_zero_at_the_truth(config: FlowConfig) -> None:
     noise, data, tau = draw_pair(config)
-    truth = true_prediction_on_path(noise, data, tau, config)
+    truth = get_prediction_on_path(noise, data, tau, config)
 
     total, _ = flow.compute_loss(truth, noise, data, tau, config)
 
     assert float(total) == pytest.approx(0, abs=1e-7)
 
 
-@pytest.mark.parametrize("config", ALL_CONFIGS, ids=config_name)
+@pytest.mark.parametrize("config", ALL_CONFIGS, ids=get_config_name)
 @pytest.mark.parametrize(
     ("column", "wrong_losses"),
     [(1, {"translation"}), (5, {"rotation", "geodesic"}), (7, {"gripper"})],
@@ -399,7 +408,7 @@ def test_a_wrong_part_has_a_loss_and_the_others_have_none(
 ) -> None:
     """The column is that of an action's vector: translation 0 to 2, rotation 3 to 6, gripper 7."""
     noise, data, tau = draw_pair(config)
-    prediction = true_prediction_on_path(noise, data, tau, config).to_vector().clone()
+    prediction = get_prediction_on_path(noise, data, tau, config).to_vector().clone()
     prediction[..., column] += 0.1
 
     _, losses = flow.compute_loss(Action.from_vector(prediction), noise, data, tau, config)
@@ -412,18 +421,18 @@ def test_a_wrong_part_has_a_loss_and_the_others_have_none(
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("config", ALL_CONFIGS, ids=config_name)
+@pytest.mark.parametrize("config", ALL_CONFIGS, ids=get_config_name)
 def test_gradients_are_finite_at_every_degenerate_place(
     config: FlowConfig, dtype: torch.dtype
 ) -> None:
     """Degenerate are equal and antipodal quaternions (θ = 0 and π), both ends of the flow, and
     predictions that are right, reversed, 0, tiny or large."""
     for theta, tau in itertools.product((0.0, math.pi), (0.0, 0.5, 0.999, 1.0)):
-        noise, data = pair_at_angle(theta)
+        noise, data = make_pair_at_angle(theta)
         noise = noise.to(dtype)
         data = data.to(dtype)
         taus = torch.tensor([tau], dtype=dtype)
-        truth = true_prediction_on_path(noise, data, taus, config).to_vector()
+        truth = get_prediction_on_path(noise, data, taus, config).to_vector()
         for prediction in (truth, -truth, torch.zeros_like(truth), truth * 1e-6, truth * 30):
             prediction = prediction.clone().requires_grad_()
 
@@ -442,28 +451,28 @@ def check_gradient(
 ) -> None:
     """Compare the loss's gradient at a prediction with finite differences."""
 
-    def total_loss(vector: Tensor) -> Tensor:
+    def compute_total(vector: Tensor) -> Tensor:
         return flow.compute_loss(Action.from_vector(vector), noise, data, tau, config)[0]
 
-    assert torch.autograd.gradcheck(total_loss, (prediction.requires_grad_(),), atol=1e-6)
+    assert torch.autograd.gradcheck(compute_total, (prediction.requires_grad_(),), atol=1e-6)
 
 
-@pytest.mark.parametrize("config", ALL_CONFIGS, ids=config_name)
+@pytest.mark.parametrize("config", ALL_CONFIGS, ids=get_config_name)
 def test_loss_gradient_equals_finite_differences(config: FlowConfig) -> None:
     noise, data, tau = draw_pair(config, (3, 2))
-    truth = true_prediction_on_path(noise, data, tau, config).to_vector()
+    truth = get_prediction_on_path(noise, data, tau, config).to_vector()
     prediction = truth + 0.2 * draw_vector(*truth.shape, seed=4)
 
     check_gradient(prediction, noise, data, tau, config)
 
 
-@pytest.mark.parametrize("config", VELOCITY_CONFIGS, ids=config_name)
+@pytest.mark.parametrize("config", VELOCITY_CONFIGS, ids=get_config_name)
 @pytest.mark.parametrize("speed", [0.7, 1.4])
 def test_loss_gradient_is_right_where_only_the_speed_is_wrong(
     config: FlowConfig, speed: float
 ) -> None:
     noise, data, tau = draw_pair(config, (3, 2))
-    truth = true_prediction_on_path(noise, data, tau, config).to_vector()
+    truth = get_prediction_on_path(noise, data, tau, config).to_vector()
 
     check_gradient(speed * truth, noise, data, tau, config)
 
@@ -482,7 +491,7 @@ class PaperFormulas:
 
     def __init__(self) -> None:
         self.noise, self.data, self.tau = draw_pair(S3)
-        shared_generator = generator(7)
+        shared_generator = make_generator(7)
         self.prediction = Action(
             torch.randn(64, 5, 3, generator=shared_generator, dtype=torch.float64),
             torch.randn(64, 5, 4, generator=shared_generator, dtype=torch.float64),
@@ -508,7 +517,7 @@ class PaperFormulas:
         speed = np.linalg.norm(velocity, axis=-1, keepdims=True)
         return np.cos(speed * delta) * self.q + np.sin(speed * delta) * velocity / speed
 
-    def loss_parts(self, config: FlowConfig) -> dict[str, Tensor]:
+    def compute_loss_parts(self, config: FlowConfig) -> dict[str, Tensor]:
         """The parts of the loss of `spear.flow`, which the tests compare with these formulas."""
         return flow.compute_loss(self.prediction, self.noise, self.data, self.tau, config)[1]
 
@@ -524,7 +533,7 @@ def test_cosine_loss_is_the_papers_with_normalized_velocities(paper: PaperFormul
     assert u_norm.min() > 0.01  # below this the loss of an action is 0
     cosine = (paper.v * paper.u).sum(-1) / (v_norm * u_norm)
 
-    losses = paper.loss_parts(FlowConfig(rotation_loss="cosine"))
+    losses = paper.compute_loss_parts(FlowConfig(rotation_loss="cosine"))
 
     assert losses["rotation"].item() == pytest.approx((1 - cosine).mean(), rel=1e-6)
 
@@ -532,7 +541,7 @@ def test_cosine_loss_is_the_papers_with_normalized_velocities(paper: PaperFormul
 def test_mse_loss_of_rotations_is_a_quarter_of_the_squared_distance(paper: PaperFormulas) -> None:
     squared_distance = ((paper.v - paper.u) ** 2).sum(-1)
 
-    losses = paper.loss_parts(FlowConfig(rotation_loss="mse"))
+    losses = paper.compute_loss_parts(FlowConfig(rotation_loss="mse"))
 
     assert losses["rotation"].item() == pytest.approx(squared_distance.mean() / 4, rel=1e-6)
 
@@ -544,7 +553,7 @@ def test_translation_and_gripper_have_the_mean_squared_error(
     u = getattr(paper.data, name) - getattr(paper.noise, name)  # the true velocity
     error = (getattr(paper.prediction, name) - u).numpy()
 
-    assert paper.loss_parts(S3)[name].item() == pytest.approx(np.mean(error**2), rel=1e-12)
+    assert paper.compute_loss_parts(S3)[name].item() == pytest.approx(np.mean(error**2), rel=1e-12)
 
 
 @pytest.mark.parametrize("delta", [None, 0.003, 0.05, 0.1, 0.5])
@@ -557,7 +566,7 @@ def test_geodesic_loss_is_the_chord_after_a_step_of_delta(
     q = paper.step(paper.u, step_length)
     chords = np.linalg.norm([q - q_hat, q + q_hat], axis=-1).min(0)  # [64, 5]
 
-    losses = paper.loss_parts(dataclasses.replace(S3, geodesic_step=delta))
+    losses = paper.compute_loss_parts(dataclasses.replace(S3, geodesic_step=delta))
 
     assert losses["geodesic"].item() == pytest.approx(chords.mean(), rel=1e-6)
 
@@ -631,57 +640,57 @@ def test_the_total_is_the_weighted_sum_of_the_parts() -> None:
 
 
 @pytest.fixture
-def mask() -> Tensor:
+def is_valid() -> Tensor:
     """The actions that count in the loss, [64, 5] bool: about half, but none of the first chunk."""
-    mask = torch.rand(64, 5, generator=generator(6)) < 0.5
-    mask[0] = False
-    return mask
+    is_valid = torch.rand(64, 5, generator=make_generator(6)) < 0.5
+    is_valid[0] = False
+    return is_valid
 
 
-def test_a_masked_loss_is_the_loss_of_the_valid_actions(mask: Tensor) -> None:
+def test_a_masked_loss_is_the_loss_of_the_valid_actions(is_valid: Tensor) -> None:
     noise, data, tau = draw_pair(S3)
     prediction = Action.from_vector(draw_vector(64, 5, 8, seed=5))
 
-    _, masked_losses = flow.compute_loss(prediction, noise, data, tau, S3, mask)
+    _, masked_losses = flow.compute_loss(prediction, noise, data, tau, S3, is_valid)
 
     def select(chunk: Action) -> Action:
-        valid_actions = chunk.to_vector()[mask]  # [N, 8]
+        valid_actions = chunk.to_vector()[is_valid]  # [N, 8]
         return Action.from_vector(valid_actions[:, None])  # N chunks of one action
 
-    tau_of_action = tau[:, None].expand(64, 5)[mask]
+    tau_of_action = tau[:, None].expand(64, 5)[is_valid]
     _, losses = flow.compute_loss(
         select(prediction), select(noise), select(data), tau_of_action, S3
     )
     torch.testing.assert_close(masked_losses, losses)
 
 
-def test_the_loss_of_no_valid_action_is_zero(mask: Tensor) -> None:
+def test_the_loss_of_no_valid_action_is_zero(is_valid: Tensor) -> None:
     noise, data, tau = draw_pair(S3)
     prediction = Action.from_vector(draw_vector(64, 5, 8, seed=5))
 
-    total, _ = flow.compute_loss(prediction, noise, data, tau, S3, torch.zeros_like(mask))
+    total, _ = flow.compute_loss(prediction, noise, data, tau, S3, torch.zeros_like(is_valid))
 
     assert float(total) == 0
 
 
-def test_a_mask_of_one_number_per_chunk_is_refused(mask: Tensor) -> None:
+def test_a_mask_of_one_number_per_chunk_is_refused(is_valid: Tensor) -> None:
     noise, data, tau = draw_pair(S3)
 
     with pytest.raises(ValueError, match="64, 5"):
-        flow.compute_loss(data, noise, data, tau, S3, mask[:, :1])
+        flow.compute_loss(data, noise, data, tau, S3, is_valid[:, :1])
 
 
 # Integration
 
 
-@pytest.mark.parametrize("config", ALL_CONFIGS, ids=config_name)
+@pytest.mark.parametrize("config", ALL_CONFIGS, ids=get_config_name)
 @pytest.mark.parametrize("steps", [1, 2, 10])
 def test_integrating_the_true_prediction_ends_at_the_data(config: FlowConfig, steps: int) -> None:
     noise, data, _ = draw_pair(config)
 
     def predict(state: Action, tau: Tensor) -> Action:
         assert tau.shape == (64,)
-        return true_prediction_from_state(data, state, tau, config)
+        return get_prediction_from_state(data, state, tau, config)
 
     chunk = flow.integrate(predict, noise, steps, config)
 
@@ -696,17 +705,17 @@ def compute_everything(
     320 is the number of actions, of 64 chunks of 5, or of 320 chunks of 1.
     """
     state, velocity = flow.interpolate(noise, data, tau, config)
-    derived = velocity_from_clean(prediction, state, tau, config)
+    derived = compute_velocity_from_clean(prediction, state, tau, config)
     total, _ = flow.compute_loss(prediction, noise, data, tau, config)
     vectors = [chunk.to_vector().reshape(320, 8) for chunk in (state, velocity, derived)]
     return [*vectors, total]
 
 
-@pytest.mark.parametrize("config", ALL_CONFIGS, ids=config_name)
+@pytest.mark.parametrize("config", ALL_CONFIGS, ids=get_config_name)
 def test_actions_with_times_of_their_own_are_as_chunks_of_one_action(config: FlowConfig) -> None:
     noise, data, _ = draw_pair(config)
     prediction = Action.from_vector(draw_vector(64, 5, 8, seed=5))
-    tau = torch.rand(64, 5, generator=generator(6), dtype=torch.float64)
+    tau = torch.rand(64, 5, generator=make_generator(6), dtype=torch.float64)
     tau[:, 0] = 1  # the time of a committed action
 
     def split(chunk: Action) -> Action:
@@ -720,7 +729,7 @@ def test_actions_with_times_of_their_own_are_as_chunks_of_one_action(config: Flo
     torch.testing.assert_close(together, separate, rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("config", ALL_CONFIGS, ids=config_name)
+@pytest.mark.parametrize("config", ALL_CONFIGS, ids=get_config_name)
 def test_equal_times_of_all_actions_are_as_one_time_of_the_chunk(config: FlowConfig) -> None:
     noise, data, tau = draw_pair(config)
     prediction = Action.from_vector(draw_vector(64, 5, 8, seed=5))
@@ -731,18 +740,18 @@ def test_equal_times_of_all_actions_are_as_one_time_of_the_chunk(config: FlowCon
     torch.testing.assert_close(per_chunk, per_action, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("config", ALL_CONFIGS, ids=config_name)
+@pytest.mark.parametrize("config", ALL_CONFIGS, ids=get_config_name)
 def test_integrating_does_not_change_committed_actions(config: FlowConfig) -> None:
     noise, data, _ = draw_pair(config)
     committed_actions = draw_data((64, 5), seed=9)
-    is_committed = flow.sample_committed((64, 5), max_committed=3, generator=generator())
+    is_committed = flow.sample_committed((64, 5), max_committed=3, generator=make_generator())
     states: list[Action] = []
     taus: list[Tensor] = []
 
     def predict(state: Action, tau: Tensor) -> Action:
         states.append(state)
         taus.append(tau)
-        return true_prediction_from_state(data, state, tau, config)
+        return get_prediction_from_state(data, state, tau, config)
 
     prefix = flow.CommittedPrefix(committed_actions, is_committed)
     chunk = flow.integrate(predict, noise, steps=4, config=config, committed=prefix)
@@ -758,7 +767,7 @@ def test_integrating_does_not_change_committed_actions(config: FlowConfig) -> No
     torch.testing.assert_close(free_actions, free_data, rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize("config", CLEAN_CONFIGS, ids=config_name)
+@pytest.mark.parametrize("config", CLEAN_CONFIGS, ids=get_config_name)
 def test_a_length_that_the_loss_does_not_teach_changes_no_state_on_the_way(
     config: FlowConfig,
 ) -> None:
@@ -803,7 +812,7 @@ def test_error_falls_as_one_over_the_number_of_steps() -> None:
     true_rotation = quat_multiply(quat_multiply(quat_exp(a), noise.rotation), quat_exp(b))
     true_end = Action(noise.translation * math.e, true_rotation, noise.gripper / math.e)
 
-    def errors(steps: int) -> list[float]:
+    def measure_errors(steps: int) -> list[float]:
         """The errors of translation, gripper and rotation (rad)."""
         end = flow.integrate(predict, noise, steps, S3)
         return [
@@ -812,9 +821,9 @@ def test_error_falls_as_one_over_the_number_of_steps() -> None:
             float(quat_distance(end.rotation, true_end.rotation).mean()),
         ]
 
-    errors_50 = errors(50)
-    errors_100 = errors(100)
-    errors_200 = errors(200)
+    errors_50 = measure_errors(50)
+    errors_100 = measure_errors(100)
+    errors_200 = measure_errors(200)
 
     # Twice as many steps halve each error.
     assert np.divide(errors_50, errors_100) == pytest.approx(2, rel=0.05)

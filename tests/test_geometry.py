@@ -26,6 +26,7 @@ AXES = [[1, 0, 0], [0, 1, 0], [0, 0, 1], [-1, 0, 0], [0.6, -0.8, 0], [0.48, 0.6,
 
 
 def draw_quats(n: int = 500, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
+    """Draw rotations from the uniform distribution, [N, 4]."""
     generator = torch.Generator().manual_seed(seed)
     return geo.quat_normalize(torch.randn(n, 4, generator=generator, dtype=dtype))
 
@@ -34,7 +35,7 @@ def draw_vectors(n: int, seed: int) -> Tensor:
     return torch.randn(n, 3, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-def special_quats(dtype: torch.dtype = torch.float64) -> Tensor:
+def make_special_quats(dtype: torch.dtype = torch.float64) -> Tensor:
     """All angles of `ANGLES_RAD` about all `AXES`, and 16 products of quarter turns, [N, 4]."""
     angles = torch.tensor(ANGLES_RAD, dtype=dtype)[:, None, None]  # [angles, 1, 1]
     rotation_vectors = angles * torch.tensor(AXES, dtype=dtype)  # [angles, axes, 3]
@@ -88,7 +89,7 @@ def test_one_rotation_broadcasts_over_many_vectors() -> None:
 
 
 def test_log_agrees_with_scipy_everywhere() -> None:
-    q = torch.cat([draw_quats(), special_quats()])
+    q = torch.cat([draw_quats(), make_special_quats()])
 
     log = geo.quat_log(q)
 
@@ -102,7 +103,7 @@ def test_log_agrees_with_scipy_everywhere() -> None:
 
 
 def test_exp_is_the_inverse_of_log_everywhere() -> None:
-    q = torch.cat([draw_quats(), special_quats()])
+    q = torch.cat([draw_quats(), make_special_quats()])
 
     distance_rad = geo.quat_distance(geo.quat_exp(geo.quat_log(q)), q)
 
@@ -110,7 +111,7 @@ def test_exp_is_the_inverse_of_log_everywhere() -> None:
 
 
 def test_exp_of_scipys_rotation_vectors_gives_the_same_rotations() -> None:
-    q = torch.cat([draw_quats(), special_quats()])
+    q = torch.cat([draw_quats(), make_special_quats()])
     rotation_vectors = torch.from_numpy(to_scipy(q).as_rotvec())
 
     distance_rad = geo.quat_distance(geo.quat_exp(rotation_vectors), q)
@@ -229,13 +230,13 @@ def test_quaternions_that_are_not_unit_are_refused(scale: float) -> None:
 
 
 def test_matrices_agree_with_scipy_everywhere() -> None:
-    q = torch.cat([draw_quats(), special_quats()])
+    q = torch.cat([draw_quats(), make_special_quats()])
 
     assert_close(geo.quat_to_matrix(q), to_scipy(q).as_matrix())
 
 
 def test_matrices_give_the_rotation_back_everywhere() -> None:
-    q = torch.cat([draw_quats(), special_quats()])
+    q = torch.cat([draw_quats(), make_special_quats()])
 
     distance_rad = geo.quat_distance(geo.matrix_to_quat(geo.quat_to_matrix(q)), q)
 
@@ -243,7 +244,7 @@ def test_matrices_give_the_rotation_back_everywhere() -> None:
 
 
 def test_the_rotation_of_a_pose_matrix_is_canonical() -> None:
-    q = torch.cat([draw_quats(), special_quats()])
+    q = torch.cat([draw_quats(), make_special_quats()])
     pose = torch.nn.functional.pad(geo.quat_to_matrix(q), (0, 1, 0, 1))  # [N, 4, 4]
 
     rotation = geo.matrix_to_quat(pose)
@@ -252,7 +253,7 @@ def test_the_rotation_of_a_pose_matrix_is_canonical() -> None:
 
 
 def test_6d_is_the_first_two_columns_of_the_matrix() -> None:
-    q = torch.cat([draw_quats(), special_quats()])
+    q = torch.cat([draw_quats(), make_special_quats()])
     matrix = geo.quat_to_matrix(q)
 
     columns = torch.cat([matrix[:, :, 0], matrix[:, :, 1]], dim=-1)
@@ -299,7 +300,7 @@ def test_an_unknown_euler_convention_is_refused() -> None:
 # Poses
 
 
-def pose_matrix(pose: tuple[Tensor, Tensor]) -> Tensor:
+def compute_pose_matrix(pose: tuple[Tensor, Tensor]) -> Tensor:
     """[N, 4, 4] homogeneous matrices of positions [N, 3] and quaternions [N, 4]."""
     position, rotation = pose
     matrix = torch.eye(4, dtype=torch.float64).repeat(len(position), 1, 1)
@@ -316,15 +317,17 @@ def test_composing_poses_multiplies_their_matrices() -> None:
     outer = draw_pose(7)
     inner = draw_pose(8)
 
-    composed = pose_matrix(geo.pose_compose(*outer, *inner))
+    composed = compute_pose_matrix(geo.pose_compose(*outer, *inner))
 
-    assert_close(composed, pose_matrix(outer) @ pose_matrix(inner))
+    assert_close(composed, compute_pose_matrix(outer) @ compute_pose_matrix(inner))
 
 
 def test_the_inverse_pose_has_the_inverse_matrix() -> None:
     pose = draw_pose(7)
 
-    assert_close(pose_matrix(geo.pose_inverse(*pose)), torch.linalg.inv(pose_matrix(pose)))
+    assert_close(
+        compute_pose_matrix(geo.pose_inverse(*pose)), torch.linalg.inv(compute_pose_matrix(pose))
+    )
 
 
 def test_actions_translate_in_the_base_frame_and_rotate_in_the_end_effector_frame() -> None:
@@ -444,7 +447,7 @@ def test_gradients_equal_finite_differences(name: str) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("name", ALL_FUNCTIONS)
 def test_gradients_are_finite_at_every_special_rotation(name: str, dtype: torch.dtype) -> None:
-    for q in (special_quats(dtype), torch.eye(4, dtype=dtype), -torch.eye(4, dtype=dtype)):
+    for q in (make_special_quats(dtype), torch.eye(4, dtype=dtype), -torch.eye(4, dtype=dtype)):
         q = q.requires_grad_()
 
         result = ALL_FUNCTIONS[name](q)

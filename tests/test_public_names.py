@@ -13,12 +13,12 @@ import pytest
 
 pytest.importorskip("torch")
 ROOT = Path(__file__).parents[1]
-SOURCE = (ROOT / "scripts" / "docs_hooks.py").read_text("utf-8")
+HOOKS_SOURCE = (ROOT / "scripts" / "docs_hooks.py").read_text("utf-8")
 
 
 def read_constant(constant: str) -> Any:
     """Return a constant of the script of the reference, which cannot be imported without mkdocs."""
-    for node in ast.parse(SOURCE).body:
+    for node in ast.parse(HOOKS_SOURCE).body:
         if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == constant:
             return ast.literal_eval(node.value)
     raise AssertionError(constant)
@@ -53,8 +53,8 @@ def find_missing_sections(function: Any) -> list[str]:
     if has_result and not re.search("(Returns|Yields):", docstring):
         missing.append("Returns")
     source = textwrap.dedent(inspect.getsource(function))
-    raises = any(isinstance(node, ast.Raise) for node in ast.walk(ast.parse(source)))
-    if raises and "Raises:" not in docstring:
+    has_raise = any(isinstance(node, ast.Raise) for node in ast.walk(ast.parse(source)))
+    if has_raise and "Raises:" not in docstring:
         missing.append("Raises")
     return missing
 

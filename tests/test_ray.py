@@ -43,7 +43,7 @@ def cluster() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
         patch.setenv("OMP_NUM_THREADS", "1")
-        patch.setenv("RAY_worker_niceness", "0")  # workers at 15 starve beside other tests
+        patch.setenv("RAY_worker_niceness", "0")  # Ray's 15 starves workers beside tests
         patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
         ray.init(
             "local", num_cpus=2, include_dashboard=False, logging_level="ERROR", log_to_driver=False

@@ -401,10 +401,10 @@ def test_smooth_embeddings_are_alike_if_their_rows_are_near(
     existing, tables = smooth_tables
     standardized = (tables - existing.mean(0)) / existing.std(0)
 
-    def correlation(gap: int) -> float:
+    def compute_correlation(gap: int) -> float:
         """The correlation between embeddings that are `gap` rows apart."""
         return float((standardized[:, :-gap] * standardized[:, gap:]).mean())
 
-    assert correlation(1) > 0.95
-    assert correlation(1) > correlation(16)
-    assert correlation(16) > correlation(200)
+    assert compute_correlation(1) > 0.95
+    assert compute_correlation(1) > compute_correlation(16)
+    assert compute_correlation(16) > compute_correlation(200)

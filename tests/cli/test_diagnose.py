@@ -15,6 +15,9 @@ from spear.data.store.episode_store import write_episodes
 from spear.diagnose.load import load_case, load_policy_case
 from spear.errors import SpearError
 
+Diagnose = Callable[..., tuple[int, dict[str, object]]]
+"""The type of the fixture `diagnose`: checks -> the exit code, and the content of the JSON file."""
+
 
 class MadeCheck(RolloutCheck):
     """A check whose result a test chooses."""
@@ -40,9 +43,7 @@ FINDING = Finding(
 
 
 @pytest.fixture
-def diagnose(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> Callable[..., tuple[int, dict[str, object]]]:
+def diagnose(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Diagnose:
     """Return a function that runs the command with these checks; by default without a page."""
     write_episodes([make_episode(0)], tmp_path / "rollout")
 
@@ -63,9 +64,7 @@ def make_check(result: Result, kind: type[MadeCheck] = MadeCheck) -> RolloutChec
     return check
 
 
-def test_a_clean_case_exits_with_0(
-    diagnose: Callable[..., tuple[int, dict[str, object]]], capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_clean_case_exits_with_0(diagnose: Diagnose, capsys: pytest.CaptureFixture[str]) -> None:
     code, report = diagnose(make_check(None))
 
     assert code == 0
@@ -74,7 +73,7 @@ def test_a_clean_case_exits_with_0(
 
 
 def test_a_fault_exits_with_1_and_is_explained(
-    diagnose: Callable[..., tuple[int, dict[str, object]]], capsys: pytest.CaptureFixture[str]
+    diagnose: Diagnose, capsys: pytest.CaptureFixture[str]
 ) -> None:
     code, report = diagnose(make_check(FINDING))
 
@@ -101,9 +100,7 @@ def test_a_fault_exits_with_1_and_is_explained(
         Finding(0.3, evidence="hardly", cure="turn", file="file"),
     ],
 )
-def test_a_suspicion_is_undecided_and_exits_with_3(
-    result: Result, diagnose: Callable[..., tuple[int, dict[str, object]]]
-) -> None:
+def test_a_suspicion_is_undecided_and_exits_with_3(result: Result, diagnose: Diagnose) -> None:
     code, report = diagnose(make_check(result))
 
     assert code == 3
@@ -111,7 +108,7 @@ def test_a_suspicion_is_undecided_and_exits_with_3(
 
 
 def test_nothing_examined_is_undecided(
-    diagnose: Callable[..., tuple[int, dict[str, object]]],
+    diagnose: Diagnose,
 ) -> None:
     code, _ = diagnose(make_check(Doubt("too short")))
 
@@ -124,7 +121,7 @@ def test_bad_input_exits_with_2(tmp_path: Path) -> None:
 
 
 def test_findings_are_ranked_and_causes_explain_their_effects(
-    diagnose: Callable[..., tuple[int, dict[str, object]]], capsys: pytest.CaptureFixture[str]
+    diagnose: Diagnose, capsys: pytest.CaptureFixture[str]
 ) -> None:
     cause = make_check(FINDING)
     cause.causes = frozenset({"start-outside"})  # type: ignore[misc]
@@ -139,9 +136,7 @@ def test_findings_are_ranked_and_causes_explain_their_effects(
     assert "explained by action-frame: start-outside" in capsys.readouterr().out
 
 
-def test_the_page_has_the_finding(
-    diagnose: Callable[..., tuple[int, dict[str, object]]], tmp_path: Path
-) -> None:
+def test_the_page_has_the_finding(diagnose: Diagnose, tmp_path: Path) -> None:
     diagnose(make_check(FINDING), out=str(tmp_path / "page.html"))
 
     page = (tmp_path / "page.html").read_text()
@@ -149,9 +144,7 @@ def test_the_page_has_the_finding(
     assert "commanded" in page
 
 
-def test_the_page_says_what_was_not_examined(
-    diagnose: Callable[..., tuple[int, dict[str, object]]], tmp_path: Path
-) -> None:
+def test_the_page_says_what_was_not_examined(diagnose: Diagnose, tmp_path: Path) -> None:
     diagnose(make_check(Doubt("the rollout is too short")), out=str(tmp_path / "page.html"))
 
     page = (tmp_path / "page.html").read_text()

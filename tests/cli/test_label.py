@@ -32,11 +32,11 @@ def scene_labels(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the labels of two scenes, and questions about them."""
     pytest.importorskip("mujoco")
     out = tmp_path_factory.mktemp("scenes") / "labels"
-    assert main(["label", "sim:3-4", *scene_options(out)]) == 0
+    assert main(["label", "sim:3-4", *make_scene_options(out)]) == 0
     return out
 
 
-def scene_options(out: Path) -> list[str]:
+def make_scene_options(out: Path) -> list[str]:
     """Return the options that label scenes from their ground truth in the folder `out`."""
     return ["--out", str(out), "--workers", "0", "--questions", *GROUND_TRUTH]
 
@@ -60,7 +60,7 @@ def test_questions_are_asked_about_the_labeled_scenes(scene_labels: Path) -> Non
 def test_the_same_command_finds_its_labels_finished(
     scene_labels: Path, run_command: Command
 ) -> None:
-    output = run_command("label", "sim:3-4", scene_options(scene_labels))
+    output = run_command("label", "sim:3-4", make_scene_options(scene_labels))
 
     for words in ("2 labeled images", "0 skipped", "questions about"):
         assert words in output
@@ -69,7 +69,7 @@ def test_the_same_command_finds_its_labels_finished(
 def test_a_folder_with_labels_of_other_inputs_is_refused(
     scene_labels: Path, run_refused_command: Command
 ) -> None:
-    assert "PHOTOS is" in run_refused_command("label", "sim:3-5", scene_options(scene_labels))
+    assert "PHOTOS is" in run_refused_command("label", "sim:3-5", make_scene_options(scene_labels))
 
 
 def test_labels_are_shown_with_point_clouds(

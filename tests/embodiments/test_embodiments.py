@@ -40,8 +40,8 @@ def to_rotation(quaternion: Array) -> Rotation:
     return Rotation.from_quat(np.asarray(quaternion, np.float64), scalar_first=True)
 
 
-def angle_between(first: Rotation, second: Rotation) -> float:
-    """The angle (rad) between two orientations."""
+def compute_angle(first: Rotation, second: Rotation) -> float:
+    """Compute the angle (rad) between two orientations."""
     return float((first.inv() * second).magnitude())
 
 
@@ -120,8 +120,8 @@ def test_every_control_makes_rows_for_one_second(name: str) -> None:
         assert len(rows) == control.rate_hz  # five actions at 5 Hz
 
 
-def wrong_images(image: Array) -> list[Any]:
-    """Values that are no image."""
+def make_wrong_images(image: Array) -> list[Any]:
+    """Return values that are no image."""
     return [
         image[0],
         image.astype(np.float32),
@@ -131,8 +131,8 @@ def wrong_images(image: Array) -> list[Any]:
     ]
 
 
-def wrong_numbers(numbers: Array) -> list[Any]:
-    """Values that are not as many finite numbers, or too large."""
+def make_wrong_numbers(numbers: Array) -> list[Any]:
+    """Return values that are not as many finite numbers, or too large."""
     texts = numbers.astype(str)
     return [
         numbers[:-1],
@@ -151,22 +151,22 @@ POSITION_KEYS = ("observation/state", "maniskill3/eef_pos", "states")
 """Keys of embodiments whose first three numbers are a position."""
 
 
-def prompt_key_of(robot: Embodiment) -> str:
+def get_prompt_key(robot: Embodiment) -> str:
     """The key under which a robot sends its instruction."""
     return "prompt" if "prompt" in robot.required else "task_description"
 
 
-def wrong_values(name: str, robot: Embodiment) -> Iterator[tuple[str, Any]]:
+def iterate_wrong_values(name: str, robot: Embodiment) -> Iterator[tuple[str, Any]]:
     """Yield (key, value) for the keys of an embodiment, with values that it must refuse."""
-    yield from ((prompt_key_of(robot), prompt) for prompt in WRONG_PROMPTS)
+    yield from ((get_prompt_key(robot), prompt) for prompt in WRONG_PROMPTS)
     yield from (("seed", seed) for seed in WRONG_SEEDS)
     for key, value in robot.example().items():
         if not isinstance(value, np.ndarray):
             continue
         if value.ndim == 3:
-            yield from ((key, image) for image in wrong_images(value))
+            yield from ((key, image) for image in make_wrong_images(value))
             continue
-        yield from ((key, numbers) for numbers in wrong_numbers(value))
+        yield from ((key, numbers) for numbers in make_wrong_numbers(value))
         indices = np.arange(len(value))
         if key in POSITION_KEYS:
             in_millimeters = value * np.where(indices < 3, 1000, 1)
@@ -180,7 +180,7 @@ def wrong_values(name: str, robot: Embodiment) -> Iterator[tuple[str, Any]]:
 @EVERY_NAME
 def test_an_error_names_the_key_of_a_wrong_value(name: str) -> None:
     robot = embodiments.load(name)
-    for key, value in wrong_values(name, robot):
+    for key, value in iterate_wrong_values(name, robot):
         refuses(re.escape(key), robot.read, {**robot.example(), key: value})
 
 
@@ -196,7 +196,7 @@ def test_an_error_names_a_missing_key(name: str) -> None:
 @EVERY_NAME
 def test_an_error_names_an_unknown_key_and_a_similar_one(name: str) -> None:
     robot = embodiments.load(name)
-    key = prompt_key_of(robot)
+    key = get_prompt_key(robot)
     misspelled_key = key[:-1]
     observation = {**robot.example(), misspelled_key: "x"}
 
@@ -234,8 +234,8 @@ def test_an_observation_must_be_a_map(name: str) -> None:
 # WidowX
 
 
-def widowx_rotation(name: str) -> Rotation:
-    """The orientation of the controller's own end-effector frame in the robot's example."""
+def compute_controller_rotation(name: str) -> Rotation:
+    """Compute the orientation of the controller's own end-effector frame in the robot's example."""
     example = embodiments.load(name).example()
     if name == "widowx":
         return Rotation.from_euler("xyz", example["observation/state"][3:6])
@@ -258,7 +258,7 @@ def test_a_widowx_controller_ends_where_the_actions_lead(
     robot = embodiments.load(name)
     state = read_state(robot, robot.example())
     chunk = make_chunk(angle_rad=0.5)
-    target_rotation = widowx_rotation(name)
+    target_rotation = compute_controller_rotation(name)
     start_matrix = to_rotation(state[3:7]).as_matrix() @ controller_frame
     np.testing.assert_allclose(start_matrix, target_rotation.as_matrix(), atol=1e-6)
 
@@ -295,7 +295,7 @@ def test_the_simpler_controllers_read_the_same_rotation_differently() -> None:
     for angles, vector in zip(euler_angles, rotation_vectors, strict=True):
         from_euler_angles = Rotation.from_euler("XYZ", angles)
         from_rotation_vector = Rotation.from_rotvec(vector)
-        assert angle_between(from_euler_angles, from_rotation_vector) < 1e-5
+        assert compute_angle(from_euler_angles, from_rotation_vector) < 1e-5
     assert np.abs(euler_angles - rotation_vectors).max() > 0.02
 
 
@@ -340,7 +340,7 @@ def test_droid_joint_positions_lead_where_the_actions_do(droid_robot: Embodiment
     for row, position, rotation in zip(last_rows, positions, rotations, strict=True):
         reached_position, reached_rotation = compute_robotiq_pose(row[:7])
         assert np.linalg.norm(reached_position - position) < 1e-3
-        assert angle_between(to_rotation(reached_rotation), rotation) < 5e-3
+        assert compute_angle(to_rotation(reached_rotation), rotation) < 5e-3
 
 
 def test_droid_joint_velocities_lead_along_the_joint_positions(droid_robot: Embodiment) -> None:
@@ -380,7 +380,7 @@ def test_droid_makes_up_for_an_action_that_was_too_fast(droid_robot: Embodiment)
     state = read_state(droid_robot, droid_robot.example())
     positions, rotations = follow_actions(state, chunk)
     assert np.linalg.norm(position - positions[-1]) < 1e-3
-    assert angle_between(to_rotation(rotation), rotations[-1]) < 5e-3
+    assert compute_angle(to_rotation(rotation), rotations[-1]) < 5e-3
 
 
 def test_droid_joint_positions_stay_within_the_arms_speed_and_limits(
@@ -425,7 +425,7 @@ def test_droid_cartesian_positions_are_those_of_the_flange(
         flange_rotation = Rotation.from_euler("xyz", row[3:6])
         finger_tips = row[:3] + flange_rotation.apply([0, 0, tip_offset_m])
         np.testing.assert_allclose(finger_tips, position, atol=1e-5)
-        assert angle_between(flange_rotation * ee_in_flange, rotation) < 1e-5
+        assert compute_angle(flange_rotation * ee_in_flange, rotation) < 1e-5
 
 
 @pytest.mark.parametrize("name", ["droid", "roboarena"])
@@ -437,7 +437,7 @@ def test_a_policy_of_the_first_frames_acts_with_frankas_own_hand(name: str) -> N
     state = read_state(robot, robot.example())
     position, rotation = compute_ee_pose(robot.example()[droid.JOINTS_KEY])
     np.testing.assert_allclose(state[:3], position, atol=1e-6)
-    assert angle_between(to_rotation(state[3:7]), to_rotation(rotation)) < 1e-5
+    assert compute_angle(to_rotation(state[3:7]), to_rotation(rotation)) < 1e-5
 
 
 def test_a_policy_without_recorded_frames_acts_in_the_first_ones(droid_robot: Embodiment) -> None:
@@ -573,7 +573,7 @@ def test_a_robot_and_its_dataset_mean_the_same_pose(name: str, dataset: str) -> 
 
     state = read_state(robot, example)
     np.testing.assert_allclose(episode.position[0], state[:3], atol=1e-6)
-    assert angle_between(to_rotation(episode.rotation[0]), to_rotation(state[3:7])) < 1e-5
+    assert compute_angle(to_rotation(episode.rotation[0]), to_rotation(state[3:7])) < 1e-5
     assert episode.gripper[0] == state[7]
 
 
@@ -593,7 +593,7 @@ def test_the_commands_of_the_example_file_are_the_target_poses() -> None:
     positions, rotations = follow_actions(read_state(robot, robot.example()), make_chunk())
     np.testing.assert_allclose(rows[:, :3], 1000 * positions, atol=1e-2)
     for row, rotation in zip(rows, rotations, strict=True):
-        assert angle_between(Rotation.from_rotvec(row[3:6]), rotation) < 1e-5
+        assert compute_angle(Rotation.from_rotvec(row[3:6]), rotation) < 1e-5
 
 
 def test_an_unknown_name_brings_a_suggestion() -> None:

@@ -44,8 +44,8 @@ def quats_to_rotations(quats: Array) -> Rotation:
     return Rotation.from_quat(quats, scalar_first=True)
 
 
-def max_angle_between(first: Rotation, second: Rotation) -> float:
-    """The largest angle (rad) between rotations of the same index."""
+def compute_max_angle(first: Rotation, second: Rotation) -> float:
+    """Compute the largest angle (rad) between rotations of the same index."""
     return float((first.inv() * second).magnitude().max())
 
 
@@ -95,7 +95,7 @@ class TestPoseRobot:
         np.testing.assert_allclose(actions[:, :3], expected_translations, atol=1e-6)
         rotations = Rotation.from_rotvec(path[:, 3:6])
         expected = rotations[:-1].inv() * rotations[1:]
-        assert max_angle_between(quats_to_rotations(actions[:, 3:7]), expected) < 1e-5
+        assert compute_max_angle(quats_to_rotations(actions[:, 3:7]), expected) < 1e-5
 
     def test_actions_lead_back_to_the_commands(
         self, robot: Any, commands: Array, path: Array
@@ -112,7 +112,7 @@ class TestPoseRobot:
         third_frame = frames[2]  # of the six of the first action
         np.testing.assert_allclose(third_frame[:3], halfway, atol=1e-5)
         expected = Rotation.from_rotvec(path[1:, 3:6])
-        assert max_angle_between(Rotation.from_rotvec(last_frames[:, 3:6]), expected) < 1e-4
+        assert compute_max_angle(Rotation.from_rotvec(last_frames[:, 3:6]), expected) < 1e-4
 
     def test_joint_angles_are_refused(self, robot: Any) -> None:
         """A rotation vector of 30 rad is more than a turn. The error names its first component."""
@@ -129,8 +129,8 @@ class TestLaggingArm:
     distance_per_frame_m = 0.002
     num_chunks = 60
 
-    def demonstrated_actions(self, follow_fraction: float) -> Array:
-        """The five actions [5, 8] that a policy learns from these demonstrations.
+    def make_demonstrated_actions(self, follow_fraction: float) -> Array:
+        """Make the five actions [5, 8] that a policy learns from these demonstrations.
 
         The first action leads from where the arm is to a command, so it also covers the distance by
         which commands were ahead. The other actions lead from command to command.
@@ -149,10 +149,10 @@ class TestLaggingArm:
         """The arm executes the first action (6 frames) of each of 60 chunks."""
         robot = robots.PoseRobot(stride=6)
         follow_fraction = 1 - np.exp(-1 / 30 / lag_s)
-        actions = self.demonstrated_actions(follow_fraction)
+        actions = self.make_demonstrated_actions(follow_fraction)
         measured = np.float32([0, 0, 0, 0, 0, 0, 100])
         commands: list[Array] = []
-        x_before_chunks = []
+        x_before_chunks = []  # m, where the arm is when it gets each chunk
 
         for _ in range(self.num_chunks):
             x_before_chunks.append(measured[0])
@@ -171,7 +171,7 @@ class TestLaggingArm:
     def test_that_is_pushed_away_moves_no_further_than_its_action(self) -> None:
         """The last command is 1 m and 1 rad away from where the arm was pushed to."""
         robot = robots.PoseRobot(stride=6)
-        actions = self.demonstrated_actions(follow_fraction=0.3)
+        actions = self.make_demonstrated_actions(follow_fraction=0.3)
         # x, y, z (m), rotation vector (rad) and gripper (100 is open)
         measured = np.float32([0.5, 0, 0, 0, 0, 0, 100])
         last_command = measured + 1

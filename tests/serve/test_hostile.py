@@ -24,7 +24,7 @@ from spear.serve.client import RemotePolicy
 from spear.serve.connection import ConnectionLimits
 
 GENERIC = load("generic")
-MANY = 2**20
+NUM_ENTRIES = 2**20  # of the lists and maps that are sent
 # The bytes below are an HTTP request that opens a websocket, and websocket frames: a byte with the
 # frame's type, a length, a mask of four bytes, and the content.
 UPGRADE_HEADERS = (
@@ -50,12 +50,12 @@ def make_frame(message: bytes) -> bytes:
 @pytest.mark.parametrize(
     "bomb",
     [
-        b"\xdd" + MANY.to_bytes(4, "big") + MANY * b"\x90",
-        b"\x81\xa1a\xdd" + MANY.to_bytes(4, "big") + MANY * b"\x80",
-        b"\x81\xa1a" + 900 * b"\xdc\x03\xe8" + MANY * b"\xc0",
+        b"\xdd" + NUM_ENTRIES.to_bytes(4, "big") + NUM_ENTRIES * b"\x90",
+        b"\x81\xa1a\xdd" + NUM_ENTRIES.to_bytes(4, "big") + NUM_ENTRIES * b"\x80",
+        b"\x81\xa1a" + 900 * b"\xdc\x03\xe8" + NUM_ENTRIES * b"\xc0",
         b"\x81\xa1a\xdc\x03\xe7" + 999 * (b"\xdc\x03\xe7" + 999 * b"\x90"),
-        b"\xdf" + MANY.to_bytes(4, "big") + MANY * b"\xa1a\xc0",
-        b"\x8a" + b"\xa1a\x91" * MANY,
+        b"\xdf" + NUM_ENTRIES.to_bytes(4, "big") + NUM_ENTRIES * b"\xa1a\xc0",
+        b"\x8a" + b"\xa1a\x91" * NUM_ENTRIES,
     ],
     ids=["lists", "maps", "deep lists", "lists of lists", "one large map", "nested maps"],
 )

@@ -92,7 +92,7 @@ def make_exchange(step: int = 0, interval_s: float = 0.2, **changes: Any) -> Exc
     """The exchange of a robot that asks every `interval_s` and moves along x."""
     observation = make_observation(0.2 + 0.01 * step)
     chunk = make_homing_chunk(observation["observation/state"])
-    arrival_s = 1e9 + step * interval_s
+    arrival_s = 1e9 + step * interval_s  # Unix time, from any moment on
     exchange = Exchange(
         client="robot",
         address="192.0.2.1:1234",

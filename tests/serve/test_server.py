@@ -1,7 +1,7 @@
 """The server over real sockets: answers, errors, batches, busy servers, stopping, metrics.
 
 Most tests serve `HomingPolicy`, whose actions move the arm by -0.1 times its position. So the first
-action of an answer shows which observation the policy got (`make_observation`, `first_x`).
+action of an answer shows which observation the policy got (`make_observation`, `get_first_x`).
 """
 
 import asyncio
@@ -38,7 +38,8 @@ from spear.serve.service import Service
 GENERIC = load("generic")
 
 
-def url_of(server: PolicyServer) -> str:
+def get_url(server: PolicyServer) -> str:
+    """Return the address of a server's websocket."""
     return f"ws://127.0.0.1:{server.port}"
 
 
@@ -51,12 +52,12 @@ def make_observation(x: float = 0.4, **changes: Any) -> dict[str, Any]:
 
 def connect_raw(server: PolicyServer) -> ClientConnection:
     """A websocket connection to a server, after the greeting was read."""
-    connection = connect(url_of(server), compression=None)
+    connection = connect(get_url(server), compression=None)
     connection.recv()
     return connection
 
 
-def first_x(result: Mapping[str, Any]) -> float:
+def get_first_x(result: Mapping[str, Any]) -> float:
     """The x translation of an answer's first action: -0.1 times the arm's x (`HomingPolicy`)."""
     return float(result["actions"][0, 0])
 
@@ -86,14 +87,14 @@ def test_a_healthy_server_says_ok() -> None:
 
 
 def test_the_metadata_describe_the_robot() -> None:
-    with run_server() as server, closing(RemotePolicy(url_of(server))) as policy:
+    with run_server() as server, closing(RemotePolicy(get_url(server))) as policy:
         assert policy.metadata["embodiment"] == "generic"
         assert policy.metadata["rate_hz"] == 5.0
         assert set(policy.metadata["observation"]) == set(GENERIC.required)
 
 
 def test_an_observation_is_answered_with_actions_and_timings() -> None:
-    with run_server() as server, closing(RemotePolicy(url_of(server))) as policy:
+    with run_server() as server, closing(RemotePolicy(get_url(server))) as policy:
         first = policy.infer(make_observation())
         second = policy.infer(make_observation())
 
@@ -110,7 +111,7 @@ def test_each_server_counts_its_own_requests() -> None:
     with (
         run_server() as server,
         run_server(),
-        closing(RemotePolicy(url_of(server))) as policy,
+        closing(RemotePolicy(get_url(server))) as policy,
     ):
         policy.infer(make_observation())
         policy.infer(make_observation())
@@ -278,8 +279,8 @@ def test_a_mistake_in_a_robots_file_fails_one_observation(
 
     assert isinstance(odd, SpearError)
     assert "ZeroDivisionError" in str(odd)
-    assert first_x(first) == pytest.approx(-0.01, rel=1e-5)
-    assert first_x(last) == pytest.approx(-0.03, rel=1e-5)
+    assert get_first_x(first) == pytest.approx(-0.01, rel=1e-5)
+    assert get_first_x(last) == pytest.approx(-0.03, rel=1e-5)
     [record] = caplog.records
     assert record.exc_info
 
@@ -304,7 +305,10 @@ class CommittedPolicy(HomingPolicy):
     committed = 2
 
     def infer_batch(self, observations: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-        return [{"actions": np.repeat(o["committed"], 5, axis=0)} for o in observations]
+        return [
+            {"actions": np.repeat(observation["committed"], 5, axis=0)}
+            for observation in observations
+        ]
 
 
 def test_committed_actions_reach_a_policy_that_has_learned_them() -> None:
@@ -312,7 +316,7 @@ def test_committed_actions_reach_a_policy_that_has_learned_them() -> None:
 
     with (
         run_server(CommittedPolicy()) as server,
-        closing(RemotePolicy(url_of(server))) as policy,
+        closing(RemotePolicy(get_url(server))) as policy,
     ):
         result = policy.infer(make_observation(committed=committed))
 
@@ -326,7 +330,7 @@ def test_a_robot_with_actions_of_its_own_takes_no_committed_actions() -> None:
 
     with (
         run_server(CommittedPolicy(), robot="droid") as server,
-        closing(RemotePolicy(url_of(server))) as policy,
+        closing(RemotePolicy(get_url(server))) as policy,
     ):
         assert policy.committed == 0
         observation = {**load("droid").example(), "committed": committed}
@@ -339,7 +343,7 @@ def test_clients_beyond_the_limit_are_refused() -> None:
         connect_raw(server),
         connect_raw(server),
     ):
-        refuses("503", RemotePolicy, url_of(server))
+        refuses("503", RemotePolicy, get_url(server))
         assert http_get(server, "/healthz")[2] == "ok\n"
 
 
@@ -360,7 +364,7 @@ def test_a_message_beyond_the_limit_ends_its_own_connection() -> None:
 
 def test_a_remote_policy_names_an_observation_beyond_the_limit_and_works_again() -> None:
     limits = ConnectionLimits(max_message_bytes=300_000)
-    with run_server(limits=limits) as server, closing(RemotePolicy(url_of(server))) as policy:
+    with run_server(limits=limits) as server, closing(RemotePolicy(get_url(server))) as policy:
         large_image = np.zeros((400, 400, 3), np.uint8)
         observation = make_observation(**{"observation/image": large_image})
         message = "observation .*at most 300000 bytes.*--max-message-mib"
@@ -372,7 +376,7 @@ def test_a_remote_policy_names_an_observation_beyond_the_limit_and_works_again()
 @pytest.mark.parametrize("token", [None, "Secret"])
 def test_a_client_without_the_token_is_refused(token: str | None) -> None:
     with run_server(token="secret") as server:
-        refuses("401", RemotePolicy, url_of(server), token=token)
+        refuses("401", RemotePolicy, get_url(server), token=token)
 
 
 # Headers of a request, its path, and the status of the response.
@@ -394,7 +398,7 @@ def test_all_but_health_needs_the_token(headers: dict[str, str], path: str, stat
 def test_a_client_with_the_token_is_answered() -> None:
     with (
         run_server(token="secret") as server,
-        closing(RemotePolicy(url_of(server), token="secret")) as policy,
+        closing(RemotePolicy(get_url(server), token="secret")) as policy,
     ):
         policy.infer(make_observation())
 
@@ -402,14 +406,14 @@ def test_a_client_with_the_token_is_answered() -> None:
 def test_many_clients_are_answered_together_and_each_gets_its_own_answer() -> None:
     policy = HomingPolicy(inference_s=0.02)
     with run_server(policy, max_batch_size=8, batch_timeout_ms=1000.0) as server:
-        clients = [RemotePolicy(url_of(server)) for _ in range(8)]
+        clients = [RemotePolicy(get_url(server)) for _ in range(8)]
 
         def ask_four_times(index: int) -> None:
             # No two of the 32 requests have the same x.
             for number in range(4):
                 x = 0.1 + 0.01 * index + 0.1 * number
                 result = clients[index].infer(make_observation(x))
-                assert first_x(result) == pytest.approx(-0.1 * x, rel=1e-5)
+                assert get_first_x(result) == pytest.approx(-0.1 * x, rel=1e-5)
 
         with ThreadPoolExecutor(8) as threads:
             list(threads.map(ask_four_times, range(8)))
@@ -420,7 +424,7 @@ def test_many_clients_are_answered_together_and_each_gets_its_own_answer() -> No
 
 
 def test_a_refused_observation_leaves_nothing_behind_for_the_next_call() -> None:
-    with run_server(max_batch_size=8) as server, closing(RemotePolicy(url_of(server))) as policy:
+    with run_server(max_batch_size=8) as server, closing(RemotePolicy(get_url(server))) as policy:
         refused = make_observation(prompt="explode")
         refuses(
             "explode",
@@ -430,7 +434,7 @@ def test_a_refused_observation_leaves_nothing_behind_for_the_next_call() -> None
 
         results = policy.infer_batch([make_observation(0.1 * k) for k in range(1, 5)])
 
-    xs = [first_x(result) for result in results]
+    xs = [get_first_x(result) for result in results]
     np.testing.assert_allclose(xs, [-0.01, -0.02, -0.03, -0.04], rtol=1e-5)
 
 
@@ -469,11 +473,11 @@ def test_threads_may_share_a_client() -> None:
     xs = [0.1 + 0.05 * index for index in range(8)]
     with (
         run_server(HomingPolicy(inference_s=0.02)) as server,
-        closing(RemotePolicy(url_of(server))) as policy,
+        closing(RemotePolicy(get_url(server))) as policy,
     ):
         with ThreadPoolExecutor(4) as threads:
             answered_xs = list(
-                threads.map(lambda x: first_x(policy.infer(make_observation(x))), xs)
+                threads.map(lambda x: get_first_x(policy.infer(make_observation(x))), xs)
             )
 
     np.testing.assert_allclose(answered_xs, -0.1 * np.array(xs), rtol=1e-5)
@@ -489,7 +493,7 @@ def test_an_episode_may_begin_while_the_last_chunk_of_another_is_computed(
     monkeypatch.setattr("spear.chunks.CONTROL_RATE_HZ", math.inf)  # the pilot does not wait
     with (
         run_server(HomingPolicy(inference_s=0.02)) as server,
-        closing(RemotePolicy(url_of(server))) as policy,
+        closing(RemotePolicy(get_url(server))) as policy,
     ):
         for x in [0.1 + 0.05 * index for index in range(8)]:
             with closing(Pilot(policy, "async", replan_interval=3)) as pilot:
@@ -509,7 +513,7 @@ def test_an_interrupted_call_leaves_no_answer_to_the_next(
     """
     interrupt = Mock(side_effect=KeyboardInterrupt)
     with run_server() as server:
-        policy = RemotePolicy(url_of(server))
+        policy = RemotePolicy(get_url(server))
         if moment == "greeting":
             policy.close()  # the next call connects again, and waits for the greeting
 
@@ -519,7 +523,7 @@ def test_an_interrupted_call_leaves_no_answer_to_the_next(
                 patched.setattr(ClientConnection, "close", interrupt)
             policy.infer_batch([make_observation(0.1)] * batch_size)
 
-        assert first_x(policy.infer(make_observation(0.3))) == pytest.approx(-0.03, rel=1e-5)
+        assert get_first_x(policy.infer(make_observation(0.3))) == pytest.approx(-0.03, rel=1e-5)
         policy.infer_batch([make_observation(), make_observation()])
 
 
@@ -532,7 +536,7 @@ def test_a_pilot_executes_the_rows_of_a_robot_that_takes_actions(
     monkeypatch.setattr("spear.embodiments.load", lambda name: robot)
 
     with run_server(robot="arm.py") as server:
-        action = Pilot(RemotePolicy(url_of(server))).step(make_observation())
+        action = Pilot(RemotePolicy(get_url(server))).step(make_observation())
 
     assert action[0] == pytest.approx(-0.04, rel=1e-5)  # the arm is at 0.4 m
 
@@ -548,7 +552,7 @@ def test_a_pilot_does_not_take_commands_for_actions(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr("spear.embodiments.load", lambda name: robot)
 
     with run_server(robot="arm.py") as server:
-        refuses("arm.py", Pilot, RemotePolicy(url_of(server)))
+        refuses("arm.py", Pilot, RemotePolicy(get_url(server)))
 
 
 def test_a_client_goes_on_with_the_same_server_after_a_restart() -> None:
@@ -556,7 +560,7 @@ def test_a_client_goes_on_with_the_same_server_after_a_restart() -> None:
     observation = load("droid").example()
     with run_server(policy, "droid") as server:
         port = server.port
-        client = RemotePolicy(url_of(server))
+        client = RemotePolicy(get_url(server))
         actions_before = client.infer(observation)["actions"]
     refuses("has gone", client.infer, observation)
 
@@ -572,7 +576,7 @@ def test_a_client_refuses_another_server_at_the_same_address(changed: str) -> No
     observation = load("droid").example()
     with run_server(policy, "droid", control="joint_velocity") as server:
         port = server.port
-        client = RemotePolicy(url_of(server))
+        client = RemotePolicy(get_url(server))
         client.infer(observation)
     refuses("has gone", client.infer, observation)
 
@@ -582,7 +586,7 @@ def test_a_client_refuses_another_server_at_the_same_address(changed: str) -> No
     with run_server(policy, "droid", port=port, control=control) as server:
         for _ in range(2):
             refuses("than before", client.infer, observation)
-        new_client = RemotePolicy(url_of(server))
+        new_client = RemotePolicy(get_url(server))
         # Five actions at 5 Hz become 15 rows at DROID's 15 Hz.
         assert new_client.infer(observation)["actions"].shape == (15, 8)
 
@@ -615,7 +619,7 @@ def test_a_full_queue_refuses_at_once() -> None:
 
 def test_a_remote_policy_asks_a_busy_server_again() -> None:
     with run_server(HomingPolicy(inference_s=0.2), max_batch_size=1, max_queue_size=2) as server:
-        results = RemotePolicy(url_of(server)).infer_batch([make_observation()] * 4)
+        results = RemotePolicy(get_url(server)).infer_batch([make_observation()] * 4)
 
     assert len(results) == 4
 

@@ -58,6 +58,8 @@ def pack_scalar(data: object, dtype: str) -> bytes:
     return msgpack.packb({"s": {b"__npgeneric__": True, b"data": data, b"dtype": dtype}})
 
 
+# Some messages are written in msgpack's bytes: 81 begins a map with one key, 91 a list with one
+# entry, and df a map whose length follows in four bytes. "\xa1a" is the text "a", and c0 is None.
 @pytest.mark.parametrize(
     ("data", "words"),
     [

@@ -61,12 +61,12 @@ class Tab:
             if entry["level"] == "error":
                 self.errors.append(entry["text"])
 
-    def open(self, url: str, width: int = 1400, height: int = 1000, phone: bool = False) -> None:
+    def open(self, url: str, width: int = 1400, height: int = 1000, is_phone: bool = False) -> None:
         """Open a URL in a window of this size, or on a phone with a touch screen of this size."""
-        scale = 2 if phone else 1
-        size = {"width": width, "height": height, "deviceScaleFactor": scale, "mobile": phone}
+        scale = 2 if is_phone else 1
+        size = {"width": width, "height": height, "deviceScaleFactor": scale, "mobile": is_phone}
         self.call("Emulation.setDeviceMetricsOverride", **size)
-        self.call("Emulation.setTouchEmulationEnabled", enabled=phone, maxTouchPoints=5)
+        self.call("Emulation.setTouchEmulationEnabled", enabled=is_phone, maxTouchPoints=5)
         self.call("Page.navigate", url=url)
 
     def run(self, script: str) -> Any:

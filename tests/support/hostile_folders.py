@@ -51,7 +51,7 @@ def open_fuzz(kind: str, workspace: Path, shared: Path | None = None) -> FolderF
 
 
 def make_model(folder: Path) -> None:
-    """A policy with all of its files."""
+    """Copy the shipped policy with all of its files."""
     shutil.copytree(locate("nano"), folder)
     # The installed weights may be read-only, and the fuzz changes the copies.
     for path in [folder, *folder.rglob("*")]:
@@ -64,7 +64,7 @@ def read_model(folder: Path) -> None:
 
 
 def make_labels(folder: Path) -> None:
-    """Two files of labeled images."""
+    """Write two files of labeled images."""
     folder.mkdir()
     write_labels([make_labeled_image(0), make_labeled_image(1)], folder / "labels-0.parquet")
     write_labels([make_labeled_image(2)], folder / "labels-1.parquet")
@@ -77,7 +77,7 @@ def read_all_labels(folder: Path) -> None:
 
 
 def make_recording(folder: Path) -> None:
-    """Recorded episodes."""
+    """Write two recorded episodes."""
     write_store([make_episode(0), make_episode(1)], folder)
 
 
@@ -89,7 +89,7 @@ def read_first_episodes(folder: Path) -> None:
 
 
 def make_rgbd(folder: Path) -> None:
-    """Two frames with depth and the intrinsics of their camera."""
+    """Write two frames with depth and the intrinsics of their camera."""
     rng = np.random.default_rng(0)
     for name in ("color", "depth"):
         (folder / name).mkdir(parents=True)

@@ -11,7 +11,7 @@ from spear.serve.recorder import RecordingWriter, mark_folder
 from spear.sim.env import TabletopEnv
 from spear.types import CONTROL_RATE_HZ, Array, Policy
 
-FIRST_ARRIVAL_S = 1_780_000_000.0
+FIRST_ARRIVAL_S = 1_780_000_000.0  # since 1970: a time in 2026
 PAUSE_BETWEEN_EPISODES_S = 60.0
 SESSION = {"policy": "nano", "embodiment": "generic", "control": "actions", "rate_hz": 5.0}
 

@@ -381,7 +381,9 @@ def phone_tab(
     )
     monkeypatch.setattr(server.page._shared, "episode_folder", EpisodeFolder(tmp_path))
     opened_tab = Tab(browser)
-    opened_tab.open(f"http://127.0.0.1:{server.port}/", PHONE_WIDTH_PX, PHONE_HEIGHT_PX, phone=True)
+    opened_tab.open(
+        f"http://127.0.0.1:{server.port}/", PHONE_WIDTH_PX, PHONE_HEIGHT_PX, is_phone=True
+    )
     wait_until_settled(opened_tab)
     opened_tab.run("document.querySelector('#replay').click()")
     wait_until_settled(opened_tab, "view.source === 'recording'")
