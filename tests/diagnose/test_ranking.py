@@ -49,7 +49,7 @@ def list_explanations(result: Diagnosis) -> dict[str, str]:
         (0.8, 0.7, True),
         (0.7, 0.7, True),
         (0.7, 0.8, False),
-        (0.95, 0.98, True),  # both are sure
+        (0.85, 0.98, True),  # both are sure
     ],
 )
 def test_a_fault_explains_only_what_is_no_surer(

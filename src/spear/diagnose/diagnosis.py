@@ -17,9 +17,9 @@ ANY_ROBOT_FILE = "your robot's file"
 ROBOT_FILE_WITH_EXAMPLE = f"{ANY_ROBOT_FILE} (see examples/my_robot.py)"
 CLIENT = "your robot's client, which sends the observations and executes the actions"
 MIN_CONFIDENCE = 0.5  # a finding of less confidence only makes the diagnosis undecided
-# Checks are at most 0.9 to 0.98 sure, by their kind. So confidences from here on count as equal
-# where one finding may explain another.
-SURE_CONFIDENCE = 0.9
+# Checks that see their fault clearly are 0.85 to 0.98 sure, by their kind. So confidences from here
+# on count as equal where one finding may explain another.
+SURE_CONFIDENCE = 0.85
 
 
 @dataclass(frozen=True)
