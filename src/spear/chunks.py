@@ -345,7 +345,7 @@ class ChunkExecutor:
 
 @dataclass(frozen=True)
 class _Inference:
-    """An inference that runs in another thread, or has ended there."""
+    """An inference in another thread; it still runs or has ended."""
 
     observed_tick: int  # the executor's tick in which the observation was taken
     result: Future[dict[str, Any]]

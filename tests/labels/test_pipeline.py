@@ -128,7 +128,11 @@ def test_a_table_that_was_detected_is_still_the_support(frames: list[Frame], ind
 
 
 @pytest.mark.parametrize(
-    ("as_estimates", "max_vertex_error_m", "min_iou"), [(False, 0.008, 0.8), (True, 0.0095, 0.7)]
+    ("as_estimates", "max_vertex_error_m", "min_iou"),
+    [
+        (False, 0.008, 0.8),  # measured: 0.0059 m and 0.83
+        (True, 0.0095, 0.7),  # measured: 0.0065 m and 0.81
+    ],
 )
 def test_boxes_of_the_simulators_objects(
     renderer: Any, as_estimates: bool, max_vertex_error_m: float, min_iou: float

@@ -770,7 +770,8 @@ def _find_orientations_near(
     for size in (16, 6, 4, 3):
         starts = [(near.column, near.end), (near.column, near.first - size)]
         # A pose of 16 numbers in column order ends with its translation and a 1, so it begins 15
-        # numbers before the translation ends. Smaller sizes are sought there, too.
+        # numbers before the translation ends. Rotations of a smaller size may begin at this
+        # number, too.
         starts.append((near.column, near.end - 15))
         starts += [(name, 0) for name in other_columns]
         orientations = []

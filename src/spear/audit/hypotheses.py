@@ -142,10 +142,11 @@ class Stretches:
     """
 
     def __init__(self, recordings: Sequence[Recording]) -> None:
+        # One entry per stretch; see the attributes `rows` and `is_step`
         rows: list[Array] = []
         is_step: list[Array] = []
-        episodes: list[int] = []
-        first_row = 0
+        episodes: list[int] = []  # the index of the stretch's episode
+        first_row = 0  # of the current episode, in the concatenation of all episodes
         for number, recording in enumerate(recordings):
             for run_first, run_end in _find_valid_runs(recording.valid):
                 for start in range(run_first, run_end, MAX_STRETCH_STEPS):

@@ -26,6 +26,7 @@ def check_joint_limits(folder: Dataset, split: str, layout: DatasetLayout) -> li
     leaves its own, or the tip is at impossible heights.
     """
     assert layout.arm is not None
+    # One entry per episode: the joints [T, d] and the tip's positions [T, 3]
     all_joints: list[Array] = []
     all_positions: list[Array] = []
     for source, recorded_steps in itertools.islice(folder.read_steps(split, ()), MAX_EPISODES):

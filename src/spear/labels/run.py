@@ -122,7 +122,7 @@ class PreparedRun(NamedTuple):
 
 
 def label_photos(options: LabelOptions, list_scenes: ListScenes | None = None) -> LabelingProgress:
-    """Label `options.photos` into the folder `options.out`, or continue an interrupted run there.
+    """Label `options.photos` into the folder `options.out`, or continue its interrupted run.
 
     Args:
         options: Options of the command.
@@ -227,7 +227,7 @@ def label_folder(
     work: WorkOptions,
     retry_skipped: bool = False,
 ) -> LabelingProgress:
-    """Label items into a folder, or continue an interrupted run there.
+    """Label items into a folder, or continue the folder's interrupted run.
 
     Args:
         items: The input. All items are kept in memory, half a kilobyte for each image.

@@ -254,7 +254,7 @@ class VersionReference:
         model = _VersionModel.fit(states, features)
 
         # Score the other episodes, as they are and changed to each version but the first, "plain".
-        plain_scores: list[dict[str, float]] = []
+        plain_scores: list[dict[str, float]] = []  # of each episode: version → log likelihood
         changed_scores: dict[str, list[dict[str, float]]] = {name: [] for name in versions[1:]}
         for episode in training[1::2]:
             episode_states = _extract_state_features(episode)
@@ -310,11 +310,12 @@ class PictureReferences:
     @cached_property
     def training_cameras(self) -> list[str]:
         """The cameras that nearly all demonstrations have."""
-        names: dict[str, int] = {}
+        num_episodes: dict[str, int] = {}  # camera → number of episodes that have it
         for episode in self.demonstrations:
             for camera in episode.pictures:
-                names[camera] = names.get(camera, 0) + 1
-        return [name for name, count in names.items() if count > 0.95 * len(self.demonstrations)]
+                num_episodes[camera] = num_episodes.get(camera, 0) + 1
+        min_episodes = 0.95 * len(self.demonstrations)
+        return [camera for camera, number in num_episodes.items() if number > min_episodes]
 
     def get_versions(self, camera: str, kind: str) -> VersionReference | None:
         """Return a model of a camera's pictures and their versions, fitted to the demonstrations.

@@ -75,8 +75,8 @@ class SeamJumpsCheck(RolloutCheck):
     def _examine_plans(self, case: Case) -> Result:
         """Look for answers that do not continue the ones before them."""
         num_executed = case.motion.executed_count or case.motion.typical_executed
-        jumps_m: list[Array] = []
-        changes_m: list[Array] = []
+        jumps_m: list[Array] = []  # of each episode, at the seam between answers
+        changes_m: list[Array] = []  # of each episode, from one action of an answer to its next
         for episode in case.rollout:
             if episode.served is None or episode.served.chunks.shape[1] < 2:
                 continue

@@ -193,7 +193,8 @@ def _find_distinct_texts(rows: Any) -> list[str]:
 
     Most rows repeat the row before, so rows are compared before they are decoded.
     """
-    distinct_rows: dict[Any, Any] = {}
+    # Both dicts are sets that keep the order.
+    distinct_rows: dict[Any, Any] = {}  # row, in a form that can be a key → the row
     for row in rows:
         key = row.tobytes() if isinstance(row, np.ndarray) else row
         distinct_rows[key] = row

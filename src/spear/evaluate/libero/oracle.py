@@ -203,7 +203,8 @@ def choose_action(goal: Sequence[Sequence[str]], moment: LiberoMoment) -> Array:
 def is_fulfilled(condition: Sequence[str], moment: LiberoMoment) -> bool:
     """Whether nothing is left to do for a condition.
 
-    An object that has to be put somewhere must be there, and the gripper must have let go of it.
+    An object that has to be put at a place must be at this place, and the gripper must have let go
+    of the object.
     """
     predicate, name, *place_names = condition
     if predicate == "turnon":

@@ -227,7 +227,7 @@ def list_features(skeleton: Skeleton) -> set[str]:
 
 def _find_cues(skeleton: Skeleton) -> list[str]:
     """Find the cues of a skeleton: groups of words that it uses, and patterns; sorted."""
-    cues = [group for group, words in CUES.items() if not words.isdisjoint(skeleton.words)]
+    cues = [group for group, words in CUES.items() if words.intersection(skeleton.words)]
     text = " ".join(skeleton.words)
     cues += [cue for cue, pattern in CUE_PATTERNS.items() if re.search(pattern, text)]
     return sorted(cues)

@@ -495,7 +495,7 @@ class _Clause:
         "box" and "can" are words of `VOCABULARY`, but may also be a name or its last word.
 
         Returns:
-            The index; `start` if no name begins there.
+            The index; `start` if no name begins at `start`.
         """
         end = start
         while self._is_adjective_of_name(end, start):
@@ -552,13 +552,16 @@ class _Clause:
         is_end = next_token in ("", "and", "or", "from", "is", "over", "than", "to", "'s")
         if not is_after_determiner:  # "hammer to box"
             return start > 1 and self._token_at(start - 1) == "to" and next_token == ""
-        no_boxes = CUES["corners"] | CUES["bounding"] | CUES["solid"] | {"around"}
         if next_token == "or":
             return True  # "the box or the mug"
         # "is the box closer than the mug", but not "which box around the mug is closer"
-        if not CUES["comparative"].isdisjoint(self.tokens) and no_boxes.isdisjoint(self.tokens):
+        bounding_box_words = CUES["corners"] | CUES["bounding"] | CUES["solid"] | {"around"}
+        compares = any(token in CUES["comparative"] for token in self.tokens)
+        mentions_bounding_box = any(token in bounding_box_words for token in self.tokens)
+        if compares and not mentions_bounding_box:
             return True
-        if next_token == "in" and not CUES["center"].isdisjoint(self.tokens[:start]):
+        has_center_before = any(token in CUES["center"] for token in self.tokens[:start])
+        if next_token == "in" and has_center_before:
             return True  # "the 3D center of the box in meters"
         before_names = WORDS["name_prepositions"] | WORDS["speaking"]
         is_after_preposition = self._token_at(start - 2) in before_names | _BEFORE_BOXES

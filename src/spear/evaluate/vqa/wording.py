@@ -200,7 +200,7 @@ def _order_names(skeleton: Skeleton, question_type: str) -> list[str]:
     first, second = (name_indices[skeleton.names.index(name)] for name in names)
     words_before = skeleton.words[:first]
     words_between = skeleton.words[first + 1 : second]
-    if not {"connecting", "connects", "subtract"}.isdisjoint(words_before):
+    if any(word in ("connecting", "connects", "subtract") for word in words_before):
         return names  # "what connects x with y", "subtract x from y"
     if "coincide" in words_between:  # "move x so that it coincides with y"
         return names

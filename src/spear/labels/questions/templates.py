@@ -122,7 +122,7 @@ def _parse_name(name: str) -> _NameMeaning:
     for ending, singular_ending in _PLURAL_ENDINGS:
         forms.add(re.sub(ending, singular_ending, noun))
     synonym_forms = {
-        f"#{number}" for number, group in enumerate(SYNONYM_GROUPS) if not forms.isdisjoint(group)
+        f"#{number}" for number, group in enumerate(SYNONYM_GROUPS) if forms.intersection(group)
     }
     other_words = words - {"a", "an", "the", noun}
     return _NameMeaning(noun, frozenset(forms | synonym_forms), frozenset(other_words))

@@ -84,7 +84,7 @@ def find_closer_named(answer: Segments, names: Sequence[str]) -> str | None:
         names: The names of the two objects.
 
     Returns:
-        One of the names; None if neither is there.
+        One of the names; None if the conclusion contains neither.
     """
     conclusion_start = 0  # index of the first segment after the last number
     for index, segment in enumerate(answer):
