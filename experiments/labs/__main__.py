@@ -1,0 +1,165 @@
+"""Success in laboratories that no demonstration shows, from the kept episodes.
+
+    python -m experiments.labs             # prints the table
+    python -m experiments.labs --figure    # also draws docs/figures/labs.svg, needs Matplotlib
+
+A key of results/scores.parquet names the place of the evaluation ("seen" or "unseen" laboratories),
+the row, the number of laboratories with demonstrations, and the seed of the training:
+"unseen-3d-64-0".
+"""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import tyro
+
+from experiments.ablations.scores import load_scores
+from experiments.ablations.table import stack_successes
+from spear.cli import run_reporting_errors
+from spear.evaluate.results import Results
+from spear.evaluate.stats import (
+    Estimate,
+    estimate_difference_over_seeds,
+    estimate_mean_over_seeds,
+)
+from spear.types import Array
+
+SCORES = Path(__file__).with_name("results") / "scores.parquet"
+FIGURE = Path(__file__).parents[2] / "docs" / "figures" / "labs.svg"
+
+Place = Literal["seen", "unseen"]
+PLACES: tuple[Place, ...] = ("unseen", "seen")
+ROW_TITLES = {"3d": "3D questions", "2d": "2D questions", "no-images": "no images"}
+"""Row → what its VLM was asked about the images without demonstrations."""
+MAIN_ROW = "3d"
+
+
+@dataclass(frozen=True)
+class Cell:
+    """The trainings of one row with one number of laboratories, in one place.
+
+    by_seed  training seed → the results of its policy.
+    """
+
+    place: Place
+    row: str
+    num_labs: int
+    by_seed: dict[int, Results]
+
+    def select_seeds(self, seeds: list[int]) -> list[Array]:
+        """Success [seeds, scenes] of each task family, for these training seeds."""
+        results = [self.by_seed[seed] for seed in seeds]
+        return stack_successes(results, results[0].families)
+
+    def success(self) -> Estimate:
+        """Mean success over training seeds and scenes."""
+        return estimate_mean_over_seeds(self.select_seeds(sorted(self.by_seed)))
+
+
+def load_cells(path: Path = SCORES) -> list[Cell]:
+    """All cells that have been scored: unseen laboratories first, then by their number and row."""
+    by_cell: dict[tuple[Place, str, int], dict[int, Results]] = {}
+    for key, results in load_scores(path).items():
+        place, name = key.split("-", 1)
+        row, num_labs, seed = name.rsplit("-", 2)
+        assert place in PLACES, key
+        by_cell.setdefault((place, row, int(num_labs)), {})[int(seed)] = results
+
+    cells = [Cell(*cell, by_seed) for cell, by_seed in by_cell.items()]
+    rows = list(ROW_TITLES)
+    cells.sort(key=lambda cell: (PLACES.index(cell.place), cell.num_labs, rows.index(cell.row)))
+    return cells
+
+
+def find_difference(cell: Cell, cells: list[Cell]) -> tuple[Estimate, int] | None:
+    """How much the main row succeeds more often than a cell's row, over the seeds of both.
+
+    Returns the difference and the number of seeds, or None for the main row itself.
+    """
+    for main in cells:
+        is_counterpart = main.place == cell.place and main.num_labs == cell.num_labs
+        if main.row == MAIN_ROW and is_counterpart and cell.row != MAIN_ROW:
+            seeds = sorted(set(main.by_seed) & set(cell.by_seed))
+            difference = estimate_difference_over_seeds(
+                main.select_seeds(seeds), cell.select_seeds(seeds)
+            )
+            return difference, len(seeds)
+    return None
+
+
+def format_table(cells: list[Cell]) -> str:
+    """The table as Markdown, success and differences in percent and points."""
+    lines = [
+        "| laboratories | demonstrations in | VLM was asked | success, % [95 %] |"
+        " 3D questions more by, points [95 %] | each seed, % |",
+        "|---|---|---|---|---|---|",
+    ]
+    for cell in cells:
+        by_seed = []
+        for seed in sorted(cell.by_seed):
+            by_seed.append(f"{100 * cell.by_seed[seed].mean_success().value:.1f}")
+        difference = find_difference(cell, cells)
+        more = "–" if difference is None else difference[0].to_text("+.1f", 100)
+        lines.append(
+            f"| {cell.place} | {cell.num_labs} | {ROW_TITLES[cell.row]} |"
+            f" {cell.success().to_text('.1f', 100)} | {more} | {', '.join(by_seed)} |"
+        )
+    return "\n".join(lines)
+
+
+def draw_figure(cells: list[Cell], path: Path = FIGURE) -> None:
+    """Draw success over the number of laboratories, for every row; dots are single trainings."""
+    import matplotlib.pyplot as plt
+
+    from experiments.figure_style import BLUE, FAINT_TEXT, ORANGE, WIDTH_INCHES, save_figure
+    from experiments.figure_style import use_style as use_figure_style
+
+    colors = {"3d": BLUE, "2d": ORANGE, "no-images": FAINT_TEXT}
+    titles = {
+        "unseen": "Laboratories without demonstrations",
+        "seen": "Laboratories with demonstrations",
+    }
+    with use_figure_style("labs"):
+        figure, all_axes = plt.subplots(
+            ncols=2, figsize=(WIDTH_INCHES, 3), sharey=True, layout="constrained"
+        )
+        for place, axes in zip(PLACES, all_axes, strict=True):
+            for row, color in colors.items():
+                chosen = [cell for cell in cells if cell.place == place and cell.row == row]
+                labs = [cell.num_labs for cell in chosen]
+                means = [100 * cell.success().value for cell in chosen]
+                axes.plot(labs, means, "-", color=color, label=ROW_TITLES[row])
+                for cell in chosen:
+                    rates = [100 * r.mean_success().value for r in cell.by_seed.values()]
+                    axes.plot([cell.num_labs] * len(rates), rates, "o", color=color, alpha=0.5)
+            ticks = sorted({cell.num_labs for cell in cells})
+            axes.set_xscale("log")
+            axes.set_xticks(ticks, [str(tick) for tick in ticks])
+            axes.minorticks_off()
+            axes.set_title(titles[place])
+            axes.set_xlabel("laboratories that demonstrations show")
+        all_axes[0].set_ylabel("success, %")
+        all_axes[0].set_ylim(0, 100)
+        all_axes[0].set_yticks(np.arange(0, 101, 20))
+        all_axes[1].legend(loc="lower right")
+        save_figure(figure, path)
+
+
+def report(scores: Path = SCORES, figure: bool = False) -> None:
+    """Print the table of the kept scores.
+
+    Args:
+        scores: Parquet file of `python -m experiments.ablations.scores`.
+        figure: Also draw the figure of the page.
+    """
+    cells = load_cells(scores)
+    print(format_table(cells))
+    if figure:
+        draw_figure(cells)
+
+
+if __name__ == "__main__":
+    sys.exit(run_reporting_errors(lambda: tyro.cli(report)))
