@@ -3,7 +3,7 @@
     python -m experiments.labs             # prints the table
     python -m experiments.labs --figure    # also draws docs/figures/labs.svg, needs Matplotlib
 
-A key of results/scores.parquet names the place of the evaluation ("seen" or "unseen" laboratories),
+A key of results/scores.parquet names the surroundings of the evaluation ("seen" or "unseen" laboratories),
 the row, the number of laboratories with demonstrations, and the seed of the training:
 "unseen-3d-64-0".
 """
@@ -30,8 +30,8 @@ from spear.types import Array
 SCORES = Path(__file__).with_name("results") / "scores.parquet"
 FIGURE = Path(__file__).parents[2] / "docs" / "figures" / "labs.svg"
 
-Place = Literal["seen", "unseen"]
-PLACES: tuple[Place, ...] = ("unseen", "seen")
+Surroundings = Literal["seen", "unseen"]
+SURROUNDINGS: tuple[Surroundings, ...] = ("unseen", "seen")
 ROW_TITLES = {"3d": "3D questions", "2d": "2D questions", "no-images": "no images"}
 """Row → what its VLM was asked about the images without demonstrations."""
 MAIN_ROW = "3d"
@@ -39,38 +39,46 @@ MAIN_ROW = "3d"
 
 @dataclass(frozen=True)
 class Cell:
-    """The trainings of one row with one number of laboratories, in one place.
+    """The trainings of one row with one number of laboratories, in seen or unseen ones.
 
-    by_seed  training seed → the results of its policy.
+    results_by_seed  training seed → the results of its policy.
     """
 
-    place: Place
+    surroundings: Surroundings
     row: str
     num_labs: int
-    by_seed: dict[int, Results]
+    results_by_seed: dict[int, Results]
 
     def select_seeds(self, seeds: list[int]) -> list[Array]:
         """Success [seeds, scenes] of each task family, for these training seeds."""
-        results = [self.by_seed[seed] for seed in seeds]
+        results = [self.results_by_seed[seed] for seed in seeds]
         return stack_successes(results, results[0].families)
 
     def success(self) -> Estimate:
         """Mean success over training seeds and scenes."""
-        return estimate_mean_over_seeds(self.select_seeds(sorted(self.by_seed)))
+        return estimate_mean_over_seeds(self.select_seeds(sorted(self.results_by_seed)))
 
 
 def load_cells(path: Path = SCORES) -> list[Cell]:
     """All cells that have been scored: unseen laboratories first, then by their number and row."""
-    by_cell: dict[tuple[Place, str, int], dict[int, Results]] = {}
+    by_cell: dict[tuple[Surroundings, str, int], dict[int, Results]] = {}
     for key, results in load_scores(path).items():
-        place, name = key.split("-", 1)
+        surroundings, name = key.split("-", 1)
         row, num_labs, seed = name.rsplit("-", 2)
-        assert place in PLACES, key
-        by_cell.setdefault((place, row, int(num_labs)), {})[int(seed)] = results
+        assert surroundings in SURROUNDINGS, key
+        by_cell.setdefault((surroundings, row, int(num_labs)), {})[int(seed)] = results
 
-    cells = [Cell(*cell, by_seed) for cell, by_seed in by_cell.items()]
+    cells = []
+    for (surroundings, row, num_labs), results_by_seed in by_cell.items():
+        cells.append(Cell(surroundings, row, num_labs, results_by_seed))
     rows = list(ROW_TITLES)
-    cells.sort(key=lambda cell: (PLACES.index(cell.place), cell.num_labs, rows.index(cell.row)))
+    cells.sort(
+        key=lambda cell: (
+            SURROUNDINGS.index(cell.surroundings),
+            cell.num_labs,
+            rows.index(cell.row),
+        )
+    )
     return cells
 
 
@@ -79,12 +87,17 @@ def find_difference(cell: Cell, cells: list[Cell]) -> tuple[Estimate, int] | Non
 
     Returns the difference and the number of seeds, or None for the main row itself.
     """
-    for main in cells:
-        is_counterpart = main.place == cell.place and main.num_labs == cell.num_labs
-        if main.row == MAIN_ROW and is_counterpart and cell.row != MAIN_ROW:
-            seeds = sorted(set(main.by_seed) & set(cell.by_seed))
+    if cell.row == MAIN_ROW:
+        return None
+    for main_cell in cells:
+        if (main_cell.surroundings, main_cell.row, main_cell.num_labs) == (
+            cell.surroundings,
+            MAIN_ROW,
+            cell.num_labs,
+        ):
+            seeds = sorted(set(main_cell.results_by_seed) & set(cell.results_by_seed))
             difference = estimate_difference_over_seeds(
-                main.select_seeds(seeds), cell.select_seeds(seeds)
+                main_cell.select_seeds(seeds), cell.select_seeds(seeds)
             )
             return difference, len(seeds)
     return None
@@ -98,14 +111,14 @@ def format_table(cells: list[Cell]) -> str:
         "|---|---|---|---|---|---|",
     ]
     for cell in cells:
-        by_seed = []
-        for seed in sorted(cell.by_seed):
-            by_seed.append(f"{100 * cell.by_seed[seed].mean_success().value:.1f}")
+        rates = []
+        for seed in sorted(cell.results_by_seed):
+            rates.append(f"{100 * cell.results_by_seed[seed].mean_success().value:.1f}")
         difference = find_difference(cell, cells)
-        more = "–" if difference is None else difference[0].to_text("+.1f", 100)
+        gain = "–" if difference is None else difference[0].to_text("+.1f", 100)
         lines.append(
-            f"| {cell.place} | {cell.num_labs} | {ROW_TITLES[cell.row]} |"
-            f" {cell.success().to_text('.1f', 100)} | {more} | {', '.join(by_seed)} |"
+            f"| {cell.surroundings} | {cell.num_labs} | {ROW_TITLES[cell.row]} |"
+            f" {cell.success().to_text('.1f', 100)} | {gain} | {', '.join(rates)} |"
         )
     return "\n".join(lines)
 
@@ -126,20 +139,22 @@ def draw_figure(cells: list[Cell], path: Path = FIGURE) -> None:
         figure, all_axes = plt.subplots(
             ncols=2, figsize=(WIDTH_INCHES, 3), sharey=True, layout="constrained"
         )
-        for place, axes in zip(PLACES, all_axes, strict=True):
+        for surroundings, axes in zip(SURROUNDINGS, all_axes, strict=True):
             for row, color in colors.items():
-                chosen = [cell for cell in cells if cell.place == place and cell.row == row]
-                labs = [cell.num_labs for cell in chosen]
-                means = [100 * cell.success().value for cell in chosen]
+                row_cells = [
+                    cell for cell in cells if cell.surroundings == surroundings and cell.row == row
+                ]
+                labs = [cell.num_labs for cell in row_cells]
+                means = [100 * cell.success().value for cell in row_cells]
                 axes.plot(labs, means, "-", color=color, label=ROW_TITLES[row])
-                for cell in chosen:
-                    rates = [100 * r.mean_success().value for r in cell.by_seed.values()]
+                for cell in row_cells:
+                    rates = [100 * r.mean_success().value for r in cell.results_by_seed.values()]
                     axes.plot([cell.num_labs] * len(rates), rates, "o", color=color, alpha=0.5)
             ticks = sorted({cell.num_labs for cell in cells})
             axes.set_xscale("log")
             axes.set_xticks(ticks, [str(tick) for tick in ticks])
             axes.minorticks_off()
-            axes.set_title(titles[place])
+            axes.set_title(titles[surroundings])
             axes.set_xlabel("laboratories that demonstrations show")
         all_axes[0].set_ylabel("success, %")
         all_axes[0].set_ylim(0, 100)
