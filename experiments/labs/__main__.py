@@ -3,9 +3,9 @@
     python -m experiments.labs             # prints the table
     python -m experiments.labs --figure    # also draws docs/figures/labs.svg, needs Matplotlib
 
-A key of results/scores.parquet names the surroundings of the evaluation ("seen" or "unseen" laboratories),
-the row, the number of laboratories with demonstrations, and the seed of the training:
-"unseen-3d-64-0".
+A key of results/scores.parquet names the surroundings of the evaluation ("seen" or "unseen"
+laboratories), the row, the number of laboratories with demonstrations, and the seed of the
+training: "unseen-3d-64-0".
 """
 
 import sys
