@@ -94,7 +94,7 @@ def make_missing_data(options: AblationOptions, say: Callable[[str], None] = pri
     with hold_lock(options.out / "locks" / "data", wait=True):
         complete = labels / "complete"
         if options.labels is None and not complete.is_file():
-            say(f"labelling {NUM_LABELED_SCENES:,} scenes into {labels}")
+            say(f"labeling {NUM_LABELED_SCENES:,} scenes into {labels}")
             label_scenes(labels, NUM_LABELED_SCENES, image_sizes, FIRST_LABELED_SEED, workers=2)
             complete.touch()
         if options.episodes is None and not episodes.is_dir():

@@ -76,7 +76,7 @@ def _make_cells(line: Line, filled: FilledTable) -> dict[str, str]:
     """A line as text, by the columns' headers."""
     cells = {"row": line.row.title}
     if filled.table.name == CURVE_TABLE:
-        cells["3D-labelled images"] = f"{line.images:,}"
+        cells["3D-labeled images"] = f"{line.images:,}"
 
     success = "not run yet"
     if line.success is not None:
@@ -149,6 +149,6 @@ def _draw_scaling_curve(filled: FilledTable) -> str:
     )
     trainings = plot.Line("one training", dot_x, dot_y, GREY, dots=True, joined=False)
     ticks = [(a, f"{images:,}") for a, (images, _, _) in zip(x, finished, strict=True)]
-    images_axis = Axis("3D-labelled images", (x[0] - 0.2, x[-1] + 0.2), ticks)
+    images_axis = Axis("3D-labeled images", (x[0] - 0.2, x[-1] + 0.2), ticks)
     success_axis = Axis("success", (0, min(100, 10 * ceil(10 * max(tops)))), unit=" %")
     return draw_chart([trainings, mean], images_axis, success_axis, size=CHART_SIZE)

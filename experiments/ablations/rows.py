@@ -92,7 +92,7 @@ TABLES = _load_tables(_CONTENT)
 
 class AblationOptions(Options):
     rows: tuple[str, ...] = ()
-    """Rows, or whole tables: 3d, rotation, normalisation, siglip, converged, images. Default:
+    """Rows, or whole tables: 3d, rotation, normalization, siglip, converged, images. Default:
     all.
     """
     seeds: Annotated[int, Range(1)] = 3
@@ -102,7 +102,7 @@ class AblationOptions(Options):
     out: Path = Path("runs/ablations")
     """Folder for trainings, scores and tables."""
     labels: OptionalFolder = None
-    """Folder of labelled scenes, from spear label. Without it, 13,056 scenes are labelled into
+    """Folder of labeled scenes, from spear label. Without it, 13,056 scenes are labelled into
     OUT/labels.
     """
     episodes: OptionalFolder = None

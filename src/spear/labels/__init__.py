@@ -1,1 +1,1 @@
-"""From images to 3D-labelled images to questions: detect, segment, point map, box, ask, store."""
+"""From images to 3D-labeled images to questions: detect, segment, point map, box, ask, store."""

@@ -223,7 +223,7 @@ def label_scene_jobs(
     check_no_foreign_files(out, INSTRUCTIONS_FILE, action="label")
     advice = "use fewer --workers, and run the same command again"
 
-    with acquire_run_lock(out, "labelling into", INSTRUCTIONS_FILE, "run.json"):
+    with acquire_run_lock(out, "labeling into", INSTRUCTIONS_FILE, "run.json"):
         # Mark the folder as one of scene labels, and record or compare the settings.
         if not (out / INSTRUCTIONS_FILE).is_file():
             write_text(
@@ -251,7 +251,7 @@ def label_scene_jobs(
 
         # Label the scenes of these jobs.
         num_finished = num_scenes - _count_scenes(job for _, job in open_jobs)
-        bar = ProgressBar("labelling", num_scenes, "scenes", num_done_before=num_finished)
+        bar = ProgressBar("labeling", num_scenes, "scenes", num_done_before=num_finished)
         label_job = partial(_label_job, out, simulator.render, label_frames)
         num_processes = workers if workers > 1 else 0  # with 0, this process labels
         with (
