@@ -102,7 +102,7 @@ class AblationOptions(Options):
     out: Path = Path("runs/ablations")
     """Folder for trainings, scores and tables."""
     labels: OptionalFolder = None
-    """Folder of labeled scenes, from spear label. Without it, 13,056 scenes are labelled into
+    """Folder of labeled scenes, from spear label. Without it, 13,056 scenes are labeled into
     OUT/labels.
     """
     episodes: OptionalFolder = None
