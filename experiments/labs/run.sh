@@ -15,7 +15,7 @@ LABS=${LABS:-4 64}
 export OMP_NUM_THREADS=1
 TASKS="put_on put_in_basket spoon_on_towel"
 VLM_STEPS=2600
-POLICY_STEPS=1500
+POLICY_STEPS=1200
 
 make_data() {
     # Images without a robot, and one in ten with it, of surroundings that no laboratory has.
@@ -60,10 +60,10 @@ train_policy() {  # ROW LABS SEED; the settings are those of experiments/ablatio
 score_policy() {  # ROW LABS SEED
     policy=$RUNS/policies/$1-$2-$3
     # Held-out scenes from 1,000 on stand in laboratories of the same numbers. Demonstrations show 0 to 63 only.
-    "$BIN/spear" evaluate --policy "$policy" --world colorful-labs:1000000 --first-seed 1000 --num-scenes 100 \
+    "$BIN/spear" evaluate --policy "$policy" --world colorful-labs:1000000 --first-seed 1000 --num-scenes 60 \
         --tasks $TASKS --out "$RUNS/scores/unseen-$1-$2-$3"
     # Held-out scenes in the laboratories of the demonstrations.
-    "$BIN/spear" evaluate --policy "$policy" --world "colorful-labs:$2" --first-seed 1000 --num-scenes 40 \
+    "$BIN/spear" evaluate --policy "$policy" --world "colorful-labs:$2" --first-seed 1000 --num-scenes 20 \
         --tasks $TASKS --out "$RUNS/scores/seen-$1-$2-$3"
 }
 
