@@ -32,7 +32,12 @@ FIGURE = Path(__file__).parents[2] / "docs" / "figures" / "labs.svg"
 
 Surroundings = Literal["seen", "unseen"]
 SURROUNDINGS: tuple[Surroundings, ...] = ("unseen", "seen")
-ROW_TITLES = {"3d": "3D questions", "2d": "2D questions", "no-images": "no images"}
+ROW_TITLES = {
+    "3d": "3D questions",
+    "3d-no-moge": "3D questions, no MoGe",
+    "2d": "2D questions",
+    "no-images": "no images",
+}
 """Row → what its VLM was asked about the images without demonstrations."""
 MAIN_ROW = "3d"
 

@@ -3,10 +3,12 @@
 #
 #   sh experiments/labs/run.sh data        labels images and records demonstrations
 #   sh experiments/labs/run.sh 3d          trains and scores policies whose SPEAR-VLM was asked 3D questions
+#   sh experiments/labs/run.sh 3d-no-moge  the same without a depth encoder
 #   sh experiments/labs/run.sh 2d          the same, whose VLM was asked 2D questions about the same images
 #   sh experiments/labs/run.sh no-images   the same, whose VLM saw none of these images
 #
-# The last three can run side by side, one process each. Stopped at any moment, the same command continues where it was.
+# All but the first can run side by side, one process each. Stopped at any moment, the same command continues where it
+# was. PROCESSES=2 trains a VLM on two cores.
 set -eu
 BIN=${BIN:-.venv/bin}
 RUNS=${RUNS:-runs/labs}
@@ -15,6 +17,7 @@ LABS=${LABS:-4 64}
 export OMP_NUM_THREADS=1
 TASKS="put_on put_in_basket spoon_on_towel"
 VLM_STEPS=2600
+TRAIN_VLM="$BIN/torchrun --standalone --nproc-per-node ${PROCESSES:-1} --no-python $BIN/spear train"
 POLICY_STEPS=1200
 
 make_data() {
@@ -29,14 +32,22 @@ make_data() {
 train_vlm() {
     case $1 in
     3d)
-        "$BIN/spear" train nano-vlm-1 --labels "$RUNS/labels-3d" "$RUNS/labels-robot" --init nano-vlm-0 \
+        $TRAIN_VLM nano-vlm-1 --labels "$RUNS/labels-3d" "$RUNS/labels-robot" --init nano-vlm-0 \
             --init-depth-encoder nano-depth --out "$RUNS/vlm-3d-1" \
             --set 'lr_scale={"multi_modal_projector":0.02,"moge_projector":0.02}'
-        "$BIN/spear" train nano-vlm-2 --labels "$RUNS/labels-3d" "$RUNS/labels-robot" --init "$RUNS/vlm-3d-1" \
+        $TRAIN_VLM nano-vlm-2 --labels "$RUNS/labels-3d" "$RUNS/labels-robot" --init "$RUNS/vlm-3d-1" \
             --out "$RUNS/vlm-3d" --steps "$VLM_STEPS" --lr 2.5e-4
         ;;
+    3d-no-moge)
+        $TRAIN_VLM nano-vlm-1 --labels "$RUNS/labels-3d" "$RUNS/labels-robot" --init nano-vlm-0 \
+            --out "$RUNS/vlm-3d-no-moge-1" --set moge=false 'lr_scale={"multi_modal_projector":0.02}' \
+            'trained=["multi_modal_projector","language_model.embed_tokens"]'
+        $TRAIN_VLM nano-vlm-2 --labels "$RUNS/labels-3d" "$RUNS/labels-robot" --init "$RUNS/vlm-3d-no-moge-1" \
+            --out "$RUNS/vlm-3d-no-moge" --steps "$VLM_STEPS" --lr 2.5e-4 --set moge=false \
+            'lr_scale={"vision_tower":0.3}'
+        ;;
     2d)
-        "$BIN/spear" train nano-vlm-0 --labels "$RUNS/labels-3d" "$RUNS/labels-robot" --init nano-vlm-0 \
+        $TRAIN_VLM nano-vlm-0 --labels "$RUNS/labels-3d" "$RUNS/labels-robot" --init nano-vlm-0 \
             --out "$RUNS/vlm-2d" --steps "$((VLM_STEPS + 200))" --lr 2.5e-4 \
             --set 'frozen=[]' 'lr_scale={"vision_tower":0.3}'
         ;;
@@ -47,6 +58,7 @@ train_policy() {  # ROW LABS SEED; the settings are those of experiments/ablatio
     row=$1; labs=$2; seed=$3
     case $row in
     3d) init=$RUNS/vlm-3d; moge=true; frozen='["vlm.moge","vlm.vision_tower.embeddings"]' ;;
+    3d-no-moge) init=$RUNS/vlm-3d-no-moge; moge=false; frozen='["vlm.vision_tower.embeddings"]' ;;
     2d) init=$RUNS/vlm-2d; moge=false; frozen='["vlm.vision_tower.embeddings"]' ;;
     no-images) init=nano-vlm-0; moge=false; frozen='["vlm.vision_tower.embeddings"]' ;;
     esac
@@ -69,7 +81,7 @@ score_policy() {  # ROW LABS SEED
 
 case $1 in
 data) make_data ;;
-3d | 2d | no-images)
+3d | 3d-no-moge | 2d | no-images)
     train_vlm "$1"
     for seed in $SEEDS; do
         for labs in $LABS; do
@@ -79,7 +91,7 @@ data) make_data ;;
     done
     ;;
 *)
-    echo "run.sh: choose data, 3d, 2d or no-images" >&2
+    echo "run.sh: choose data, 3d, 3d-no-moge, 2d or no-images" >&2
     exit 2
     ;;
 esac
