@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-import numpy as np
 import tyro
 
 from experiments.ablations.scores import load_scores
@@ -135,7 +134,12 @@ def draw_figure(cells: list[Cell], path: Path = FIGURE) -> None:
     from experiments.figure_style import BLUE, FAINT_TEXT, ORANGE, WIDTH_INCHES, save_figure
     from experiments.figure_style import use_style as use_figure_style
 
-    colors = {"3d": BLUE, "2d": ORANGE, "no-images": FAINT_TEXT}
+    styles = {  # color and line style
+        "3d": (BLUE, "-"),
+        "3d-no-moge": (BLUE, "--"),
+        "2d": (ORANGE, "-"),
+        "no-images": (FAINT_TEXT, "-"),
+    }
     titles = {
         "unseen": "Laboratories without demonstrations",
         "seen": "Laboratories with demonstrations",
@@ -145,13 +149,15 @@ def draw_figure(cells: list[Cell], path: Path = FIGURE) -> None:
             ncols=2, figsize=(WIDTH_INCHES, 3), sharey=True, layout="constrained"
         )
         for surroundings, axes in zip(SURROUNDINGS, all_axes, strict=True):
-            for row, color in colors.items():
+            for row, (color, line) in styles.items():
                 row_cells = [
                     cell for cell in cells if cell.surroundings == surroundings and cell.row == row
                 ]
+                if not row_cells:
+                    continue
                 labs = [cell.num_labs for cell in row_cells]
                 means = [100 * cell.success().value for cell in row_cells]
-                axes.plot(labs, means, "-", color=color, label=ROW_TITLES[row])
+                axes.plot(labs, means, line, color=color, label=ROW_TITLES[row])
                 for cell in row_cells:
                     rates = [100 * r.mean_success().value for r in cell.results_by_seed.values()]
                     axes.plot([cell.num_labs] * len(rates), rates, "o", color=color, alpha=0.5)
@@ -162,9 +168,8 @@ def draw_figure(cells: list[Cell], path: Path = FIGURE) -> None:
             axes.set_title(titles[surroundings])
             axes.set_xlabel("laboratories that demonstrations show")
         all_axes[0].set_ylabel("success, %")
-        all_axes[0].set_ylim(0, 100)
-        all_axes[0].set_yticks(np.arange(0, 101, 20))
-        all_axes[1].legend(loc="lower right")
+        all_axes[0].set_ylim(bottom=0)
+        all_axes[1].legend(loc="upper right")
         save_figure(figure, path)
 
 
