@@ -68,9 +68,9 @@ def load_cells(path: Path = SCORES) -> list[Cell]:
     by_cell: dict[tuple[Surroundings, str, int], dict[int, Results]] = {}
     for key, results in load_scores(path).items():
         surroundings, name = key.split("-", 1)
-        row, num_labs, seed = name.rsplit("-", 2)
+        row, num_labs_text, seed = name.rsplit("-", 2)
         assert surroundings in SURROUNDINGS, key
-        by_cell.setdefault((surroundings, row, int(num_labs)), {})[int(seed)] = results
+        by_cell.setdefault((surroundings, row, int(num_labs_text)), {})[int(seed)] = results
 
     cells = []
     for (surroundings, row, num_labs), results_by_seed in by_cell.items():
