@@ -42,7 +42,7 @@ def mirror_picture(picture: Array) -> Array:
     return np.ascontiguousarray(picture[:, ::-1])
 
 
-def keep(value: Array) -> Array:
+def leave_unchanged(value: Array) -> Array:
     """Change nothing."""
     return value
 
@@ -55,8 +55,8 @@ class Fault:
     change_picture  (picture [height, width, 3]) -> the picture that the robot sends.
     """
 
-    execute: Callable[[Array], Array] = keep
-    change_picture: Callable[[Array], Array] = keep
+    execute: Callable[[Array], Array] = leave_unchanged
+    change_picture: Callable[[Array], Array] = leave_unchanged
 
 
 FAULTS = {
