@@ -28,8 +28,10 @@ from spear.util.images import decode_image
 
 def turn_base(action: Array) -> Array:
     """Execute a translation in a base that is mounted a quarter turn wrong."""
-    x, y, *rest = action
-    return np.array([-y, x, *rest])
+    turned = action.copy()
+    turned[0] = -action[1]
+    turned[1] = action[0]
+    return turned
 
 
 def invert_gripper(action: Array) -> Array:
