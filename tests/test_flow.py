@@ -796,7 +796,8 @@ def test_a_length_that_the_loss_does_not_teach_changes_no_state_on_the_way(
 
 def test_error_falls_as_one_over_the_number_of_steps() -> None:
     """The velocities x' = x, q' = ½ (a ⊗ q + q ⊗ b) and g' = -g are integrated inexactly by Euler
-    steps, but their exact solutions at τ = 1 are known: e x, exp(a) ⊗ q ⊗ exp(b) and g / e.
+    steps, but their exact solutions at τ = 1 are known: e x, exp(a) ⊗ q ⊗ exp(b) and g / e. Here
+    exp(a) is the quaternion of the rotation vector a (`quat_exp`).
     """
     noise = draw_noise((16, 5), S3)
     a = torch.tensor([1.5, -0.7, 0.4], dtype=torch.float64)

@@ -327,7 +327,8 @@ MISTAKES: dict[str, Callable[[], Any]] = {
 
 
 def read_snapshot() -> dict[str, str]:
-    """Read the messages: the line that names the mistake -> the lines below it."""
+    """Read the messages: the line that names the mistake → the lines below it."""
+    # An entry begins with "$ " and a command, or with "# " and a key of `MISTAKES`.
     entries = re.split(r"^(?=[$#] )", SNAPSHOT.read_text("utf-8"), flags=re.MULTILINE)
     messages = {}
     for entry in entries:
@@ -338,7 +339,7 @@ def read_snapshot() -> dict[str, str]:
 
 
 def to_snapshot(text: str, desk: Path) -> str:
-    """Remove what differs between machines from a message."""
+    """Remove the paths that differ between machines, and NUL characters, from a message."""
     text = text.replace(f"{desk}/", "").replace(str(BUNDLED_WEIGHTS), "WEIGHTS")
     return text.replace("\0", "").strip()
 

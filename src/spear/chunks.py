@@ -510,7 +510,7 @@ def check_replan_interval(replan_interval: int, horizon: int | None = None) -> N
 def _join_to_executed(
     actions: Array, executed: Sequence[Array], num_executed: float, gripper_change: int | None
 ) -> Array:
-    """Join a chunk to the actions that the robot executed since the observation of the chunk.
+    """Return a chunk's remaining actions, joined to those executed since the chunk's observation.
 
     A chunk describes a path: the poses after each of its actions. Because the robot executed other
     actions than the chunk's first ones, its actual pose differs from the pose that the path plans
@@ -520,7 +520,8 @@ def _join_to_executed(
     Args:
         actions: [H, 8], the chunk.
         executed: the actions [8] that the robot executed since the observation of the chunk.
-        num_executed: how many of the chunk's actions `executed` amounts to; not always an integer.
+        num_executed: how many of the chunk's actions `executed` amounts to. With 2.25, a quarter of
+            the third action has been executed, which is the first of the remaining ones.
         gripper_change: index, among the remaining actions, of the one that opens or closes the
             gripper. The offset has faded to zero when this action begins. None if no action does.
 

@@ -241,8 +241,9 @@ def test_six_numbers_are_an_orientation(rewritten: Callable[[Change], Path]) -> 
 def test_the_audit_tells_rows_from_columns(
     rewritten: Callable[[Change], Path], tmp_path: Path, rotation_format: str, outcome: str
 ) -> None:
+    # `to_six_numbers` writes rows. The sample is too small to confirm them: the gripper moves in 2
+    # of 8 episodes, and the actions fit columns as well. It is enough to contradict columns.
     folder = rewritten(to_six_numbers)
-    # `to_six_numbers` writes rows.
     formats = {"rotation_format": rotation_format, "logged_rotation_format": rotation_format}
     layout = {**propose_layout_cached(folder), **formats, "logged_frame": "base"}
     layout_file = write_layout(tmp_path / "layout.json", layout)
@@ -252,7 +253,7 @@ def test_the_audit_tells_rows_from_columns(
 
 def test_a_whole_pose_is_an_orientation(shared: Path, tmp_path: Path) -> None:
     def to_poses(states: np.ndarray, actions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Write states as transposed poses [4, 4], so that columns follow each other; gripper."""
+        """Write each state as a pose [4, 4], column after column, and the gripper: 17 numbers."""
         poses = np.tile(np.eye(4), (len(states), 1, 1))
         rotations = Rotation.from_euler("xyz", states[:, 3:6])
         poses[:, :3, :3] = rotations.inv().as_matrix()  # the inverse is the transposed matrix

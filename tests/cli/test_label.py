@@ -54,6 +54,7 @@ def test_scenes_are_labeled_and_the_folder_says_from_what(scene_labels: Path) ->
 def test_questions_are_asked_about_the_labeled_scenes(scene_labels: Path) -> None:
     sources = {source for source, _ in read_questions(scene_labels)}
 
+    assert sources  # there are questions
     assert sources <= {"sim:3", "sim:4"}
 
 
@@ -69,7 +70,9 @@ def test_the_same_command_finds_its_labels_finished(
 def test_a_folder_with_labels_of_other_inputs_is_refused(
     scene_labels: Path, run_refused_command: Command
 ) -> None:
-    assert "PHOTOS is" in run_refused_command("label", "sim:3-5", make_scene_options(scene_labels))
+    output = run_refused_command("label", "sim:3-5", make_scene_options(scene_labels))
+
+    assert "PHOTOS is" in output  # the error names the argument that differs
 
 
 def test_labels_are_shown_with_point_clouds(

@@ -420,7 +420,9 @@ STREAMS: dict[str, Callable[[np.random.Generator, int], np.ndarray]] = {
 }
 """Name of a distribution -> a function that draws `count` values from it."""
 CAPACITY = 256  # of a buffer of the sketch
-MAX_LEVELS = 6  # a sketch of 6000 values has at most this many buffers: 6000 / 256 < 2^5
+MAX_LEVELS = 6
+"""A sketch of 6000 values has at most this many buffers. A seventh one begins when the sixth is
+full, which takes at least 256 · 2^5 = 8192 values."""
 
 
 @settings(max_examples=25)

@@ -184,7 +184,8 @@ def test_savings_are_planned_one_after_the_other() -> None:
 
 @pytest.mark.usefixtures("instant_estimates")
 def test_a_batch_is_not_divided_if_its_images_cannot_be_divided_too() -> None:
-    # The 48 robot steps could be divided into 6 or 48 pieces, but the 3 images could not.
+    # Pieces have eight samples or one, so there would be 6 or 48. The 48 robot steps can be divided
+    # into so many pieces, but the 3 images with questions cannot.
     recipe = RECIPE.with_changes(batch_size=48, question_images=3)
 
     for changes, _ in memory.plan_memory_savings(recipe):

@@ -811,7 +811,8 @@ def _judge_part(name: str, fits: Sequence[Fit], answers: Mapping[str, str | None
 def _list_answered_questions(answers: Mapping[str, str | None]) -> list[str]:
     """List the questions that a layout answers.
 
-    A unit without a kind is no answer, because the unit of a velocity is another one ("m/s").
+    A layout that states a unit but no kind does not answer the question of the unit, because the
+    unit depends on the kind, for example "m" for a delta and "m/s" for a velocity.
     """
     questions = []
     for question, answer in answers.items():

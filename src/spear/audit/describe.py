@@ -797,7 +797,8 @@ def _are_unit_vectors(values: Array) -> bool:
     """
     width = values.shape[1]
     if width == 4:
-        # Three small angles and a gripper command of -1 or 1 behind them have a length near 1, too.
+        # Three small angles, followed by a gripper command of -1 or 1, also have a length near 1 as
+        # a vector of four numbers.
         is_plus_or_minus_one = (np.abs(values) == 1).all(0)  # [4]
         takes_both_signs = np.ptp(values, axis=0) == 2
         if (is_plus_or_minus_one & takes_both_signs).any():
@@ -829,7 +830,7 @@ def _find_best_fits(
         position: the positions.
         rotation: the orientations; None if they are not known.
         logged: the logged translations or rotations.
-        columns: the columns of all ranges.
+        columns: the columns in which `position`, `rotation` and `logged` are.
         rate_hz: steps per second.
 
     Returns:

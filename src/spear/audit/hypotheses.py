@@ -750,7 +750,7 @@ def _interpret_logged_rotations(
         scales: the kinds and units to try.
 
     Returns:
-        K hypotheses, and the quaternions [K, N, 4] that the logged rotations are by each of them.
+        K hypotheses, and [K, N, 4], the quaternions of the logged rotations by each hypothesis.
     """
     hypotheses: list[Hypothesis] = []
     quaternions: list[torch.Tensor] = []  # [8, N, 4] each: one row per choice of signs
@@ -759,7 +759,8 @@ def _interpret_logged_rotations(
             signed = logged * scale.factor * SIGN_FACTORS[:, None]  # [8, N, 3]
             rotations = _to_quaternions(action_format, _to_tensor(signed))
         else:
-            # The signs apply to the vector part of the quaternions; the scalar part is kept.
+            # These formats have no unit (their factor is 1), so nothing is scaled. The signs apply
+            # to the vector part of the quaternions; the scalar part is kept.
             signs_of_quaternion = np.insert(SIGN_FACTORS, 0, 1, axis=1)  # [8, 4]
             rotations = _to_quaternions(action_format, _to_tensor(logged))  # [N, 4]
             rotations = rotations * _to_tensor(signs_of_quaternion[:, None])  # [8, N, 4]

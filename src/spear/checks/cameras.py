@@ -116,7 +116,7 @@ def check_cameras(views: Mapping[str, Sequence[View | None]]) -> list[Check]:
     """
     checks = []
     for camera, episodes in views.items():
-        check = _check_blank(camera, episodes)
+        check = _check_absent_or_blank(camera, episodes)
         if check is not None:
             checks.append(check)
     exchange = _check_exchange(views.get("external", ()), views.get("wrist", ()))
@@ -125,8 +125,8 @@ def check_cameras(views: Mapping[str, Sequence[View | None]]) -> list[Check]:
     return checks
 
 
-def _check_blank(camera: str, episodes: Sequence[View | None]) -> Check | None:
-    """Report a camera that is absent or blank in every one of the episodes."""
+def _check_absent_or_blank(camera: str, episodes: Sequence[View | None]) -> Check | None:
+    """Report a camera that is absent or blank in every episode; None if it shows something."""
     num_absent = sum(view is None for view in episodes)
     num_blank = sum(view is not None and view.is_blank for view in episodes)
     if num_absent + num_blank < len(episodes):

@@ -127,25 +127,27 @@ def read_store_frame_versions(request: Mapping[str, Any]) -> Frames:
     for name in REGISTRY:
         if get_current_version(name) == 1:
             continue
-        # The hash of a layout depends on the dataset's name, which may be that of any folder.
-        hashes = {_hash_layout_with_first_frames(name, folder) for folder in (name, *folder_names)}
+        # The hash of a layout depends on the layout's name. That is the dataset's name, or the name
+        # of a folder in the dataset's path.
+        hashes = {_hash_layout_of_frame_version_1(name, part) for part in (name, *folder_names)}
         if name in folder_names or request.get("layout") in hashes:
             frames[name] = 1
     return frames
 
 
-def _hash_layout_with_first_frames(name: str, folder_name: str) -> str:
+def _hash_layout_of_frame_version_1(name: str, folder_name: str) -> str:
     """Hash a known dataset's layout as it was before its frames were corrected.
 
-    That layout did not convert frames: its `FRAME_FIELDS` had their defaults.
+    In that layout, the fields that describe frames (`FRAME_FIELDS`) have their defaults, so it does
+    not convert frames.
 
     Args:
         name: The known dataset.
         folder_name: The layout's name in the hash, which may be that of the dataset's folder.
     """
-    first_frame_fields = {field: LAYOUT_DEFAULTS[field] for field in FRAME_FIELDS}
-    first_layout = dataclasses.replace(REGISTRY[name], name=folder_name, **first_frame_fields)
-    return hash_layout(first_layout)
+    default_fields = {field: LAYOUT_DEFAULTS[field] for field in FRAME_FIELDS}
+    layout = dataclasses.replace(REGISTRY[name], name=folder_name, **default_fields)
+    return hash_layout(layout)
 
 
 def hash_layout(layout: DatasetLayout | None) -> str:

@@ -233,7 +233,8 @@ class TrainingSamples:
         image = decode_image(encoded, f"{source} step {sample.step} camera {camera!r}", out)
         height, width = out.shape[:2]
         fitted = fit_image(image, height, width)
-        # `decode_image` writes into `out` only an image that has the size of `out`.
+        # `decode_image` fills and returns `out` if the image is a plain JPEG of that size. Every
+        # other image is a new array, which is copied into `out`.
         was_decoded_into_out = fitted is out
         if not was_decoded_into_out:
             out[...] = fitted

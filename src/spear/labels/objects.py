@@ -43,6 +43,9 @@ this fraction of the image's longer side, at least by a pixel. (Our choice; the 
 MAX_CONTACT_HEIGHT_FRACTION = 0.25
 """A point beside an object may belong to what the object stands on if it is in this lowest part of
 the object's visible height (our choice)."""
+MIN_GAP_TO_TOP_FRACTION = 0.1
+"""Such a point is also below the object's top by at least this fraction of the distance that
+`TOUCHING_FRACTION` gives (our choice)."""
 MIN_CONTACT_POINTS = 3  # with fewer such points, the lower part of the object counts as hidden
 MIN_ON_PLANE_FRACTION = 0.2
 """An object stands on the support plane, and not on a plate, if more than this fraction of these
@@ -377,10 +380,10 @@ def _find_support_height(cloud: Array, points_beside: Array, plane: Plane) -> fl
     The object stands on the points that touch it and are lower than nearly all of its own points.
     They belong to the table, or to the plate on which the object lies. If there are too few such
     points, the object's lower part is hidden. The object is then taken to stand on the support
-    plane, unless its visible points are too far above the plane. The points may be above the plane
-    by nearly the object's visible height, because the underside of a ball is not seen. If the
-    camera looks down steeply, the object's sides are hidden, so the points may be above the plane
-    by the object's width. Our choice.
+    plane, unless its visible points are too far above the plane. They may be as far above it as
+    nearly the object's visible height, because the underside of a ball is not seen. If the camera
+    looks down steeply, it does not see the object's sides, so the points may also be as far above
+    the plane as the object is wide. Our choice.
 
     Args:
         cloud: [n, 3] points of the object, camera frame.
@@ -388,7 +391,8 @@ def _find_support_height(cloud: Array, points_beside: Array, plane: Plane) -> fl
         plane: The support plane of the image.
     """
     heights = cloud @ plane.up
-    low, high = np.quantile(heights, (0.05, 1.0))  # the lowest point, but for outliers, and the top
+    # The lowest point, without outliers, and the top
+    low, high = np.quantile(heights, (0.05, 1.0))
     touching_distance = TOUCHING_FRACTION * _compute_distance(cloud)
 
     # Points that touch the object in the lowest part of its visible height, and are clearly below
@@ -396,7 +400,8 @@ def _find_support_height(cloud: Array, points_beside: Array, plane: Plane) -> fl
     heights_beside = points_beside @ plane.up
     visible_height = high - low
     max_contact_height = min(
-        low + MAX_CONTACT_HEIGHT_FRACTION * visible_height, high - 0.1 * touching_distance
+        low + MAX_CONTACT_HEIGHT_FRACTION * visible_height,
+        high - MIN_GAP_TO_TOP_FRACTION * touching_distance,
     )
     contact_heights = heights_beside[heights_beside < max_contact_height]
     if len(contact_heights) >= MIN_CONTACT_POINTS:

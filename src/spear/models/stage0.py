@@ -115,16 +115,18 @@ class PatchClassification(nn.Module):
 
         Args:
             vlm: The model to train.
-            names: Token ids of each object name.
+            names: For each object name, the ids of its tokens.
         """
         super().__init__()
         self.vlm = vlm
-        self.names = [torch.tensor(ids) for ids in names]
-        # Logarithm of SigLIP's logit scale, which begins at SigLIP's value, 10; and SigLIP's bias.
-        # The negative bias says that a patch shows few of the objects (the value is ours).
+        self.names = [torch.tensor(ids) for ids in names]  # token ids
+        # Logarithm of SigLIP's logit scale, which begins at SigLIP's value, 10.
         self.scale = nn.Parameter(torch.tensor(math.log(10.0)))
+        # SigLIP's bias. It begins negative, because a patch shows few of the objects (the value is
+        # our choice).
         self.bias = nn.Parameter(torch.tensor(-4.0))
         width = vlm.config.text_config.hidden_size
+        # Checkpoints of trainings contain this head by the name "centre", so its spelling stays.
         self.centre = nn.Linear(width, 2)
         self.cells = nn.Linear(width, CELLS_PER_SIDE * CELLS_PER_SIDE * len(names))
         nn.init.constant_(self.cells.bias, -4.0)  # most cells show none of the objects

@@ -194,9 +194,10 @@ class MotionChecks:
         self._chunk = None if chunk is None else chunk.copy()
 
     def check(self, state: Array) -> list[Finding]:
-        """Compare the robot's state [8] with the chunk that the robot was sent last.
+        """Compare how the robot moved to its new state [8] with the chunk that it was sent last.
 
-        The state is remembered for the next comparison, and the chunk is forgotten.
+        Then the state is remembered for the next comparison, and the chunk is forgotten. So there
+        are no findings until `set_chunk` gets another chunk.
         """
         chunk = self._chunk
         displacement = state[:3] - self._last_state[:3]

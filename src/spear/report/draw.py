@@ -27,10 +27,10 @@ ANSWER_SCALE = 3  # how many times as large as its image the drawing of a single
 MASK_OPACITY = 0.35  # of an object's color on its mask
 MIN_FONT_PX = 10
 FONT_PX_PER_SCALE = 5
-MAX_WIDTH_PER_FONT = 44
-"""Names have at least `MIN_FONT_PX`, in enlarged drawings at least `FONT_PX_PER_SCALE` times the
-enlargement, and at least the drawing's width divided by `MAX_WIDTH_PER_FONT`, so that they are
-readable when a page scales the drawing down."""
+MAX_WIDTH_PER_FONT = 44  # width of a drawing, in font sizes (both are pixels, so it has no unit)
+"""The font size of names is at least `MIN_FONT_PX`, in enlarged drawings at least
+`FONT_PX_PER_SCALE` times the enlargement, and at least the drawing's width divided by
+`MAX_WIDTH_PER_FONT`, so that names are readable when a page scales the drawing down."""
 MIN_LINE_PX = 2
 MAX_WIDTH_PER_LINE = 190  # lines are at least the drawing's width divided by this
 ANCHOR_GAP_PX = 3  # distance between a box's top and the point to which its tag is connected

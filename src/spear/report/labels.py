@@ -195,15 +195,15 @@ def _summarize_token_use(questions_by_source: QuestionsBySource) -> dict[str, An
         return None
 
     tokenizer = CoordinateTokenizer.fit(fitted_numbers)
-    use = compute_token_usage(counted_numbers, tokenizer)
-    groups = np.array_split(np.array(use.counts), NUM_TOKEN_BARS)  # of neighboring tokens
+    usage = compute_token_usage(counted_numbers, tokenizer)
+    groups = np.array_split(np.array(usage.counts), NUM_TOKEN_BARS)  # of neighboring tokens
     group_counts = [int(group.sum()) for group in groups]
     chart = draw_histogram(group_counts, "lowest", "highest")
     return {
         "bins": tokenizer.num_bins,
-        "use": use,
+        "use": usage,
         "chart": chart,
-        "numbers": sum(use.counts),
+        "numbers": sum(usage.counts),
     }
 
 

@@ -45,7 +45,7 @@ class _Sender:
 
     rate_bytes_per_s: float = 0.0  # its recent rate
     updated_s: float = -math.inf  # when it last sent something
-    num_reserved_bytes: int = 0  # that the shared budget has paid for already
+    num_reserved_bytes: int = 0  # of its turn, which the shared budget has counted already
 
 
 class ReadingBudgets:

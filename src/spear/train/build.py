@@ -354,7 +354,8 @@ def _build_depth(recipe: Recipe, preset: Preset, inputs: TrainingInputs, seed: i
 def _build_naming(recipe: Recipe, preset: Preset, inputs: TrainingInputs, seed: int) -> _Built:
     """Build stage 0's VLM, whose image encoder learns which objects the image patches show.
 
-    With `--init` the VLM is one of a later stage, which learns to see in other surroundings.
+    With `--init` the training begins with the VLM in that folder. It may be that of a later stage,
+    which then learns to name objects in other surroundings.
     """
     labels = tasks.load_labels(inputs.labels, list(preset.image_sizes))
     if inputs.init is None:
@@ -362,6 +363,8 @@ def _build_naming(recipe: Recipe, preset: Preset, inputs: TrainingInputs, seed: 
     else:
         processor, vlm = Processor.load(inputs.init), load_inner_vlm(inputs.init)
 
+    # Names that only other views contain are not learned. The tokenizer of a new VLM is made from
+    # the same names.
     names = _list_names_in_first_view(labels)
     token_ids = [processor.tokenizer.encode(f" {name}", add_special_tokens=False) for name in names]
     model = PatchClassification(vlm, token_ids)

@@ -39,7 +39,7 @@ version 11.3.)"""
 # which keeps its size. Orientations 5 to 8 exchange width and height.
 _SAME_SIZE_ORIENTATIONS = (2, 3, 4)
 _EXCHANGED_SIZE_ORIENTATIONS = (5, 6, 7, 8)
-_INVERSE_ORIENTATION = {6: 8, 8: 6}  # every other orientation is its own inverse
+_INVERSE_ORIENTATION = {6: 8, 8: 6}  # turns by 90°; every other one is its own inverse
 
 _LOST_DATA_WARNINGS = ("premature end", "bad huffman code", "bad arithmetic code", "instead of rst")
 """Parts of libjpeg's warnings about lost data, in lower case. Its other warnings, such as those
@@ -395,7 +395,8 @@ def _undo_turn_by_pillow(image: Image.Image, orientation: int) -> None:
     orientation_after_loading = image.getexif().get(ExifTags.Base.Orientation, 1)
     if orientation_after_loading == orientation:
         return
-    # `exif_transpose` turns by the orientation that the image claims to have.
+    # `exif_transpose` turns an image upright that has the orientation in its EXIF data. So that it
+    # turns an upright image back, the inverse orientation is written there.
     inverse = _INVERSE_ORIENTATION.get(orientation, orientation)
     image.getexif()[ExifTags.Base.Orientation] = inverse
     ImageOps.exif_transpose(image, in_place=True)

@@ -594,7 +594,8 @@ TEXTURED_IMAGES = make_episode(0).images["external"]
 def test_a_camera_that_shows_nothing_is_left_out(
     tmp_path: Path, wrist: list[bytes], distance: float, expected_cameras: list[str]
 ) -> None:
-    """Many datasets have black images where a camera was absent. A frozen camera is of no use."""
+    """Many datasets have black images where a camera was absent. A frozen camera shows one image
+    although the arm moves, so a policy learns nothing from it."""
     episode = make_episode(3, images={"external": TEXTURED_IMAGES, "wrist": wrist})
     moved = dataclasses.replace(episode, position=distance * episode.position)
     write_episodes([moved], tmp_path / "arm")

@@ -127,7 +127,7 @@ def is_at_rim(pose: Array, bowl: Box) -> bool:
 
 @pytest.fixture
 def resets(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int | None]]:
-    """The resets of an evaluation that runs without LIBERO."""
+    """Make evaluations run without LIBERO; list their resets as (state, number of resets)."""
     all_resets: list[tuple[int, int | None]] = []
     monkeypatch.setattr(run, "LiberoProcess", KinematicProcess)
     monkeypatch.setattr(KinematicProcess, "resets", all_resets, raising=False)
@@ -158,6 +158,7 @@ def test_a_state_has_the_same_number_of_resets_in_every_evaluation(
     """The number of resets fixes where cabinet and stove stand."""
     evaluate_oracle(tmp_path, num_scenes=3)
 
+    # There are two states, so the third scene is the first state again.
     assert resets == [(0, 1), (1, 2), (0, 1)]
 
 

@@ -105,7 +105,8 @@ def test_masks_are_those_of_transformers_model(folder: str, segmenter: Sam2Segme
     prompts = scale_boxes(BOXES, height=40, width=60, side_px=64)[None]
     with torch.inference_mode():
         output = network(pixels, input_boxes=prompts, multimask_output=False)
-    reference = postprocess(output.pred_masks[0][:, 0], height=40, width=60).numpy()
+    logits = output.pred_masks[0][:, 0]  # from [1 image, 4 boxes, 1 mask, h', w'] to [4, h', w']
+    reference = postprocess(logits, height=40, width=60).numpy()
 
     (masks,) = segmenter.segment([frame], [make_detections(BOXES)])
 

@@ -72,8 +72,9 @@ class OrientationFit:
     """How near orientations are to those of training, in one variant.
 
     variant   how the orientation may have been sent; "plain" is the right variant.
-    distance  median angle to the nearest orientation of training, rad.
-    typical   the same between training episodes, rad.
+    distance  median angle from an orientation of the rollout to the nearest one of training, rad.
+    typical   median angle from an orientation of every second training episode to the nearest one
+              of the other training episodes, rad.
     """
 
     variant: str

@@ -413,7 +413,7 @@ class PictureComparison:
         return self._find_odds(camera, "flow")
 
     def best_delay(self, camera: str) -> VersionOdds | None:
-        """Return the delay that fits best, if it is likelier than none."""
+        """Return the delay in `delay_odds` that fits best, if it is likelier than no delay."""
         return select_likely(self.delay_odds(camera))
 
     def _find_odds(self, camera: str, kind: str) -> list[VersionOdds] | None:

@@ -192,9 +192,9 @@ class LeRobotFolder:
         """Load the dataset's layout (see `find_layout`).
 
         Raises:
-            SpearError: If the metadata contradict the layout: they state another rate; or the names
-                that they give the numbers of the pose's columns are those of joints, or of another
-                quaternion order.
+            SpearError: If the metadata contradict the layout. They may state another rate. Or they
+                name the numbers of the pose's columns, and the names are those of joints or of
+                another quaternion order.
         """
         format_defaults = {"instruction": TASK_COLUMN, "rate_hz": self.info.fps}
         layout = find_layout(self.name, self.path, layout_file, format_defaults)
@@ -692,7 +692,7 @@ def _is_empty(cell: Any) -> bool:
 
 
 def _to_int(cell: Any) -> int | None:
-    """Convert a cell to an integer; None if it is empty.
+    """Convert a cell to an integer; None only if the cell is empty (see `_is_empty`).
 
     The cell may be a float, because pandas stores a column of integers with null cells as floats.
     """

@@ -18,10 +18,10 @@ from spear.diagnose.policy_check import PolicyCheck
 # The largest ratio between the policy's scale of an axis and that of the training episodes. nano's
 # statistics and 120 demonstrations that it did not learn from differ by at most a factor of 1.3.
 MAX_SCALE_RATIO = 1.8
-CERTAIN_SCALE_RATIO = 3.0
+CERTAIN_SCALE_RATIO = 3.0  # from this ratio on, the finding has the highest confidence
 MAX_OFFSET_SHIFT = 1.0  # distance of two offsets, as a share of the larger scale
-CERTAIN_OFFSET_SHIFT = 2.0
-NAMES = (
+CERTAIN_OFFSET_SHIFT = 2.0  # the same for the shift
+AXIS_NAMES = (
     "translation x",
     "translation y",
     "translation z",
@@ -59,15 +59,15 @@ class WrongStatisticsCheck(PolicyCheck):
         by_offset = confidence_of_margin(shifts.max(), MAX_OFFSET_SHIFT, CERTAIN_OFFSET_SHIFT)
         worst = int(ratios.argmax() if by_scale >= by_offset else shifts.argmax())
         bars = []
-        for name, policy_scale, scale in zip(NAMES, policy_scales, scales, strict=True):
+        for name, policy_scale, scale in zip(AXIS_NAMES, policy_scales, scales, strict=True):
             bars.append((f"{name}, policy", float(policy_scale), f"{policy_scale:.3g} m"))
             bars.append((f"{name}, episodes", float(scale), f"{scale:.3g} m"))
         return Finding(
             confidence=max(by_scale, by_offset),
             evidence=(
-                f"the policy's {NAMES[worst]} has the offset {policy_offsets[worst]:.3g} m and the "
-                f"scale {policy_scales[worst]:.3g} m, the training episodes {offsets[worst]:.3g} m "
-                f"and {scales[worst]:.3g} m"
+                f"the policy's {AXIS_NAMES[worst]} has the offset {policy_offsets[worst]:.3g} m "
+                f"and the scale {policy_scales[worst]:.3g} m, the training episodes "
+                f"{offsets[worst]:.3g} m and {scales[worst]:.3g} m"
             ),
             cure="take the normalizer.json of this training, or name its dataset by --norm-stats",
             file=f"{case.get_policy().folder}/normalizer.json",

@@ -182,10 +182,11 @@ def record_episode(
 
 
 def begin_at_resting_start(process: LiberoProcess, seed: int) -> LiberoMoment:
-    """Put the scene into the start of a seed; draw again if something falls or moves by itself.
+    """Draw starts of a seed until one rests, and put the scene into it.
 
-    If that happens in all of `MAX_STARTS` starts, the last one is used. Whether it can be solved
-    then shows when the oracle tries.
+    In a start that rests, no object falls or is pushed away from where it was put. If none of
+    `MAX_STARTS` starts rests, the last one is used. Whether it can be solved then shows when the
+    oracle tries.
     """
     official = process.list_official_positions()
     for attempt in range(MAX_STARTS):

@@ -87,8 +87,9 @@ def generate_questions_by_type(
     }
     for index, label in enumerate(labels):
         for question_type in question_types:
+            fewest_and_most = (per_image, per_image)
             new_questions = generate_questions(
-                label, rng, (per_image, per_image), question_types=(question_type,)
+                label, rng, fewest_and_most, question_types=(question_type,)
             )
             questions[question_type] += [(index, question) for question in new_questions]
     return questions
@@ -242,7 +243,7 @@ def _measure_naming(model: VlmBundle, labels: Sequence[LabeledImage]) -> tuple[f
         image = decode_image(label.image, label.source)
         names_in_image = [object_.name for object_ in label.objects]
         askable_names = [object_.name for object_ in find_askable_objects(label)]
-        absent_names = [name for name in all_names if not _is_any_of(name, names_in_image)]
+        absent_names = [name for name in all_names if not _may_be_any_of(name, names_in_image)]
         present_results += _confirm_some_objects(model, image, askable_names, rng)
         absent_results += _confirm_some_objects(model, image, absent_names, rng)
     names_present = float(np.mean(present_results)) if present_results else 0.0
@@ -250,8 +251,11 @@ def _measure_naming(model: VlmBundle, labels: Sequence[LabeledImage]) -> tuple[f
     return names_present, names_absent
 
 
-def _is_any_of(name: str, object_names: Sequence[str]) -> bool:
-    """Return whether a name and one of the others may name the same thing ("cup", "red cup")."""
+def _may_be_any_of(name: str, object_names: Sequence[str]) -> bool:
+    """Return whether a name and one of the others may name the same thing.
+
+    This is so if either is a kind of the other, as a "red cup" is a "cup".
+    """
     return any(is_a(name, object_name) or is_a(object_name, name) for object_name in object_names)
 
 

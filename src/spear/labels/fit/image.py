@@ -94,7 +94,8 @@ def _nearest_indices(new_size: int, size: int) -> Array:
 def shrink_image(image: Array, max_side_px: int | None) -> Array:
     """Shrink an image [h, w, 3] uint8 so that its longer side has `max_side_px` pixels.
 
-    The aspect stays. A smaller image is returned unchanged; with None, every image is.
+    The aspect ratio stays. An image that is not larger is returned unchanged. If `max_side_px` is
+    None, every image is returned unchanged.
     """
     height, width = image.shape[:2]
     if max_side_px is None or max(height, width) <= max_side_px:

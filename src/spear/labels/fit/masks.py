@@ -226,8 +226,8 @@ def remove_support(
 ) -> Array:
     """Remove the pixels of a mask that lie on the support, where the mask leaks on to the support.
 
-    The mask stays if the object rises so little above the support that it could be an error of the
-    depth, and if little of the mask would remain.
+    The mask stays in either of two cases: the object rises so little above the support that it
+    could be an error of the depth, or too little of the mask would remain.
 
     Args:
         mask: [h, w] bool.
@@ -258,8 +258,8 @@ def remove_support(
     is_on_support = is_on_object & (mean_height < limit)
     trimmed: Array = mask & ~is_on_support
 
-    # A comparison with NaN is False. Written as `not … >` and not as `<=`, both conditions are then
-    # True, so the mask stays.
+    # If the median height is NaN, the mask stays. Comparisons with NaN are False, so `is_flat` is
+    # written as `not … > …`, which is then True. With `<=` it would be False.
     is_flat = not np.median(height[is_on_object]) > 2 * limit
     is_mostly_gone = not trimmed.sum() > MIN_OFF_SUPPORT_FRACTION * mask.sum()
     return mask if is_flat or is_mostly_gone else trimmed

@@ -88,6 +88,7 @@ class CacheWindow:
     new_key_values: list[Tensor]
     block_lengths: list[int]
     visible: list[list[tuple[Tensor, Tensor]]]
+    # `LayerEvents` includes None.
     write_events: LayerEvents = None
     await_events: LayerEvents = None
 

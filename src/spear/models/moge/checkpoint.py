@@ -112,7 +112,7 @@ def build_moge(checkpoint: Checkpoint) -> MogeV1 | MogeV2:
 
 
 def read_checkpoint(name: Path | str) -> Checkpoint:
-    """Read a local file or a file of the Hub, which `name` means as in `load_moge`."""
+    """Read a MoGe from a local file or from the Hub; for `name` and the errors see `load_moge`."""
     path = Path(name)
     if not path.is_file():
         is_path = path.exists() or path.suffix == ".pt"

@@ -166,7 +166,7 @@ def plan_vlm(
     # PaliGemma's vocabulary, MoGe, and the new model's config.
     checkpoint = published.checkpoint
     stored_names = dict(published.names)
-    vocabulary = _find_vocabulary(checkpoint, stored_names, published.config)
+    vocabulary = _take_vocabulary(checkpoint, stored_names, published.config)
     tokenizer, first_new_id = _extend_tokenizer(
         published.tokenizer_folder, vocabulary.num_rows, preset.bins
     )
@@ -310,12 +310,12 @@ def _read_paligemma_config(checkpoint: StoredCheckpoint) -> Any:
     return config
 
 
-def _find_vocabulary(
+def _take_vocabulary(
     checkpoint: StoredCheckpoint, stored_names: dict[str, str], published_config: Any
 ) -> _StoredVocabulary:
-    """Find the token embeddings, and remove the head from `stored_names`.
+    """Find the token embeddings, and change `stored_names` so that it lacks the output head.
 
-    If the embeddings were saved under the head's name, `stored_names` gets an entry for them.
+    If the embeddings were saved under the head's name, `stored_names` also gets an entry for them.
     """
     head_name = stored_names.pop(HEAD, None)
     if head_name is not None and EMBEDDINGS not in stored_names:

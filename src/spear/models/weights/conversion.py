@@ -123,11 +123,11 @@ class ConversionReport:
             )
 
     def fold_layers(self) -> list[tuple[WeightStatus, int]]:
-        """Return pairs (weight, number of weights), where a weight of all layers is one pair.
+        """Return pairs (weight, number of weights), one pair for the same weight of all layers.
 
-        The name of the pair's weight then has the range of the layers' numbers, such as
-        "expert.layers.0…17.mlp.up_proj.weight". A missing or refused weight is always a pair of its
-        own.
+        The pair's weight has the range of the layers' numbers in its name, for example
+        "expert.layers.0…17.mlp.up_proj.weight". Missing and refused weights are never merged over
+        layers.
         """
         # Weights are in a group if they differ only in the numbers in their names and notes.
         groups: dict[tuple[str, ...], list[WeightStatus]] = {}

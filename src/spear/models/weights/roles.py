@@ -218,25 +218,30 @@ def _guess_role(
 def _find_joined(
     group: WeightGroup, stack_groups: Sequence[WeightGroup]
 ) -> tuple[WeightGroup, ...]:
-    """Return the groups of a stack that, row after row, have the shape of `group` together."""
+    """Return the groups of a stack whose weights, joined row after row, have `group`'s shape.
+
+    Returns an empty tuple if no layers in `JOINED_LAYERS` do.
+    """
     for layers in JOINED_LAYERS:
         for kind in ("weight", "bias"):
-            row_groups = []
+            joined_groups = []
             for layer in layers:
-                row_groups += [
+                joined_groups += [
                     member for member in stack_groups if member.name.endswith(f".{layer}.{kind}")
                 ]
-            if len(row_groups) < len(layers):
+            if len(joined_groups) < len(layers):
                 continue
-            num_rows = sum(member.shape[0] for member in row_groups)
-            if (num_rows, *row_groups[0].shape[1:]) == group.shape:
-                return tuple(row_groups)
+            num_rows = sum(member.shape[0] for member in joined_groups)
+            if (num_rows, *joined_groups[0].shape[1:]) == group.shape:
+                return tuple(joined_groups)
     return ()
 
 
 def _find_similar_names(name: str, candidates: Sequence[WeightGroup]) -> list[WeightGroup]:
-    """Return the candidates whose names end most like `name`, and at least in
-    `MIN_COMMON_PARTS`."""
+    """Return the candidates whose names have the most parts at their ends in common with `name`.
+
+    They have at least `MIN_COMMON_PARTS` in common. A candidate of the same name is returned alone.
+    """
     similar: list[WeightGroup] = []
     most_common = MIN_COMMON_PARTS
     for candidate in candidates:
