@@ -8,11 +8,18 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 
 from spear.cli import main
 
-settings.register_profile("spear", derandomize=True, deadline=None, max_examples=50)
+# No test fails because the machine is busy, so nothing that Hypothesis does depends on time.
+settings.register_profile(
+    "spear",
+    derandomize=True,
+    deadline=None,
+    max_examples=50,
+    suppress_health_check=[HealthCheck.too_slow],
+)
 settings.load_profile("spear")
 torch.set_num_threads(1)
 
