@@ -36,11 +36,12 @@ from experiments.ablations.report import write_report
 from experiments.ablations.rows import RECIPE_SETTINGS, TABLES, AblationOptions, Row
 from experiments.ablations.run import final_folder, is_done, load_score, run
 from experiments.ablations.table import Line, fill_tables, judge
+from outcomes import make_outcome
 from processes import run_in_process
 from spear import flow
 from spear.evaluate import closed_loop
 from spear.evaluate.compare import load_references
-from spear.evaluate.results import Journal, Outcome
+from spear.evaluate.results import Journal
 from spear.evaluate.stats import Estimate
 from spear.geometry import quat_exp, quat_multiply
 from spear.models.presets import PRESETS, build_spear1_config, get_preset
@@ -449,18 +450,7 @@ def write_scores(plan: Plan, out: Path, rates: dict[str, float], **settings: Any
         for family in FAMILIES:
             for scene in range(plan.scenes + 1):  # the plan does not ask for the last scene
                 success = bool(rng.random() < rates[row])
-                outcome = Outcome(
-                    family,
-                    scene,
-                    "go",
-                    success=success,
-                    reached=success,
-                    grasped=success,
-                    wrong_object_moved=False,
-                    unreachable=0,
-                    steps=9,
-                )
-                journal.add(outcome, seconds=0.1, wall=0.1)
+                journal.add(make_outcome(family, scene, success), seconds=0.1, wall=0.1)
 
 
 @pytest.fixture

@@ -4,7 +4,8 @@ from pathlib import Path
 
 from experiments.ablations.scores import add_scores
 from experiments.labs.__main__ import find_difference, format_table, load_cells
-from spear.evaluate.results import Journal, Outcome
+from outcomes import make_outcome
+from spear.evaluate.results import Journal
 
 
 def write_score(runs: Path, key: str, successes: list[bool]) -> None:
@@ -14,18 +15,7 @@ def write_score(runs: Path, key: str, successes: list[bool]) -> None:
         runs / "scores" / key, key, {"replan": 1}, shard=(1, 1), scenes={"put_on": seeds}
     )
     for seed, success in zip(seeds, successes, strict=True):
-        outcome = Outcome(
-            "put_on",
-            seed,
-            "go",
-            success=success,
-            reached=success,
-            grasped=success,
-            wrong_object_moved=False,
-            unreachable=0,
-            steps=9,
-        )
-        journal.add(outcome, seconds=0.25, wall=0.5)
+        journal.add(make_outcome("put_on", seed, success), seconds=0.25, wall=0.5)
 
 
 def test_cells_are_compared_over_the_seeds_that_both_rows_have(tmp_path: Path) -> None:

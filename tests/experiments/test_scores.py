@@ -12,8 +12,9 @@ import pytest
 
 from experiments.ablations.published import find_keys, load_line, read_published_tables
 from experiments.ablations.scores import add_scores, find_key, load_scores
+from outcomes import make_outcome
 from spear.errors import SpearError
-from spear.evaluate.results import Journal, Outcome, load_results
+from spear.evaluate.results import Journal, load_results
 from spear.evaluate.stats import estimate_difference_over_seeds, estimate_mean_over_seeds
 
 TABLES = read_published_tables()
@@ -86,18 +87,7 @@ def write_journal(folder: Path, seeds: list[int], num_ended: int) -> None:
     """
     journal = Journal(folder, "policy", {"replan": 1}, shard=(1, 1), scenes={"put_on": seeds})
     for seed in seeds[:num_ended]:
-        outcome = Outcome(
-            "put_on",
-            seed,
-            "go",
-            success=True,
-            reached=True,
-            grasped=True,
-            wrong_object_moved=False,
-            unreachable=0,
-            steps=9,
-        )
-        journal.add(outcome, seconds=0.25, wall=0.5)
+        journal.add(make_outcome("put_on", seed, success=True), seconds=0.25, wall=0.5)
 
 
 def test_a_finished_score_is_read_back_as_its_journal_says(tmp_path: Path) -> None:
