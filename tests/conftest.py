@@ -2,7 +2,7 @@
 
 import gc
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -109,12 +109,14 @@ def nano(loaded_nano: Any) -> Any:
     return loaded_nano
 
 
-@pytest.fixture
-def tiny_published_presets(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture(scope="module")
+def tiny_published_presets() -> Iterator[None]:
     """Makes the tiny presets and the tiny encoder of `published_checkpoints` known by name."""
     from published_checkpoints import register_tiny_sizes
 
-    register_tiny_sizes(monkeypatch)
+    with pytest.MonkeyPatch.context() as patch:
+        register_tiny_sizes(patch)
+        yield
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,6 @@
 The published folders are tiny, with random weights, so only the path is tested.
 """
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,6 @@ from published_checkpoints import (
     publish_moge,
     publish_paligemma,
     publish_pi0,
-    register_tiny_sizes,
 )
 from refusals import refuses
 from spear import embodiments
@@ -40,12 +38,8 @@ CHANGES: dict[str, Any] = {
 }
 
 
-@pytest.fixture(autouse=True, scope="module")
-def tiny_presets() -> Iterator[None]:
-    """Make the preset "tiny14" known to recipes."""
-    with pytest.MonkeyPatch.context() as patch:
-        register_tiny_sizes(patch)
-        yield
+# Registers the preset "tiny14".
+pytestmark = pytest.mark.usefixtures("tiny_published_presets")
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,6 @@ The published folders here are tiny, with random weights (`published_checkpoints
 """
 
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +34,6 @@ from published_checkpoints import (
     publish_paligemma,
     publish_pi0,
     publish_pi05,
-    register_tiny_sizes,
 )
 from refusals import refuses
 from spear.models.layers import KVCache
@@ -62,12 +60,8 @@ NEW_WEIGHTS = {
 }
 
 
-@pytest.fixture(autouse=True, scope="module")
-def tiny_presets() -> Iterator[None]:
-    """Make the presets "tiny14" and "linear14" known by name."""
-    with pytest.MonkeyPatch.context() as patch:
-        register_tiny_sizes(patch)
-        yield
+# Registers the presets "tiny14" and "linear14".
+pytestmark = pytest.mark.usefixtures("tiny_published_presets")
 
 
 @pytest.fixture(scope="module")
