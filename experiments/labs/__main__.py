@@ -131,8 +131,14 @@ def draw_figure(cells: list[Cell], path: Path = FIGURE) -> None:
     """Draw success over the number of laboratories, for every row; dots are single trainings."""
     import matplotlib.pyplot as plt
 
-    from experiments.figure_style import BLUE, FAINT_TEXT, ORANGE, WIDTH_INCHES, save_figure
-    from experiments.figure_style import use_style as use_figure_style
+    from experiments.figure_style import (
+        BLUE,
+        FAINT_TEXT,
+        ORANGE,
+        WIDTH_INCHES,
+        save_figure,
+        use_style,
+    )
 
     styles = {  # color and line style
         "3d": (BLUE, "-"),
@@ -144,7 +150,7 @@ def draw_figure(cells: list[Cell], path: Path = FIGURE) -> None:
         "unseen": "Laboratories without demonstrations",
         "seen": "Laboratories with demonstrations",
     }
-    with use_figure_style("labs"):
+    with use_style("labs"):
         figure, all_axes = plt.subplots(
             ncols=2, figsize=(WIDTH_INCHES, 3), sharey=True, layout="constrained"
         )
