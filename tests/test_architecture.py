@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from data_tiny import make_episode, make_png
-from spear.data.store.episode_store import write_episodes
+from spear.data.store.episode_store import append_episodes
 
 SOURCE = Path(__file__).parents[1] / "src" / "spear"
 
@@ -116,7 +116,7 @@ def test_no_modules_import_each_other_in_a_circle() -> None:
 @pytest.mark.slow  # labels and trains in a fresh process
 def test_labeling_and_training_run_without_optional_packages(tmp_path: Path) -> None:
     """So docs/howto/label.md and docs/tutorials/finetune.md need not name these packages."""
-    write_episodes([make_episode(0)], tmp_path)
+    append_episodes([make_episode(0)], tmp_path)
     (tmp_path / "photo.png").write_bytes(make_png(0))
     label = "label photo.png --dry-run --batch-size 1"
     train = "train nano-post --init nano --episodes . --steps 1 --set batch_size=2 --out out"

@@ -15,7 +15,7 @@ from rich.console import Console
 from data_tiny import make_episode
 from refusals import Command
 from spear.cli import run_reporting_errors
-from spear.data.store.episode_store import write_episodes
+from spear.data.store.episode_store import append_episodes
 from spear.errors import SpearError, escape_control_characters, notice
 from spear.evaluate.results import build_terminal_table
 from spear.util.progress import ProgressBar
@@ -80,7 +80,7 @@ def test_a_line_above_a_progress_bar_has_no_commands(capsys: pytest.CaptureFixtu
 @pytest.fixture
 def hostile_dataset(tmp_path: Path, run_command: Command) -> Path:
     """A LeRobot dataset with `HOSTILE` as the robot's name, in the state's names and as a task."""
-    write_episodes([make_episode(0)], tmp_path / "store")
+    append_episodes([make_episode(0)], tmp_path / "store")
     folder = tmp_path / "set"
     run_command("data", "export", str(tmp_path / "store"), "--out", str(folder))
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from spear.data.actions import canonicalize_actions
+from spear.data.actions import get_or_derive_actions
 from spear.data.readers.formats import read_episodes
 from spear.gripper import (
     binarize_commands,
@@ -84,7 +84,7 @@ def test_motion_tells_what_real_grippers_were_commanded(shared: Path) -> None:
     num_right = 0
     num_commands = 0
     for episode in read_episodes(shared / "data" / "bridge_v2_sample"):
-        inferred, _ = canonicalize_actions(dataclasses.replace(episode, action=None))
+        inferred, _ = get_or_derive_actions(dataclasses.replace(episode, action=None))
         is_right = inferred[:-1, 7] == episode.action[:-1, 7]
         num_right += int(is_right.sum())
         num_commands += len(is_right)

@@ -16,7 +16,7 @@ import pytest
 from data_tiny import make_episode
 from labels_stand_ins import BoxSegmenter, SlopePointMap, make_engine, make_factories, write_photos
 from refusals import refuses
-from spear.data.store.episode_store import write_episodes
+from spear.data.store.episode_store import append_episodes
 from spear.errors import SpearError
 from spear.labels.engine import run_ray
 from spear.labels.inputs import list_images
@@ -101,7 +101,7 @@ def test_an_error_in_a_ray_worker_is_one_line_and_leaves_no_folder(tmp_path: Pat
 def test_the_example_trains_with_two_workers(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    write_episodes([make_episode(0), make_episode(1)], tmp_path / "made")
+    append_episodes([make_episode(0), make_episode(1)], tmp_path / "made")
     command = "spear train nano-post --init nano --episodes made --out run --steps 2 --device cpu"
     changes = "--set batch_size=4 flow_samples=1 warmup=1"
     script = [str(EXAMPLE), "--storage", str(tmp_path / "ray"), "--workers", "2"]

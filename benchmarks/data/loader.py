@@ -52,7 +52,7 @@ from loader_turns import CommandLoader, ForkedLoader, Loader, format_table, meas
 from spear.cli import run_reporting_errors
 from spear.data.mixture import Mixture
 from spear.data.options import Conversion
-from spear.data.store.episode_store import EpisodeStore, WeightedStore, write_episodes
+from spear.data.store.episode_store import EpisodeStore, WeightedStore, append_episodes
 from spear.data.store.lerobot_write import write_lerobot
 from spear.data.store.prepare import prepare
 from spear.train import loop
@@ -68,7 +68,7 @@ def _record_part(root: Path, number: int, num_episodes: int, num_steps: int) -> 
     episodes = (
         make_detailed_episode(index, num_steps) for index in range(number, num_episodes, NUM_CORES)
     )
-    write_episodes(episodes, root / f"part {number}")
+    append_episodes(episodes, root / f"part {number}")
 
 
 def _export_video(root: Path, name: str) -> None:
@@ -100,7 +100,7 @@ def make_data(root: Path, num_episodes: int, num_steps: int) -> None:
     )
     stores = [EpisodeStore(root / f"part {number}") for number in range(NUM_CORES)]
     ordered = (stores[index % NUM_CORES][index // NUM_CORES] for index in range(num_episodes))
-    write_episodes(ordered, root / "recorded", shard_size=8)
+    append_episodes(ordered, root / "recorded", shard_size=8)
 
     start_s = time.perf_counter()
     conversion = Conversion(image_size=SIZE_OPTIONS)

@@ -132,7 +132,7 @@ class VideoTask:
 
     def batch(self, step: int) -> dict[str, Any]:
         samples = self.mixture.draw(step, self.batch_size)
-        arrays = [self.mixture.read_arrays(sample, HORIZON) for sample in samples]
+        arrays = [self.mixture.read_state_and_chunk(sample, HORIZON) for sample in samples]
         batch: dict[str, Any] = {}
         for index, column in enumerate(zip(*arrays, strict=True)):
             batch[f"numbers {index}"] = torch.from_numpy(np.stack(column))

@@ -112,7 +112,7 @@ def measure_start(root: Path) -> dict[str, float]:
             Normalizer.fit([(source.store, source.weight) for source in sources])
         with measure_time(measurements, "first batch"):
             for sample in mixture.draw(0, BATCH_SIZE):
-                mixture.read_arrays(sample, HORIZON)
+                mixture.read_state_and_chunk(sample, HORIZON)
 
     measurements["valid steps"] = len(mixture)
     measurements["episodes"] = sum(len(store) for _, store, _ in sources)

@@ -49,7 +49,7 @@ from plant_policies import (
 from robot import Recording, Robot, record
 from score import summarize, write_table
 from spear.cli import run_reporting_errors
-from spear.data.store.episode_store import EpisodeStore, write_episodes
+from spear.data.store.episode_store import EpisodeStore, append_episodes
 from spear.diagnose.diagnosis import diagnose, write_json
 from spear.diagnose.load import add_rollout, load_policy_case
 from spear.diagnose.policy_case import PolicyCase
@@ -108,7 +108,7 @@ def record_training_episodes(folder: Path, workers: int) -> None:
     temporary = folder.with_name(f".{folder.name}")
     shutil.rmtree(temporary, ignore_errors=True)
     image_sizes = {"external": (192, 128), "wrist": (96, 96)}
-    write_episodes(record_episodes(tasks, image_sizes, workers), temporary)
+    append_episodes(record_episodes(tasks, image_sizes, workers), temporary)
     temporary.rename(folder)
 
 

@@ -37,7 +37,7 @@ from spear import embodiments
 from spear.cli import run_reporting_errors
 from spear.data.actions import add_actions, extract_chunk
 from spear.data.readers.formats import read_episodes
-from spear.data.store.episode_store import write_episodes
+from spear.data.store.episode_store import append_episodes
 from spear.errors import SpearError
 from spear.evaluate.open_loop import build_observations
 from spear.geometry import apply_action
@@ -186,7 +186,7 @@ def main(options: Options) -> None:
         raise SpearError(f"{options.data} does not exist. Give BridgeData's test episodes.")
     out = options.out
     if not (out / "episodes").is_dir():
-        write_episodes(read_episodes(options.data, TRAIN_SPLIT), out / "episodes")
+        append_episodes(read_episodes(options.data, TRAIN_SPLIT), out / "episodes")
     held_out = [add_actions(episode) for episode in read_episodes(options.data, HELD_OUT_SPLIT)]
     policy = Spear1Policy.load(options.policy)
     service = Service(policy, embodiments.load("generic"), name="bridge")

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from spear.cli import main as run_command
-from spear.data.store.episode_store import EpisodeStore, write_episodes
+from spear.data.store.episode_store import EpisodeStore, append_episodes
 from spear.models.weights.folders import locate
 
 NUM_TEXT_TOKENS = 1762
@@ -88,7 +88,7 @@ def select_demonstrations(episodes: Path, target: Path, num_demonstrations: int)
     """Write the first episodes of a store to a store of their own, unless it is there."""
     if not target.is_dir():
         store = EpisodeStore(episodes)
-        write_episodes([store[index] for index in range(num_demonstrations)], target)
+        append_episodes([store[index] for index in range(num_demonstrations)], target)
 
 
 def _read_weights(folder: Path) -> dict[str, torch.Tensor]:

@@ -24,7 +24,7 @@ import torch
 import tyro
 
 from spear.cli import run_reporting_errors
-from spear.data.store.episode_store import EpisodeStore, WeightedStore, write_episodes
+from spear.data.store.episode_store import EpisodeStore, WeightedStore, append_episodes
 from spear.models.devices import keep_freed_memory
 from spear.models.presets import PRESETS
 from spear.policy import locate
@@ -44,7 +44,7 @@ def make_data(root: Path) -> None:
     sizes = dict(PRESETS["nano"].image_sizes)
     label_scenes(root / "labels", 12, sizes, first_seed=10_000, workers=1)
     tasks = [("put_on", 10_000), ("stack_cube", 10_001)]
-    write_episodes(record_episodes(tasks, sizes, workers=1), root / "episodes")
+    append_episodes(record_episodes(tasks, sizes, workers=1), root / "episodes")
 
 
 def measure_steps(root: Path, name: str, precision: str, num_steps: int) -> list[float]:

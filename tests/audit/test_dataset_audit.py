@@ -33,7 +33,7 @@ from spear.cli import main
 from spear.data.actions import derive_actions
 from spear.data.options import Conversion
 from spear.data.readers.dataset_layout import REGISTRY
-from spear.data.store.episode_store import write_episodes
+from spear.data.store.episode_store import append_episodes
 from spear.data.store.prepare import prepare
 from spear.embodiments.kinematics import compute_franka_pose
 from spear.report.audit import advise, conclude, format_report, write_audit_page
@@ -432,7 +432,7 @@ def test_episodes_of_a_store_each_have_their_own_rate(tmp_path: Path) -> None:
         x = 0.4 + 0.4 * np.sin(1.5 * time_s)
         position = np.stack([x, np.zeros(24), np.full(24, 0.3)], axis=1)
         episodes.append(make_episode(number, 24, (8, 8), position=position, rate_hz=rate_hz))
-    write_episodes(episodes, tmp_path / "store")
+    append_episodes(episodes, tmp_path / "store")
 
     report = audit_dataset(tmp_path / "store")
 
@@ -460,7 +460,7 @@ def write_canonical_store(folder: Path) -> None:
             action_mask=np.arange(num_steps) < num_steps - 1,
         )
         episodes.append(episode)
-    write_episodes(episodes, folder)
+    append_episodes(episodes, folder)
 
 
 def export_with_wrong_frame(store: Path, exported: Path, run_command: Command) -> None:

@@ -11,7 +11,7 @@ import pytest
 from data_tiny import edit_json, make_episode
 from refusals import Command, no_warning
 from spear.data.readers.formats import read_episodes
-from spear.data.store.episode_store import EpisodeStore, write_episodes
+from spear.data.store.episode_store import EpisodeStore, append_episodes
 from spear.data.store.prepare import prepare
 from spear.labels.sources import list_items
 
@@ -24,7 +24,7 @@ def store(tmp_path: Path) -> Path:
         make_episode(1, num_steps=9),
         make_episode(2, num_steps=1),
     ]
-    write_episodes(episodes, tmp_path / "store")
+    append_episodes(episodes, tmp_path / "store")
     return tmp_path / "store"
 
 
@@ -120,7 +120,7 @@ def test_exported_episodes_can_be_listed_for_labeling(exported: Path) -> None:
 def prepare_two(store: Path, tmp_path: Path) -> list[str]:
     """The words of a command that prepares two datasets, with an external and a wrist camera."""
     wrist_episode = make_episode(3, images={"wrist": make_episode(3).images["external"]})
-    write_episodes([wrist_episode], tmp_path / "other")
+    append_episodes([wrist_episode], tmp_path / "other")
     folders = [str(store), str(tmp_path / "other")]
     return ["data", "prepare", *folders, "--workers", "0", "--out", str(tmp_path / "out")]
 

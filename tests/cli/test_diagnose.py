@@ -11,7 +11,7 @@ import pytest
 from data_tiny import copy_dataset, make_episode
 from spear.checks.rollout.case import Case, Doubt, Finding, Result, RolloutCheck
 from spear.cli import main
-from spear.data.store.episode_store import write_episodes
+from spear.data.store.episode_store import append_episodes
 from spear.diagnose.load import load_case, load_policy_case
 from spear.errors import SpearError
 
@@ -45,7 +45,7 @@ FINDING = Finding(
 @pytest.fixture
 def diagnose(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Diagnose:
     """Return a function that runs the command with these checks; by default without a page."""
-    write_episodes([make_episode(0)], tmp_path / "rollout")
+    append_episodes([make_episode(0)], tmp_path / "rollout")
 
     def run(*checks: RolloutCheck, out: str = "None") -> tuple[int, dict[str, object]]:
         monkeypatch.setattr("spear.diagnose.diagnosis.find_checks", lambda: checks)
@@ -165,7 +165,7 @@ def test_the_advice_names_the_file_that_the_user_wrote(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    write_episodes([make_episode(0)], tmp_path / "rollout")
+    append_episodes([make_episode(0)], tmp_path / "rollout")
     finding = replace(FINDING, file="observe in your robot's file")
     monkeypatch.setattr("spear.diagnose.diagnosis.find_checks", lambda: (make_check(finding),))
 
@@ -175,14 +175,14 @@ def test_the_advice_names_the_file_that_the_user_wrote(
 
 
 def test_an_unknown_robot_is_bad_input(tmp_path: Path) -> None:
-    write_episodes([make_episode(0)], tmp_path / "rollout")
+    append_episodes([make_episode(0)], tmp_path / "rollout")
 
     assert main(f"diagnose --rollout {tmp_path}/rollout --robot widow --out None".split()) == 2
 
 
 def test_the_data_folder_of_a_run_stands_for_its_only_dataset(tmp_path: Path) -> None:
-    write_episodes([make_episode(0)], tmp_path / "data" / "kitchen")
-    write_episodes([make_episode(0)], tmp_path / "rollout")
+    append_episodes([make_episode(0)], tmp_path / "data" / "kitchen")
+    append_episodes([make_episode(0)], tmp_path / "rollout")
 
     case = load_case("nano", tmp_path / "data", tmp_path / "rollout", "cpu")
 
@@ -192,8 +192,8 @@ def test_the_data_folder_of_a_run_stands_for_its_only_dataset(tmp_path: Path) ->
 def test_the_data_folder_of_a_run_with_several_datasets_is_refused_with_their_names(
     tmp_path: Path,
 ) -> None:
-    write_episodes([make_episode(0)], tmp_path / "kitchen")
-    write_episodes([make_episode(0)], tmp_path / "office")
+    append_episodes([make_episode(0)], tmp_path / "kitchen")
+    append_episodes([make_episode(0)], tmp_path / "office")
 
     with pytest.raises(SpearError, match=r"2 prepared datasets .*/kitchen or .*/office\."):
         load_policy_case("nano", tmp_path, "cpu")

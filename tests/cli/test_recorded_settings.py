@@ -11,7 +11,7 @@ from data_tiny import make_episode
 from refusals import Command
 from spear.cli.evaluate import EvaluateVqaOptions, _describe_vqa_run
 from spear.data.options import Conversion
-from spear.data.store.episode_store import write_episodes
+from spear.data.store.episode_store import append_episodes
 from spear.data.store.prepare import plan_preparation
 from spear.evaluate.agents import IdleAgent
 from spear.evaluate.closed_loop import evaluate_tabletop
@@ -50,7 +50,7 @@ def test_an_evaluation_keeps_its_keys() -> None:
 
 
 def test_prepared_data_keep_their_keys(tmp_path: Path) -> None:
-    write_episodes([make_episode(0)], tmp_path / "episodes")
+    append_episodes([make_episode(0)], tmp_path / "episodes")
     conversion = Conversion(image_size=("64x48",), control_hz=4.0)
 
     plan = plan_preparation(tmp_path / "episodes", tmp_path / "out", "train", conversion)

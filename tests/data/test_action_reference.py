@@ -152,6 +152,8 @@ def test_bounds_grow_along_a_chunk_that_is_measured_from_the_observed_pose(
 
     normalized = normalizer.normalize_action(Action.from_vector(longest))
 
+    # Each step is as long as the bound of a step. From the observed pose, action k is therefore k
+    # times as long, and so is its bound: each action becomes 1.
     torch.testing.assert_close(normalized.translation, torch.ones(1, HORIZON, 3))
 
 

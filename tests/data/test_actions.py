@@ -12,8 +12,8 @@ from scipy.spatial.transform import Rotation, Slerp
 from data_tiny import make_episode
 from spear.data.actions import (
     ACTION_RULES_VERSION,
-    canonicalize_actions,
     extract_chunk,
+    get_or_derive_actions,
     resample_episode,
     validate_episode,
 )
@@ -49,7 +49,7 @@ def test_following_a_chunk_reproduces_the_states(seed: int, num_steps: int, star
     """Executing the chunk's five actions from the state at `start` leads to the next states."""
     episode = make_smooth_episode(seed, num_steps)
     start = start % num_steps
-    actions, is_known = canonicalize_actions(episode)
+    actions, is_known = get_or_derive_actions(episode)
 
     chunk, mask = extract_chunk(actions, is_known, start)
 
@@ -78,7 +78,7 @@ def test_translations_are_along_the_base_and_rotations_about_the_gripper() -> No
         ),
     )
 
-    actions, _ = canonicalize_actions(validate_episode(episode))
+    actions, _ = get_or_derive_actions(validate_episode(episode))
 
     expected_turn = Rotation.from_euler("x", 10, degrees=True).as_quat(scalar_first=True)
     np.testing.assert_allclose(actions[0, :3], [0.05, 0, 0], atol=1e-6)
@@ -90,7 +90,7 @@ def test_derived_actions_have_the_commands_that_the_gripper_obeyed() -> None:
     opening = np.array([1, 1, 0.9, 0.6, 0.3, 0.3, 0.6, 1], np.float32)
     episode = dataclasses.replace(make_smooth_episode(0, 8), gripper=opening)
 
-    actions, _ = canonicalize_actions(episode)
+    actions, _ = get_or_derive_actions(episode)
 
     np.testing.assert_array_equal(actions[:, 7], [1, 0, 0, 0, 0, 1, 1, 1])
 

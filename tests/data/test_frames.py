@@ -8,12 +8,12 @@ import pytest
 from refusals import refuses
 from spear.data.frames import (
     LAYOUT_DEFAULTS,
+    find_frames_of_policy,
     find_outdated_frames,
-    get_current_version,
+    get_newest_frame_version,
     hash_layout,
     merge_frame_versions,
     read_store_frame_versions,
-    resolve_frames,
 )
 from spear.data.readers.dataset_layout import FRAME_FIELDS, REGISTRY
 
@@ -21,7 +21,7 @@ from spear.data.readers.dataset_layout import FRAME_FIELDS, REGISTRY
 @pytest.mark.parametrize(("name", "version"), [("droid", 2), ("kuka", 1), ("mine", 1)])
 def test_every_dataset_has_a_version(name: str, version: int) -> None:
     """The frames of "droid" were corrected, those of "kuka" never, and "mine" is not known."""
-    assert get_current_version(name) == version
+    assert get_newest_frame_version(name) == version
 
 
 def test_frames_of_several_sources_are_merged() -> None:
@@ -86,4 +86,4 @@ def test_an_earlier_store_of_a_dataset_like_a_known_one_is_recognized(name: str)
 def test_policies_before_versions_have_known_frames_if_they_saw_the_simulator_only(
     recorded: dict[str, int] | None, is_simulator_only: bool, expected: dict[str, int] | None
 ) -> None:
-    assert resolve_frames(recorded, is_simulator_only) == expected
+    assert find_frames_of_policy(recorded, is_simulator_only) == expected

@@ -14,7 +14,7 @@ from scipy.stats import chisquare
 
 from data_tiny import make_episode, make_png, write_store
 from refusals import refuses
-from spear.data.actions import canonicalize_actions
+from spear.data.actions import get_or_derive_actions
 from spear.data.mixture import Mixture, Sample, TrainingSamples, jitter_colors
 from spear.data.store.episode_store import EpisodeStore, WeightedStore
 from spear.train import loop
@@ -262,7 +262,7 @@ def test_the_order_depends_on_seed_and_step_alone(
     for samples in drawn.values():
         for sample in samples:
             episode = sources[sample.dataset].store.without_images(sample.episode)
-            _, is_known = canonicalize_actions(episode)
+            _, is_known = get_or_derive_actions(episode)
             assert is_known[sample.step]
 
     # Worker w of n draws every n-th training step from w on. The workers run in any order.
@@ -281,7 +281,7 @@ def test_the_length_is_the_number_of_valid_steps(mixture: Mixture) -> None:
     num_valid = 0
     for store in mixture.stores:
         for index in range(len(store)):
-            _, is_known = canonicalize_actions(store.without_images(index))
+            _, is_known = get_or_derive_actions(store.without_images(index))
             num_valid += int(is_known.sum())
 
     assert len(mixture) == num_valid
@@ -291,7 +291,7 @@ def test_the_arrays_of_a_sample_are_those_of_its_step(mixture: Mixture) -> None:
     for sample in mixture.draw(training_step=5, batch_size=BATCH_SIZE):
         episode = mixture.stores[sample.dataset].without_images(sample.episode)
 
-        state, action, mask = mixture.read_arrays(sample, horizon=5)
+        state, action, mask = mixture.read_state_and_chunk(sample, horizon=5)
 
         np.testing.assert_array_equal(state[:3], episode.position[sample.step])
         np.testing.assert_array_equal(state[3:7], episode.rotation[sample.step])

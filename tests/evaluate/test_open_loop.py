@@ -11,8 +11,8 @@ from scipy.spatial.transform import Rotation
 
 from data_tiny import make_episode, write_store
 from refusals import Command, refuses
-from spear.data.actions import canonicalize_actions, extract_chunk
-from spear.data.store.episode_store import EpisodeStore, write_episodes
+from spear.data.actions import extract_chunk, get_or_derive_actions
+from spear.data.store.episode_store import EpisodeStore, append_episodes
 from spear.data.store.lerobot_write import write_lerobot
 from spear.evaluate.open_loop import (
     build_observations,
@@ -49,7 +49,7 @@ class ReplayPolicy:
         self.error_m = error_m
         self.chunk_by_state: dict[bytes, Array] = {}
         for episode in store:
-            actions, is_known = canonicalize_actions(episode)
+            actions, is_known = get_or_derive_actions(episode)
             for step, observation in enumerate(build_observations(episode)):
                 chunk, _ = extract_chunk(actions, is_known, step)
                 self.chunk_by_state[observation["observation/state"].tobytes()] = chunk
@@ -103,7 +103,7 @@ def test_held_out_episodes_that_were_learned_from_are_refused(
     """Episode 2 is in both, with another folder, format and source. Its numbers give it away."""
     episodes = [make_moving_episode(seed) for seed in range(4)]
     renamed = [replace(episodes[seed], source=f"new#{seed}") for seed in (2, 3)]
-    write_episodes(episodes[:3], tmp_path / "arm")
+    append_episodes(episodes[:3], tmp_path / "arm")
     write_lerobot(renamed, tmp_path / "new")
 
     message = run_refused_command(
@@ -139,7 +139,7 @@ def test_the_mean_action_is_that_of_the_training_episodes(
     train, held_out = stores
     known_actions = []
     for episode in train:
-        actions, _ = canonicalize_actions(episode)
+        actions, _ = get_or_derive_actions(episode)
         known_actions.append(actions[:NUM_KNOWN_ACTIONS])
     mean_translation = np.concatenate(known_actions)[:, :3].mean(0)
 
@@ -187,14 +187,14 @@ def test_the_last_action_is_what_was_done_a_step_before(held_out: EpisodeStore) 
     baseline = score_last_action(held_out)
 
     for predicted, episode in zip(baseline.predicted, held_out, strict=True):
-        actions, _ = canonicalize_actions(episode)
+        actions, _ = get_or_derive_actions(episode)
         idle_action = [0, 0, 0, 1, 0, 0, 0, 1]
         np.testing.assert_array_equal(predicted, [idle_action, *actions[:-1]])
 
 
 def test_errors_of_the_last_action_are_as_worked_out_by_hand(held_out: EpisodeStore) -> None:
     """The last known step has a chunk of a single known action, so its error is simple."""
-    actions, _ = canonicalize_actions(held_out[1])
+    actions, _ = get_or_derive_actions(held_out[1])
     last_known = NUM_KNOWN_ACTIONS - 1
     difference_m = actions[last_known - 1, :3] - actions[last_known, :3]
     expected_mm = 1000 * np.linalg.norm(difference_m)

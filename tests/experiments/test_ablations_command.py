@@ -10,7 +10,7 @@ from data_tiny import make_episode
 from experiments.ablations import plan as planning
 from experiments.ablations.__main__ import main
 from labels_boxes import make_labeled_image
-from spear.data.store.episode_store import write_episodes
+from spear.data.store.episode_store import append_episodes
 from spear.labels.store import write_labels
 
 
@@ -43,7 +43,7 @@ def test_a_mistake_is_found_before_any_data_are_made(
 
 
 def test_a_plan_needs_no_network_library(tmp_path: Path) -> None:
-    write_episodes([make_episode(0)], tmp_path)
+    append_episodes([make_episode(0)], tmp_path)
     write_labels([make_labeled_image(0)], tmp_path / "labels-00000.parquet")
     program = (
         "import sys; from experiments.ablations.__main__ import main;"

@@ -7,7 +7,7 @@ import pytest
 
 from data_tiny import make_episode, make_png
 from refusals import refuses
-from spear.data.store.episode_store import write_episodes
+from spear.data.store.episode_store import append_episodes
 from spear.labels.inputs import hash_content, read_contents
 from spear.labels.pipeline import read_images
 from spear.labels.sources import list_items
@@ -33,7 +33,7 @@ def episodes(tmp_path: Path) -> Path:
     folder = tmp_path / "robot"
     long_episode = make_gray_episode(num_steps=10, camera="external", first_value=0)
     short_episode = make_gray_episode(num_steps=2, camera="front", first_value=100)
-    write_episodes([long_episode, short_episode], folder)
+    append_episodes([long_episode, short_episode], folder)
     return folder
 
 
@@ -70,7 +70,7 @@ def test_another_episode_changes_the_stamp_of_all_and_the_content_of_its_frames(
     hashes = [hash_content(content) for content in read_contents(items)]
     long_episode = make_gray_episode(num_steps=10, camera="external", first_value=0)
     other_episode = make_gray_episode(num_steps=3, camera="front", first_value=100)
-    write_episodes([long_episode, other_episode], tmp_path / "anew")
+    append_episodes([long_episode, other_episode], tmp_path / "anew")
 
     new_items = list(list_items([str(tmp_path / "anew")], per_episode=4))
 

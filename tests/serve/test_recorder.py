@@ -22,7 +22,7 @@ from refusals import refuses
 from serve_here import HomingPolicy, http_get, make_homing_chunk, run_python, run_server
 from spear import embodiments
 from spear.audit.inspect import describe_dataset
-from spear.data.store.episode_store import REQUEST_FILE, EpisodeStore, list_shards, write_episodes
+from spear.data.store.episode_store import REQUEST_FILE, EpisodeStore, append_episodes, list_shards
 from spear.embodiments.observations import validate_observation
 from spear.errors import Notice
 from spear.evaluate.open_loop import score_policy
@@ -169,7 +169,7 @@ def test_the_source_names_the_robot_and_the_client(tmp_path: Path) -> None:
 
 
 def test_a_store_that_no_server_recorded_has_no_served_steps(tmp_path: Path) -> None:
-    write_episodes([make_episode(0)], tmp_path)
+    append_episodes([make_episode(0)], tmp_path)
 
     assert EpisodeStore(tmp_path).served_steps(0) is None
 
@@ -370,7 +370,7 @@ def test_recordings_of_earlier_servers_count_and_are_deleted_first(tmp_path: Pat
 
 
 def test_only_recordings_are_deleted(tmp_path: Path) -> None:
-    write_episodes([make_episode(0)], tmp_path)
+    append_episodes([make_episode(0)], tmp_path)
     (demonstrations,) = list_shards(tmp_path)
 
     writer = RecordingWriter(tmp_path, SESSION, max_bytes=MIB)

@@ -13,7 +13,7 @@ import pytest
 
 from data_tiny import assert_same, edit_json
 from refusals import refuses
-from spear.data.store.episode_store import SHARD_GLOB, EpisodeStore, write_episodes
+from spear.data.store.episode_store import SHARD_GLOB, EpisodeStore, append_episodes
 from spear.sim.record import InterveningPolicy
 from spear.sim_data.demonstrations import SETTINGS_FILE, record_demonstrations
 from spear.util.run_lock import hold_lock
@@ -46,7 +46,7 @@ def get_modification_times(folder: Path, pattern: str = "*") -> dict[Path, int]:
 def copy_episodes(recorded_folder: Path, out: Path, indices: list[int]) -> Path:
     """Make a folder with the settings and some of the demonstrations of a recording."""
     store = EpisodeStore(recorded_folder)
-    write_episodes([store[index] for index in indices], out)
+    append_episodes([store[index] for index in indices], out)
     shutil.copy(recorded_folder / SETTINGS_FILE, out)
     return out
 

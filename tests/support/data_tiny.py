@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from crc32c import crc32c
 
-from spear.data.store.episode_store import EpisodeStore, write_episodes
+from spear.data.store.episode_store import EpisodeStore, append_episodes
 from spear.types import Episode
 from spear.util.images import encode_image_file, encode_jpeg
 
@@ -117,9 +117,9 @@ def make_episode(
 def write_store(episodes: Iterable[Episode], folder: Path, **options: int) -> EpisodeStore:
     """Write a store of these episodes, and open it.
 
-    options: arguments of `write_episodes`.
+    options: arguments of `append_episodes`.
     """
-    write_episodes(episodes, folder, **options)
+    append_episodes(episodes, folder, **options)
     return EpisodeStore(folder)
 
 

@@ -130,7 +130,9 @@ class FolderFuzz:
         (self._outside / "secret.json").write_text("{}")
         paths = sorted(path for path in folder.rglob("*") if path.is_file())
         self._names = [path.relative_to(folder) for path in paths]
-        read(folder)  # the folder is good, and what is imported now opens no files later
+        # The unchanged folder must be readable. Reading it also imports modules that are loaded
+        # only when needed. Imported later, their files would count as opened outside.
+        read(folder)
 
     def run(self, num_changes: int, seed: int = 0) -> FuzzReport:
         """Make this many changes, one at a time, and read each changed folder."""

@@ -18,7 +18,7 @@ import torch
 from data_tiny import make_episode
 from labels_boxes import make_labeled_image
 from refusals import Command, refuses
-from spear.data.store.episode_store import WeightedStore, write_episodes
+from spear.data.store.episode_store import WeightedStore, append_episodes
 from spear.data.store.lerobot_write import write_lerobot
 from spear.labels.store import write_labels
 from spear.policy import locate
@@ -54,7 +54,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (root / "empty").mkdir()
     (root / "file").touch()
     write_labels([make_labeled_image(0)], root / "labels" / "labels-00000.parquet")
-    write_episodes(
+    append_episodes(
         [make_episode(0, images={"wrist": make_episode(0).images["external"]})], root / "wrist"
     )
     write_checkpoint(root / "of-seed-5", seed=5)
@@ -132,7 +132,7 @@ def test_mistakes_are_found_before_data_are_made(
 def test_only_the_first_process_says_that_the_training_is_done(
     rank: str, printed: str, tmp_path: Path, run_command: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    write_episodes([make_episode(0)], tmp_path / "store")
+    append_episodes([make_episode(0)], tmp_path / "store")
     monkeypatch.setattr("spear.train.run.train", lambda *_: "runs/final")
     monkeypatch.setenv("RANK", rank)
 

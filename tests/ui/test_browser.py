@@ -17,7 +17,7 @@ from browser import TIMEOUT_S, Tab, run_chromium
 from data_tiny import make_episode
 from processes import wait_until
 from serve_here import run_server
-from spear.data.store.episode_store import write_episodes
+from spear.data.store.episode_store import append_episodes
 from spear.policy import Spear1Policy
 from spear.serve.connection import ConnectionLimits
 from spear.serve.server import PolicyServer
@@ -376,7 +376,7 @@ def phone_tab(
     browser: int, server: PolicyServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[Tab]:
     """A phone that shows a recorded episode with a very long instruction."""
-    write_episodes(
+    append_episodes(
         [make_episode(0, num_steps=11, instruction="a very long instruction " * 9)], tmp_path
     )
     monkeypatch.setattr(server.page._shared, "episode_folder", EpisodeFolder(tmp_path))

@@ -28,7 +28,7 @@ from data_tiny import assemble_png, make_episode, make_png
 from refusals import Command
 from serve_here import http_get, run_server
 from spear.chunks import DEFAULT_REPLAN_INTERVAL
-from spear.data.store.episode_store import write_episodes
+from spear.data.store.episode_store import append_episodes
 from spear.embodiments import load
 from spear.errors import Notice
 from spear.evaluate import film
@@ -367,7 +367,7 @@ def recorded_episodes(
     recorded_episodes = []
     for index, success in enumerate((True, False, None)):
         recorded_episodes.append(make_episode(index, num_steps=4 + index, success=success))
-    write_episodes(recorded_episodes, tmp_path)
+    append_episodes(recorded_episodes, tmp_path)
     monkeypatch.setattr(shared_model, "episode_folder", EpisodeFolder(tmp_path))
     return recorded_episodes
 
@@ -510,7 +510,7 @@ def three_camera_folder(
     only."""
     images = make_episode(0, num_steps=4).images["external"]
     cameras = {"external": images, "wrist": images, "left": images}
-    write_episodes(
+    append_episodes(
         [
             make_episode(0, num_steps=4, images=cameras),
             make_episode(0, num_steps=4, images={"wrist": images}),

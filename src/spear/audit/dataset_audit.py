@@ -47,7 +47,7 @@ from spear.data.readers.build_episode import (
     drop_bad_rows,
     read_instruction,
     read_openings,
-    read_pose,
+    read_recorded_poses,
     read_success,
 )
 from spear.data.readers.columns import RawEpisodes, Steps, read_encoded_images, read_numbers
@@ -63,9 +63,9 @@ from spear.data.readers.formats import (
     count_episodes,
     open_dataset,
     open_store_split,
-    read_layout_steps,
+    read_steps_with_task_texts,
 )
-from spear.data.readers.joint_angles import compute_joint_poses
+from spear.data.readers.joint_angles import compute_tip_poses
 from spear.data.readers.rotation_formats import ROTATION_FORMATS, to_quaternion
 from spear.data.store.episode_store import EpisodeStore
 from spear.errors import SpearError
@@ -415,7 +415,7 @@ def summarize_cameras(
         try:
             if isinstance(steps, SpearError):
                 raise steps
-            position, _, _ = read_pose(steps, layout, source)
+            position, _, _ = read_recorded_poses(steps, layout, source)
         except SpearError as error:
             skipped(error)
             continue
@@ -445,7 +445,7 @@ def check_instruction_and_success(
     if isinstance(folder, EpisodeStore):  # its writer already refused unreadable texts
         return []
     first_episodes = []
-    raw_episodes = read_layout_steps(folder, split, layout, images=())
+    raw_episodes = read_steps_with_task_texts(folder, split, layout, images=())
     for source, steps in itertools.islice(raw_episodes, MAX_VIEWED_EPISODES):
         if not isinstance(steps, SpearError):
             first_episodes.append((steps, source))
@@ -527,8 +527,8 @@ def make_recording(steps: Steps, layout: DatasetLayout, source: str) -> Recordin
     logged_translation = _read_optional(steps, translation_column, source)
     logged_rotation = _read_optional(steps, rotation_column, source)
     if layout.logged_rotation_format == "urdf_joints" and logged_rotation is not None:
-        logged_translation, logged_rotation = compute_joint_poses(logged_rotation, layout, source)
-    position, rotation, rotation_format = read_pose(steps, layout, source)
+        logged_translation, logged_rotation = compute_tip_poses(logged_rotation, layout, source)
+    position, rotation, rotation_format = read_recorded_poses(steps, layout, source)
     opening, command = _read_moving_gripper(steps, layout_with_command, source)
     is_valid = np.ones(len(position), bool)
     if layout.action_mask is not None:
@@ -588,9 +588,9 @@ def _convert_for_hypotheses(
     """Convert recorded orientations to what hypotheses can read.
 
     Args:
-        rotation: [T, d] orientations as `read_pose` returns them.
+        rotation: [T, d] orientations as `read_recorded_poses` returns them.
         rotation_format: their format, which is that of the layout except for "franka_joints", where
-            `read_pose` computes quaternions from joint angles.
+            `read_recorded_poses` computes quaternions from joint angles.
         layout: the dataset's layout.
         source: names the episode in errors.
 

@@ -56,7 +56,7 @@ from spear.data.readers.lerobot import (
     JOINT_NAME_PATTERN,
     TASK_COLUMN,
     LeRobotFolder,
-    is_index_column,
+    may_be_task_indices,
 )
 from spear.data.store.episode_store import EpisodeStore
 from spear.data.store.lerobot_write import describe_layout, is_own_format
@@ -247,7 +247,7 @@ def _propose_joints(
 def _make_own_layout(folder: LeRobotFolder) -> dict[str, Any]:
     """Describe a dataset that `spear data export` wrote, whose columns are known."""
     cameras: list[str] = []
-    for feature_name in folder.cameras:
+    for feature_name in folder.image_features:
         if not folder.info.features[feature_name].is_depth:
             cameras.append(feature_name.removeprefix("observation.images."))
     facts = {"action": "`spear data export` wrote this dataset: its actions are canonical"}
@@ -350,7 +350,7 @@ def _propose_task_indices(
 
 def _leads_to_a_sentence(values: Any, tasks: Mapping[int, str]) -> bool:
     """Return whether a column has the same task index in all rows, and that task several words."""
-    if not is_index_column(values):
+    if not may_be_task_indices(values):
         return False
     indices = set(np.ravel(values).tolist())
     if len(indices) != 1:

@@ -171,7 +171,7 @@ def _list_lerobot_cameras(folder: LeRobotFolder) -> list[str]:
     """Describe each camera of a LeRobot dataset in a line."""
     lines = []
     for name, feature in folder.info.features.items():
-        if name not in folder.cameras:
+        if name not in folder.image_features:
             continue
         kind = "images in video" if feature.dtype == "video" else "images"
         size = " x ".join(map(str, feature.shape))
@@ -223,7 +223,7 @@ def _read_and_check_lerobot_episode(folder: LeRobotFolder, index: int) -> Steps 
     """
     episode = folder.episodes[index]
     try:
-        steps = folder.read_episode(index, images=())
+        steps = folder.read_episode_columns(index, images=())
         for file, first_s, end_s in episode.videos.values():
             # An incomplete download lacks the end of a video. Try to read the episode's last frame:
             # the first one after the middle between the last two.

@@ -9,7 +9,7 @@ from spear.data.readers.build_episode import drop_bad_rows
 from spear.data.readers.columns import read_numbers
 from spear.data.readers.dataset_layout import DatasetLayout
 from spear.data.readers.formats import Dataset
-from spear.data.readers.joint_angles import convert_joints
+from spear.data.readers.joint_angles import convert_joint_units
 from spear.embodiments.urdf import UrdfJoint, compute_urdf_pose
 from spear.errors import SpearError
 from spear.types import Array
@@ -34,7 +34,7 @@ def check_joint_limits(folder: Dataset, split: str, layout: DatasetLayout) -> li
             continue
         steps, _ = drop_bad_rows(recorded_steps, layout, source)
         numbers = read_numbers(steps, str(layout.position), source)
-        converted = convert_joints(numbers, layout, source)
+        converted = convert_joint_units(numbers, layout, source)
         positions, _ = compute_urdf_pose(layout.arm, converted, layout.joints, source)
         all_joints.append(converted)
         all_positions.append(positions)

@@ -62,8 +62,8 @@ def derive_actions(position: Array, rotation: Array, command: Array) -> Array:
     return actions
 
 
-def canonicalize_actions(episode: Episode) -> tuple[Array, Array]:
-    """Get the canonical actions of an episode at its own rate.
+def get_or_derive_actions(episode: Episode) -> tuple[Array, Array]:
+    """Get the canonical actions of an episode, at its own rate, and which of them are known.
 
     If the episode has no actions, they are derived: motions from its states, and gripper commands
     from the motion of its gripper (`infer_commands_from_motion`). Then the last action is unknown.
@@ -86,20 +86,21 @@ def canonicalize_actions(episode: Episode) -> tuple[Array, Array]:
     return actions, is_known & has_next_state
 
 
-def compose_actions(actions: Array) -> Array:
-    """Compose k consecutive actions to one: their whole motion, and the last gripper command.
+def compose_action_groups(action_groups: Array) -> Array:
+    """Compose the actions of each group to one: their whole motion, and the last gripper command.
 
     Args:
-        actions: [T, k, 8] actions of which the robot executes k after each of T observations.
+        action_groups: [T, k, 8] for each of T observations, the k actions that the robot executes
+            after it.
 
     Returns:
-        [T, 8] actions, float32.
+        [T, 8] one action per group, float32.
     """
-    composed = np.array(actions[:, -1], np.float32)  # [T, 8], with the last gripper command
+    composed = np.array(action_groups[:, -1], np.float32)  # [T, 8], with the last gripper command
     # Translations are in the base frame, so they add up. Each rotation is about the axes of the end
     # effector at its own step, so the next one is multiplied from the right.
-    composed[:, :3] = actions[:, :, :3].sum(axis=1)
-    rotations = torch.as_tensor(np.asarray(actions[:, :, 3:7], np.float64))  # [T, k, 4]
+    composed[:, :3] = action_groups[:, :, :3].sum(axis=1)
+    rotations = torch.as_tensor(np.asarray(action_groups[:, :, 3:7], np.float64))  # [T, k, 4]
     rotation = functools.reduce(quat_multiply, rotations.unbind(dim=1))  # [T, 4]
     composed[:, 3:7] = quat_canonical(rotation).numpy()
     return composed
@@ -107,7 +108,7 @@ def compose_actions(actions: Array) -> Array:
 
 def add_actions(episode: Episode) -> Episode:
     """Add the canonical actions and their mask to an episode. Stores contain such episodes only."""
-    actions, is_known = canonicalize_actions(episode)
+    actions, is_known = get_or_derive_actions(episode)
     return dataclasses.replace(episode, action=actions, action_mask=is_known)
 
 
@@ -253,7 +254,7 @@ def validate_episode(episode: Episode) -> Episode:
         rotation=_validate_array(name, "rotation", episode.rotation, (num_steps, 4)),
         gripper=_clip_opening(name, "gripper", gripper),
     )
-    return validate_actions(checked)
+    return validate_rotations_and_actions(checked)
 
 
 def _check_images(episode: Episode) -> None:
@@ -287,8 +288,8 @@ def empty_episode_error(name: str) -> SpearError:
     return SpearError(f"{name} has no steps. Leave the episode out.")
 
 
-def validate_actions(episode: Episode) -> Episode:
-    """Check rotations and actions of an episode as `validate_episode` does.
+def validate_rotations_and_actions(episode: Episode) -> Episode:
+    """Check and normalize the rotations and actions of an episode, as `validate_episode` does.
 
     Call this after a change of the rotations or actions of an episode that was checked before.
     """

@@ -53,7 +53,7 @@ this program did not have these fields, and folders that they prepared should re
 LAYOUT_DEFAULTS = vars(DatasetLayout(name=""))  # all fields but the name have a default
 
 
-def get_current_version(name: str) -> int:
+def get_newest_frame_version(name: str) -> int:
     """Get the newest version of the frames of a dataset or robot; 1 if the name is not known."""
     layout = REGISTRY.get(name)
     return 1 if layout is None else layout.frames[name]
@@ -61,7 +61,7 @@ def get_current_version(name: str) -> int:
 
 def find_outdated_frames(frames: Frames) -> list[str]:
     """List the datasets and robots in `frames` whose frames have a newer version."""
-    return [name for name, version in frames.items() if version < get_current_version(name)]
+    return [name for name, version in frames.items() if version < get_newest_frame_version(name)]
 
 
 def merge_frame_versions(sources: Iterable[tuple[str, Frames]]) -> dict[str, int]:
@@ -91,8 +91,8 @@ def merge_frame_versions(sources: Iterable[tuple[str, Frames]]) -> dict[str, int
     return merged
 
 
-def resolve_frames(recorded_frames: Frames | None, is_simulator_only: bool) -> Frames | None:
-    """Find the frames in which a policy acts.
+def find_frames_of_policy(recorded_frames: Frames | None, is_simulator_only: bool) -> Frames | None:
+    """Decide in which frames a policy acts.
 
     Args:
         recorded_frames: The frames that its statistics record; None if the statistics were made
@@ -125,7 +125,7 @@ def read_store_frame_versions(request: Mapping[str, Any]) -> Frames:
     folder_names = Path(str(request.get("path", ""))).parts
     frames: dict[str, int] = {}
     for name in REGISTRY:
-        if get_current_version(name) == 1:
+        if get_newest_frame_version(name) == 1:
             continue
         # The hash of a layout depends on the layout's name. That is the dataset's name, or the name
         # of a folder in the dataset's path.

@@ -14,7 +14,7 @@ grows with the number of episodes (16 bytes each), not with the number of steps.
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -46,6 +46,20 @@ class Sample:
     episode: int
     step: int
     draws: Array
+
+
+class StateAndChunk(NamedTuple):
+    """What a policy learns from at a sample, but for images and instruction.
+
+    Attributes:
+        state: [8] position (m, base frame), unit quaternion and gripper opening.
+        chunk: [H, 8] the action chunk, as `Action.to_vector`.
+        mask: [H] bool, which actions of the chunk are training targets.
+    """
+
+    state: Array
+    chunk: Array
+    mask: Array
 
 
 class Mixture:
@@ -80,9 +94,11 @@ class Mixture:
             starts = np.concatenate([[0], np.cumsum(store.num_known_actions)])
             self._episode_starts.append(starts)
         add_cache = functools.lru_cache(MAX_CACHED_EPISODES)
-        self._read_episode: Callable[[int, int], Episode] = add_cache(self._read_episode_uncached)
+        self._read_episode_without_images: Callable[[int, int], Episode] = add_cache(
+            self._read_uncached_episode_without_images
+        )
 
-    def _read_episode_uncached(self, dataset: int, episode: int) -> Episode:
+    def _read_uncached_episode_without_images(self, dataset: int, episode: int) -> Episode:
         return self.stores[dataset].without_images(episode)
 
     def __len__(self) -> int:
@@ -109,18 +125,16 @@ class Mixture:
             # The last episode that starts at this index or before has the step.
             episode = int(np.searchsorted(starts, index_in_dataset, side="right")) - 1
             index_in_episode = index_in_dataset - int(starts[episode])
-            is_known = np.asarray(self._read_episode(dataset, episode).action_mask)
+            action_mask = self._read_episode_without_images(dataset, episode).action_mask
+            is_known = np.asarray(action_mask)
             valid_steps = np.flatnonzero(is_known)
             step = int(valid_steps[index_in_episode])
             samples.append(Sample(dataset, episode, step, draws=sample_draws[2:]))
         return samples
 
-    def read_arrays(self, sample: Sample, horizon: int) -> tuple[Array, Array, Array]:
-        """Read the state [8] of a sample, its action chunk [H, 8], and the chunk's mask [H].
-
-        `horizon` is H.
-        """
-        episode = self.episode(sample)
+    def read_state_and_chunk(self, sample: Sample, horizon: int) -> StateAndChunk:
+        """Read the state of a sample, and the chunk of `horizon` actions that begins there."""
+        episode = self.read_episode_without_images(sample)
         step = sample.step
         assert episode.action is not None
         assert episode.action_mask is not None
@@ -130,11 +144,11 @@ class Mixture:
             episode.rotation[step],
             episode.gripper[step : step + 1],
         ])  # fmt: skip
-        return state, chunk, mask
+        return StateAndChunk(state, chunk, mask)
 
-    def episode(self, sample: Sample) -> Episode:
-        """Read the episode of a sample, without images."""
-        return self._read_episode(sample.dataset, sample.episode)
+    def read_episode_without_images(self, sample: Sample) -> Episode:
+        """Read the episode of a sample with empty `images`, from the cache if it is there."""
+        return self._read_episode_without_images(sample.dataset, sample.episode)
 
 
 def _check_source(name: str, store: EpisodeStore, weight: float) -> None:
@@ -192,7 +206,7 @@ class TrainingSamples:
         chunks: list[Array] = []
         masks: list[Array] = []
         for sample in samples:
-            state, chunk, mask = self.mixture.read_arrays(sample, self.horizon)
+            state, chunk, mask = self.mixture.read_state_and_chunk(sample, self.horizon)
             states.append(state)
             chunks.append(chunk)
             masks.append(mask)
@@ -203,7 +217,8 @@ class TrainingSamples:
             images[camera] = np.zeros((batch_size, height, width, 3), np.uint8)
             is_present: list[bool] = []
             for sample, out in zip(samples, images[camera], strict=True):
-                is_present.append(self._decode_image(sample, camera, out))  # writes into `out`
+                has_camera = self._decode_and_jitter_image(sample, camera, out)  # writes into `out`
+                is_present.append(has_camera)
             has_image[camera] = np.array(is_present)
 
         state_rows = np.stack(states)  # [B, 8]
@@ -215,21 +230,24 @@ class TrainingSamples:
             "gripper": state_rows[:, 7],
             "action": np.stack(chunks),
             "action_mask": np.stack(masks),
-            "instruction": [self.mixture.episode(sample).instruction for sample in samples],
+            "instruction": [
+                self.mixture.read_episode_without_images(sample).instruction for sample in samples
+            ],
             "dataset": np.array([sample.dataset for sample in samples]),
         }
 
-    def _decode_image(self, sample: Sample, camera: str, out: Array) -> bool:
-        """Decode a sample's image into `out` [h, w, 3], which is black before.
+    def _decode_and_jitter_image(self, sample: Sample, camera: str, out: Array) -> bool:
+        """Decode a sample's image into `out` [h, w, 3], and jitter its colors if `augment` says so.
 
-        Returns whether the sample's episode has the camera. If not, `out` stays black.
+        `out` is black before. Returns whether the sample's episode has the camera. If not, `out`
+        stays black.
         """
         store = self.mixture.stores[sample.dataset]
         encoded = store.image(sample.episode, sample.step, camera)
         if encoded is None:
             return False
 
-        source = self.mixture.episode(sample).source
+        source = self.mixture.read_episode_without_images(sample).source
         image = decode_image(encoded, f"{source} step {sample.step} camera {camera!r}", out)
         height, width = out.shape[:2]
         fitted = fit_image(image, height, width)

@@ -284,7 +284,8 @@ class Normalizer:
             # Unknown versions of frames are written by leaving the key out.
             if normalizer_fields["frames"] is None:
                 del normalizer_fields["frames"]
-            # Files of steps are as they were before actions could be measured in another way.
+            # Statistics of steps are written without the keys about chunks, which earlier versions
+            # of this program did not have. So the file has the same bytes as theirs.
             if normalizer_fields["action_reference"] == "previous":
                 for key in ("action_reference", "chunk_offset", "chunk_scale"):
                     del normalizer_fields[key]
@@ -385,6 +386,7 @@ def write_sketches(store: EpisodeStore, sketches: Sequence[QuantileSketch]) -> N
 def _load_or_make_sketches(store: EpisodeStore) -> list[QuantileSketch]:
     """Get the six sketches of a store: from its file, or else by reading all its episodes."""
     file = store.path / SKETCHES_FILE
+    # The file is about all demonstrations of the folder. It does not fit a selection of them.
     if store.is_complete and file.is_file():
         try:
             sketches = _load_sketches(file, store)
@@ -476,16 +478,16 @@ def _fit_axis(sketches: Sequence[QuantileSketch], shares: Array, mode: Mode) -> 
         Offset and scale, m.
     """
     if mode == "meanstd":
-        return _fit_mean_and_deviation(sketches, shares)
+        return _compute_mean_and_deviation(sketches, shares)
     if mode == "minmax":
         low = min(sketch.low for sketch in sketches)
         high = max(sketch.high for sketch in sketches)
     else:
-        low, high = _fit_quantiles(sketches, shares)
+        low, high = _compute_low_and_high_quantile(sketches, shares)
     return (high + low) / 2, (high - low) / 2
 
 
-def _fit_mean_and_deviation(
+def _compute_mean_and_deviation(
     sketches: Sequence[QuantileSketch], shares: Array
 ) -> tuple[float, float]:
     """Compute mean and standard deviation of an axis over the mixture; see `_fit_axis`."""
@@ -498,7 +500,9 @@ def _fit_mean_and_deviation(
     return mean, float(np.sqrt(variance))
 
 
-def _fit_quantiles(sketches: Sequence[QuantileSketch], shares: Array) -> tuple[float, float]:
+def _compute_low_and_high_quantile(
+    sketches: Sequence[QuantileSketch], shares: Array
+) -> tuple[float, float]:
     """Compute the 1st and the 99th percentile of an axis over the mixture; see `_fit_axis`."""
     all_values: list[Array] = []
     all_weights: list[Array] = []

@@ -13,6 +13,7 @@ from spear.errors import SpearError
 from spear.util.options import EpisodeSplit, LayoutFile, OptionalInt, Options, Range, RarelyUsed
 
 MAX_IMAGE_SIDE_PX = 8192  # the largest width or height to which images are resized
+WidthAndHeight = tuple[int, int]  # of an image, in pixels
 ALL_OTHER_CAMERAS = ""  # the key, in `Conversion.sizes`, of all cameras that have no key there
 
 _FOLDER_HELP = "An RLDS or LeRobot dataset, or episodes written by this program."
@@ -33,13 +34,13 @@ class Conversion(Options):
     layout: LayoutFile = None
 
     @cached_property
-    def sizes(self) -> dict[str, tuple[int, int]]:
-        """Parse `image_size`: camera → (width, height) in pixels.
+    def sizes(self) -> dict[str, WidthAndHeight]:
+        """The sizes in `image_size`: camera → (width, height) in pixels.
 
         The key `ALL_OTHER_CAMERAS` stands for all cameras that have no key. Raises SpearError if a
         text is no size, or if a camera has two sizes.
         """
-        sizes: dict[str, tuple[int, int]] = {}
+        sizes: dict[str, WidthAndHeight] = {}
         for text in self.image_size:
             # Without "=", the camera is "", which is `ALL_OTHER_CAMERAS`.
             camera, _, size_text = text.rpartition("=")
@@ -57,7 +58,7 @@ class Conversion(Options):
         return sizes
 
 
-def _parse_size(text: str) -> tuple[int, int] | None:
+def _parse_size(text: str) -> WidthAndHeight | None:
     """Parse "280x210" as (width, height) in pixels.
 
     Returns:

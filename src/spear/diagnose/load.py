@@ -9,7 +9,7 @@ import numpy as np
 
 from spear.checks.rollout.episode import CameraPictures, RecordedEpisode, ServedTimes
 from spear.checks.rollout.pictures import PICTURE_WIDTH_PX, PictureReferences
-from spear.data.actions import canonicalize_actions
+from spear.data.actions import get_or_derive_actions
 from spear.data.readers.formats import find_format, find_prepared_stores, open_dataset
 from spear.data.store.episode_store import EpisodeStore
 from spear.diagnose.policy_case import PolicyCase
@@ -58,7 +58,7 @@ def read_demonstrations(store: EpisodeStore, image_sizes: ImageSizes) -> list[Re
 def read_episode(store: EpisodeStore, index: int, image_sizes: ImageSizes) -> RecordedEpisode:
     """Read one episode of a store."""
     episode = store[index]
-    action, is_known = canonicalize_actions(episode)
+    action, is_known = get_or_derive_actions(episode)
     served = store.served_steps(index)
     times = None
     if served is not None:

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from spear.data.actions import HORIZON, canonicalize_actions, extract_chunk, resample_episode
+from spear.data.actions import HORIZON, extract_chunk, get_or_derive_actions, resample_episode
 from spear.data.store.episode_store import EpisodeStore
 from spear.embodiments.observations import DEFAULT_IMAGE_SIZES, camera_key, get_image_sizes
 from spear.errors import SpearError
@@ -151,7 +151,7 @@ def score_mean_action(
     """
     known_actions = []
     for episode in _read_without_images(train):
-        actions, is_known = canonicalize_actions(episode)
+        actions, is_known = get_or_derive_actions(episode)
         known_actions.append(actions[is_known])
     mean_action = compute_mean_action(np.concatenate(known_actions))
 
@@ -176,7 +176,7 @@ def score_last_action(held_out: EpisodeStore, horizon: int = HORIZON) -> OpenLoo
     for episode in _read_without_images(held_out):
         gripper = binarize_gripper(episode.gripper[:1])[0]
         idle_action = np.array([[0, 0, 0, 1, 0, 0, 0, gripper]], np.float32)
-        actions, _ = canonicalize_actions(episode)
+        actions, _ = get_or_derive_actions(episode)
         last_actions = np.concatenate([idle_action, actions[:-1]])  # [T, 8]
         chunks = np.repeat(last_actions[:, None], horizon, axis=1)  # [T, H, 8]
         predictions.append((episode, chunks))
@@ -199,7 +199,7 @@ def _score_predictions(name: str, predictions: Iterable[tuple[Episode, Array]]) 
     predicted = []
     truth = []
     for episode, chunks in predictions:
-        actions, is_known = canonicalize_actions(episode)
+        actions, is_known = get_or_derive_actions(episode)
         errors.append(_compute_errors(chunks, actions, is_known))
         predicted.append(chunks[:, 0])
         truth.append(np.where(is_known[:, None], actions, np.nan))

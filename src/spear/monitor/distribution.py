@@ -92,7 +92,8 @@ class TrainingDistribution:
         initial_openings = []
         for step in range(num_batches):
             for sample in plain.mixture.draw(step, batch_size):
-                initial_openings.append(plain.mixture.episode(sample).gripper[0])
+                episode = plain.mixture.read_episode_without_images(sample)
+                initial_openings.append(episode.gripper[0])
         batches = [plain.batch(step, batch_size) for step in range(num_batches)]
         return TrainingDistribution.from_batches(batches, float(np.mean(initial_openings)))
 

@@ -15,7 +15,7 @@ from PIL import Image
 
 from spear.audit.dataset_audit import read_episode_steps
 from spear.audit.inspect import describe_dataset, is_layout_known
-from spear.data.actions import canonicalize_actions
+from spear.data.actions import get_or_derive_actions
 from spear.data.readers.columns import Steps, is_depth_png, walk_columns
 from spear.data.readers.dataset_layout import LAYOUT_FILE
 from spear.data.readers.formats import (
@@ -90,7 +90,7 @@ def _make_episode_section(episode: Episode) -> dict[str, Any]:
     strips = []
     for name, images in episode.images.items():
         strips.append((name, _make_strip(images, f"{episode.source} camera {name!r}")))
-    actions, is_valid = canonicalize_actions(episode)  # [T, 8] and [T]
+    actions, is_valid = get_or_derive_actions(episode)  # [T, 8] and [T]
     success = {True: ", a success", False: ", a failure", None: ""}[episode.success]
     length = f"{format_count(len(episode), 'steps')} at {episode.rate_hz:g} Hz"
     num_known = int(is_valid.sum())

@@ -31,7 +31,7 @@ from typing import Any
 
 import numpy as np
 
-from spear.data.actions import compose_actions
+from spear.data.actions import compose_action_groups
 from spear.data.store.episode_store import (
     REQUEST_FILE,
     list_shards,
@@ -341,7 +341,7 @@ def make_episode(exchanges: Sequence[Exchange], source: str) -> Episode:
     states = np.array([exchange.observation[STATE_KEY] for exchange in exchanges])  # [T, 8]
     chunks = np.array([exchange.actions for exchange in exchanges])  # [T, H, 8]
     num_executed = estimate_num_executed(exchanges, horizon=chunks.shape[1])
-    action = compose_actions(chunks[:, :num_executed])
+    action = compose_action_groups(chunks[:, :num_executed])
     action[:, 7] = action[:, 7].clip(0, 1)
     return Episode(
         images={},

@@ -10,9 +10,9 @@ from typing import NamedTuple
 from spear.data.store.episode_store import (
     SHARD_GLOB,
     EpisodeStore,
+    append_episodes,
     list_shards,
     remove_unfinished_shards,
-    write_episodes,
 )
 from spear.errors import SpearError, check_known
 from spear.sim.record import InterveningPolicy, format_episode_source, record_episodes
@@ -156,7 +156,7 @@ def record_successes(
         )
         episodes = track_progress(record_from(progress.num_tried), bar)
         successes = (episode for episode in episodes if episode.success)
-        num_written = write_episodes(successes, out, shard_size)
+        num_written = append_episodes(successes, out, shard_size)
         return progress.num_recorded + num_written, len(sources)
 
 

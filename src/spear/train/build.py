@@ -21,10 +21,10 @@ from typing import Any, NamedTuple
 import torch
 
 from spear.data.frames import (
+    find_frames_of_policy,
     find_outdated_frames,
-    get_current_version,
+    get_newest_frame_version,
     merge_frame_versions,
-    resolve_frames,
 )
 from spear.data.mixture import Mixture, TrainingSamples
 from spear.data.normalize import Mode, Normalizer
@@ -531,7 +531,7 @@ def _merge_frame_versions(init: Path | None, datasets: Sequence[WeightedStore]) 
     normalizer_file = None if init is None else init / "normalizer.json"
     if init is not None and normalizer_file is not None and normalizer_file.is_file():
         recorded_frames = Normalizer.load(normalizer_file).frames
-        init_frames = resolve_frames(recorded_frames, is_simulator_only(init))
+        init_frames = find_frames_of_policy(recorded_frames, is_simulator_only(init))
         if init_frames is None:
             _check_frames_are_old(init, sources)
             init_frames = {}
@@ -539,9 +539,10 @@ def _merge_frame_versions(init: Path | None, datasets: Sequence[WeightedStore]) 
 
     frames = merge_frame_versions(sources)
     for name in find_outdated_frames(frames):
+        newest_version = get_newest_frame_version(name)
         notice(
             f"the policy learns version {frames[name]} of the frames of {name}, because its "
-            f"episodes were prepared in it; the current version is {get_current_version(name)}. "
+            f"episodes were prepared in it; the current version is {newest_version}. "
             "Prepare the episodes again to use it."
         )
     return frames

@@ -65,14 +65,14 @@ def folder(lerobot: Path, version: str) -> LeRobotFolder:
 @pytest.fixture(scope="module")
 def lerobot_steps(folder: LeRobotFolder) -> list[dict[str, Any]]:
     """The columns of all episodes of the version."""
-    return [folder.read_episode(episode.index) for episode in folder.episodes]
+    return [folder.read_episode_columns(episode.index) for episode in folder.episodes]
 
 
 def test_the_metadata_are_read(folder: LeRobotFolder, version: str) -> None:
     assert folder.info.codebase_version == version[:4]  # "v2.1" or "v3.0"
     assert folder.info.fps == 5
     assert folder.split_lengths == {"train": NUM_EPISODES}
-    assert folder.cameras == ["observation.images.image_0"]
+    assert folder.image_features == ["observation.images.image_0"]
     assert [episode.length for episode in folder.episodes] == [STEPS_PER_EPISODE] * NUM_EPISODES
     assert len(folder.tasks) == 4
 

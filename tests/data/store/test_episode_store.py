@@ -9,7 +9,7 @@ import pytest
 from data_tiny import assert_same, make_episode
 from refusals import refuses
 from spear.data.actions import add_actions
-from spear.data.store.episode_store import EpisodeStore, write_episodes
+from spear.data.store.episode_store import EpisodeStore, append_episodes
 from spear.types import Episode
 
 
@@ -52,8 +52,8 @@ def episodes() -> list[Episode]:
 def folder(episodes: list[Episode], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A store that two calls wrote: four episodes in two shards, then three in one shard."""
     folder = tmp_path_factory.mktemp("store")
-    assert write_episodes(iter(episodes[:4]), folder, shard_size=3) == 4
-    assert write_episodes(iter(episodes[4:]), folder, shard_size=3) == 3
+    assert append_episodes(iter(episodes[:4]), folder, shard_size=3) == 4
+    assert append_episodes(iter(episodes[4:]), folder, shard_size=3) == 3
     return folder
 
 
@@ -159,6 +159,6 @@ def test_a_bad_episode_is_refused_and_nothing_is_written(
 ) -> None:
     bad_episode = dataclasses.replace(make_random_episode(1), **change)
 
-    refuses(message, write_episodes, [make_random_episode(0), bad_episode], tmp_path)
+    refuses(message, append_episodes, [make_random_episode(0), bad_episode], tmp_path)
 
     assert list(tmp_path.iterdir()) == []

@@ -21,12 +21,12 @@ import pytest
 from data_tiny import assert_same, edit_json, make_episode, make_png, write_store
 from processes import run_in_process
 from refusals import refuses
-from spear.data.actions import canonicalize_actions, derive_actions, resample_episode
+from spear.data.actions import derive_actions, get_or_derive_actions, resample_episode
 from spear.data.normalize import SKETCHES_FILE, Normalizer
 from spear.data.options import Conversion
 from spear.data.readers.formats import find_format, read_episodes
 from spear.data.store import prepare as preparing
-from spear.data.store.episode_store import EpisodeStore, write_episodes
+from spear.data.store.episode_store import EpisodeStore, append_episodes
 from spear.data.store.lerobot_write import write_lerobot
 from spear.data.store.prepare import open_or_prepare_store, prepare
 from spear.errors import Notice
@@ -61,7 +61,7 @@ def make_recorded_episode(number: int) -> Episode:
 def recorded_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The recording: a store of 11 episodes."""
     folder = tmp_path_factory.mktemp("recorded") / "arm"
-    write_episodes([make_recorded_episode(number) for number in range(NUM_RECORDED)], folder)
+    append_episodes([make_recorded_episode(number) for number in range(NUM_RECORDED)], folder)
     return folder
 
 
@@ -153,7 +153,7 @@ def test_prepared_states_and_actions_are_the_canonical_ones_at_5_hz(
 ) -> None:
     store = EpisodeStore(prepared)
     for index, source in enumerate(read_resampled_sources(recorded_folder)):
-        action, mask = canonicalize_actions(source)
+        action, mask = get_or_derive_actions(source)
         expected = dataclasses.replace(source, images={}, action=action, action_mask=mask)
 
         assert_same(store.without_images(index), expected, atol=1e-6)
@@ -255,7 +255,7 @@ def test_sketches_of_fewer_shards_are_not_used(prepared_copy: Path) -> None:
 def test_episodes_that_all_failed_are_prepared_with_one_notice(tmp_path: Path) -> None:
     """They can be looked at and evaluated, although nothing can be learned from them."""
     recorded_folder = tmp_path / "arm"
-    write_episodes([make_episode(number, success=False) for number in range(3)], recorded_folder)
+    append_episodes([make_episode(number, success=False) for number in range(3)], recorded_folder)
 
     with pytest.warns(
         Notice, match=f"no episode of the 3 in {recorded_folder} succeeded"
@@ -498,7 +498,7 @@ def recorded_with_bad_episodes(tmp_path: Path) -> Path:
         make_episode(4),
         make_episode(5),
     ]
-    write_episodes(episodes, tmp_path / "arm")
+    append_episodes(episodes, tmp_path / "arm")
     return tmp_path / "arm"
 
 
@@ -558,7 +558,7 @@ def test_a_gripper_that_never_opens_is_noticed(
     offset = 1 if span < 0 else 0
     episode = make_episode(0, gripper=offset + span * np.array(opening))
     episode_in_km = dataclasses.replace(episode, position=episode.position / 1000)
-    write_episodes([episode_in_km], tmp_path / "arm")
+    append_episodes([episode_in_km], tmp_path / "arm")
 
     with pytest.warns(Notice, match="gripper_range"), pytest.warns(Notice, match="length_unit"):
         prepare(tmp_path / "arm", tmp_path / "out")
@@ -571,7 +571,7 @@ def test_commands_that_come_after_the_motion_are_noticed(tmp_path: Path) -> None
     """
     episode = make_episode(0)
     action = derive_actions(episode.position, episode.rotation, episode.gripper)
-    write_episodes([dataclasses.replace(episode, action=action)], tmp_path / "arm")
+    append_episodes([dataclasses.replace(episode, action=action)], tmp_path / "arm")
 
     with pytest.warns(Notice, match="gripper command .* 100%.*leave command out"):
         prepare(tmp_path / "arm", tmp_path / "out")
@@ -598,7 +598,7 @@ def test_a_camera_that_shows_nothing_is_left_out(
     although the arm moves, so a policy learns nothing from it."""
     episode = make_episode(3, images={"external": TEXTURED_IMAGES, "wrist": wrist})
     moved = dataclasses.replace(episode, position=distance * episode.position)
-    write_episodes([moved], tmp_path / "arm")
+    append_episodes([moved], tmp_path / "arm")
 
     prepare(tmp_path / "arm", tmp_path / "out")
 
@@ -607,7 +607,7 @@ def test_a_camera_that_shows_nothing_is_left_out(
 
 def test_an_episode_that_shows_nothing_is_skipped_by_name(tmp_path: Path) -> None:
     black = make_episode(2, images={"external": [BLACK] * 6})
-    write_episodes([make_episode(0), black], tmp_path / "arm")
+    append_episodes([make_episode(0), black], tmp_path / "arm")
 
     num_prepared, reasons = prepare(tmp_path / "arm", tmp_path / "out")
 

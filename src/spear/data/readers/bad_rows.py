@@ -80,8 +80,8 @@ def mark_complete_rows(columns: Iterable[Array]) -> Array:
     return np.logical_and.reduce(masks)
 
 
-def mark_zero_poses(pose: Array) -> Array:
-    """Say of each row whether zeros stand for a missing pose.
+def mark_zeros_for_missing_poses(pose: Array) -> Array:
+    """Say of each row whether it has zeros that stand for a missing pose: True if so.
 
     Some recorders write zeros for a lost reading. But if other poses of the episode are near zero,
     for example because positions are relative to where the episode begins, a row of zeros is a real

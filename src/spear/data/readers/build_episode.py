@@ -6,17 +6,22 @@ step, and `source` is the name of the episode for error messages.
 
 import dataclasses
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from PIL import Image
 
-from spear.data.actions import derive_actions, find_first, validate_actions, validate_episode
+from spear.data.actions import (
+    derive_actions,
+    find_first,
+    validate_episode,
+    validate_rotations_and_actions,
+)
 from spear.data.readers.bad_rows import (
     choose_rows_and_record_drops,
     mark_complete_rows,
-    mark_zero_poses,
+    mark_zeros_for_missing_poses,
     mask_actions_before_gaps,
     record_repairs,
     select_rows,
@@ -36,7 +41,7 @@ from spear.data.readers.dataset_layout import (
     DatasetLayout,
     RotationFormat,
 )
-from spear.data.readers.joint_angles import compute_joint_poses
+from spear.data.readers.joint_angles import compute_tip_poses
 from spear.data.readers.rotation_formats import mark_rotations, to_quaternion
 from spear.embodiments.kinematics import compute_franka_pose
 from spear.errors import SpearError
@@ -81,7 +86,7 @@ def build_episode(steps: Steps, layout: DatasetLayout, source: str) -> Episode:
     # States and images of the good rows, checked.
     recorded_steps = steps
     steps, rows = drop_bad_rows(recorded_steps, layout, source)
-    position, rotation, rotation_format = read_pose(steps, layout, source)
+    position, rotation, rotation_format = read_recorded_poses(steps, layout, source)
     _check_angle_unit(rotation, rotation_format, source)
     gripper, command = read_openings(steps, layout, source)
     episode = validate_episode(
@@ -134,7 +139,7 @@ def drop_bad_rows(steps: Steps, layout: DatasetLayout, source: str) -> tuple[Ste
         pose = np.concatenate(pose_columns, axis=1)  # [T, d]
         # With infinity for a missing number, its row counts neither as zero nor as near zero.
         pose_without_nan = np.nan_to_num(pose, nan=np.inf)
-        is_good &= ~mark_zero_poses(pose_without_nan)
+        is_good &= ~mark_zeros_for_missing_poses(pose_without_nan)
         assert layout.rotation_format is not None
         is_good &= mark_rotations(rotation, layout.rotation_format)
     rows = choose_rows_and_record_drops(is_good)
@@ -194,7 +199,9 @@ def _add_derived_actions(episode: Episode, gripper_command: Array) -> Episode:
     is_known = np.arange(len(episode)) < last_step  # [T]; no state follows the last step
     if episode.action_mask is not None:
         is_known &= episode.action_mask
-    return validate_actions(dataclasses.replace(episode, action=action, action_mask=is_known))
+    return validate_rotations_and_actions(
+        dataclasses.replace(episode, action=action, action_mask=is_known)
+    )
 
 
 def _convert_to_our_frames(episode: Episode, layout: DatasetLayout) -> Episode:
@@ -240,18 +247,27 @@ def _add_canonical_actions(
         fields["action_mask"] = is_known
     if layout.source is not None:
         fields["source"] = read_text(steps, layout.source, source)
-    return validate_actions(dataclasses.replace(episode, **fields))
+    return validate_rotations_and_actions(dataclasses.replace(episode, **fields))
 
 
-def read_pose(
-    steps: Steps, layout: DatasetLayout, source: str
-) -> tuple[Array, Array, RotationFormat]:
-    """Read the recorded end-effector poses, in the dataset's base and end-effector frames.
+class RecordedPoses(NamedTuple):
+    """End-effector poses in the dataset's base and end-effector frames.
 
-    Returns:
-        Positions [T, 3] (m), orientations [T, d] (angles in rad), and the format of the
-        orientations, which determines d. Poses that are recorded as joint angles are computed, and
-        their orientations are quaternions.
+    Attributes:
+        position: [T, 3] m.
+        rotation: [T, d] orientations in `rotation_format`, angles in rad.
+        rotation_format: The format of the orientations, which determines d.
+    """
+
+    position: Array
+    rotation: Array
+    rotation_format: RotationFormat
+
+
+def read_recorded_poses(steps: Steps, layout: DatasetLayout, source: str) -> RecordedPoses:
+    """Read the recorded end-effector poses, in the dataset's frames and format of orientations.
+
+    Poses that are recorded as joint angles are computed, and their orientations are quaternions.
     """
     assert layout.position is not None
     assert layout.rotation is not None
@@ -262,17 +278,17 @@ def read_pose(
     if layout.rotation_format == "franka_joints":
         joint_angles_rad = recorded * radians_per_unit  # [T, 7]
         position_m, quaternion = compute_franka_pose(joint_angles_rad, source)
-        return position_m, quaternion, "quat_wxyz"
+        return RecordedPoses(position_m, quaternion, "quat_wxyz")
     if layout.rotation_format == "urdf_joints":
-        # `compute_joint_poses` converts the units itself: prismatic joints are not in radians.
-        position_m, quaternion = compute_joint_poses(recorded, layout, source)
-        return position_m, quaternion, "quat_wxyz"
+        # `compute_tip_poses` converts the units itself: prismatic joints are not in radians.
+        position_m, quaternion = compute_tip_poses(recorded, layout, source)
+        return RecordedPoses(position_m, quaternion, "quat_wxyz")
 
     rotation = read_numbers(steps, layout.rotation, source)
     if layout.rotation_format in ANGLE_FORMATS:
         rotation = rotation * radians_per_unit
     position_m = recorded * LENGTH_UNITS[layout.length_unit]
-    return position_m, rotation, layout.rotation_format
+    return RecordedPoses(position_m, rotation, layout.rotation_format)
 
 
 def read_openings(steps: Steps, layout: DatasetLayout, source: str) -> tuple[Array, Array | None]:

@@ -19,6 +19,8 @@ Steps = Mapping[str, Any]
 """The columns of an episode: name → column, or → a mapping of further columns. A column is an array
 whose first dimension is the step, a list of bytes (images or texts), or, if it cannot be read, a
 str that says why."""
+UnreadableReason = str
+"""Why a column cannot be read; it takes the place of the column's values."""
 RawEpisodes = Iterator[tuple[str, Steps | SpearError]]
 """(source, steps) of each episode of a dataset. If the episode cannot be read, an error replaces
 its steps."""

@@ -387,14 +387,12 @@ def read_layout_file(
 
     all_fields = {**base_fields, **(format_defaults or {}), "name": name, **fields}
     layout = _make_layout(all_fields, path)
-    _check_fields_have_columns(layout, fields, path)
+    _check_fields_fit_columns(layout, fields, path)
     return layout
 
 
-def _check_fields_have_columns(
-    layout: DatasetLayout, fields: Mapping[str, Any], path: Path
-) -> None:
-    """Raise SpearError for keys of a file that contradict the columns that the layout has.
+def _check_fields_fit_columns(layout: DatasetLayout, fields: Mapping[str, Any], path: Path) -> None:
+    """Raise SpearError for keys of a file that do not fit the columns that the layout has.
 
     Args:
         layout: The layout, with the fields of the entry that the file is like.

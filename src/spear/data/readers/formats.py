@@ -172,16 +172,16 @@ def read_episodes(
 
     layout = folder.load_layout(layout_file)
     yield from convert_episodes(
-        read_layout_steps(folder, split, layout, layout.images.values()),
+        read_steps_with_task_texts(folder, split, layout, layout.images.values()),
         partial(build_episode, layout=layout),
         on_error,
     )
 
 
-def read_layout_steps(
+def read_steps_with_task_texts(
     folder: Dataset, split: str, layout: DatasetLayout, images: Collection[str]
 ) -> RawEpisodes:
-    """Read the columns of each episode of a split.
+    """Read all columns of each episode of a split, with a text in each row of the instruction.
 
     A LeRobot dataset may have indices of tasks as instructions. They are replaced by the tasks'
     texts, so that the column of the instruction has texts in every format.

@@ -14,8 +14,8 @@ NORMALIZED_LIMIT = 100.0
 """LeRobot's value of a joint at the end of its range, if the robot does not give degrees."""
 
 
-def compute_joint_poses(joints: Array, layout: DatasetLayout, source: str) -> tuple[Array, Array]:
-    """Compute the poses of the tip of a layout's arm, in the frame of its base.
+def compute_tip_poses(joints: Array, layout: DatasetLayout, source: str) -> tuple[Array, Array]:
+    """Compute the poses of the tip of a layout's arm from joint angles, in the frame of its base.
 
     Args:
         joints: [T, d] joint angles, in the units of the layout.
@@ -30,11 +30,11 @@ def compute_joint_poses(joints: Array, layout: DatasetLayout, source: str) -> tu
     """
     assert layout.arm is not None
     return compute_urdf_pose(
-        layout.arm, convert_joints(joints, layout, source), layout.joints, source
+        layout.arm, convert_joint_units(joints, layout, source), layout.joints, source
     )
 
 
-def convert_joints(joints: Array, layout: DatasetLayout, source: str) -> Array:
+def convert_joint_units(joints: Array, layout: DatasetLayout, source: str) -> Array:
     """Convert joint angles [T, d] from the units of a layout to rad (m for a prismatic joint).
 
     Numbers of another width than the arm's stay unchanged, and `compute_urdf_pose` refuses them.

@@ -180,8 +180,8 @@ class LeRobotFolder:
         return {name: end - first for name, (first, end) in self.splits.items()}
 
     @property
-    def cameras(self) -> list[str]:
-        """The names of the features that are images or videos."""
+    def image_features(self) -> list[str]:
+        """The names of the features that are images or videos, with and without depth."""
         return [
             name
             for name, feature in self.info.features.items()
@@ -279,11 +279,13 @@ class LeRobotFolder:
             for index in range(split_start + first, split_start + end):
                 source = f"{self.name}/{name}#{index}"
                 try:
-                    yield source, self.read_episode(index, images)
+                    yield source, self.read_episode_columns(index, images)
                 except SpearError as error:
                     yield source, error
 
-    def read_episode(self, index: int, images: Collection[str] | None = None) -> dict[str, Any]:
+    def read_episode_columns(
+        self, index: int, images: Collection[str] | None = None
+    ) -> dict[str, Any]:
         """Read the columns of one episode.
 
         Videos are decoded, and their frames encoded as JPEG. Depth images are skipped.
@@ -329,7 +331,7 @@ class LeRobotFolder:
             SpearError: If the episode lacks the video of a camera that `images` names.
         """
         cameras: set[str] = set()
-        for camera in self.cameras:
+        for camera in self.image_features:
             is_wanted = images is None or _to_column(camera) in images
             if not is_wanted or self.info.features[camera].is_depth:
                 continue
@@ -345,7 +347,7 @@ class LeRobotFolder:
 
     def _read_columns(self, episode: LeRobotEpisode, cameras: Collection[str]) -> dict[str, Any]:
         """Read all columns of an episode, but only the images of the selected cameras."""
-        skipped_columns = set(self.cameras) - set(cameras)
+        skipped_columns = set(self.image_features) - set(cameras)
         rows = _read_rows(episode, self.name, skipped_columns)
         steps: dict[str, Any] = {}
         for name in rows.column_names:
@@ -432,7 +434,7 @@ class LeRobotFolder:
             task, an error replaces the episode's columns.
         """
         for source, steps in raw_episodes:
-            if isinstance(steps, SpearError) or not is_index_column(steps.get(column)):
+            if isinstance(steps, SpearError) or not may_be_task_indices(steps.get(column)):
                 yield source, steps
                 continue
             try:
@@ -453,7 +455,7 @@ class LeRobotFolder:
         return texts
 
 
-def is_index_column(values: Any) -> bool:
+def may_be_task_indices(values: Any) -> bool:
     """Whether a column has one integer per row, which may be the index of a task."""
     is_integer_array = isinstance(values, np.ndarray) and values.dtype.kind in "iu"
     return is_integer_array and values.size == len(values)

@@ -23,7 +23,13 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from spear.data.actions import empty_episode_error
-from spear.data.readers.columns import RawEpisodes, Steps, count_steps, walk_columns
+from spear.data.readers.columns import (
+    RawEpisodes,
+    Steps,
+    UnreadableReason,
+    count_steps,
+    walk_columns,
+)
 from spear.data.readers.dataset_layout import DatasetLayout, find_layout
 from spear.data.readers.splits import parse_split
 from spear.data.readers.tfrecord import Feature, parse_example, read_records
@@ -289,7 +295,7 @@ def unflatten(
 
 def _restore_level(
     values: list[bytes] | Array, flat: Mapping[str, Feature], name: str, level: int
-) -> list[bytes] | Array | str:
+) -> list[bytes] | Array | UnreadableReason:
     """Restore one level of a list of lists, if all rows of this level have the same length.
 
     Args:
@@ -322,7 +328,7 @@ def _tensor_shape(description: Mapping[str, Any]) -> list[int]:
 
 def _convert_leaf(
     description: Mapping[str, Any], values: Feature, name: str
-) -> list[bytes] | Array | str:
+) -> list[bytes] | Array | UnreadableReason:
     """Convert the flat values of one leaf, or say why they cannot be read.
 
     The first dimension of the result runs over all elements of all lists above the leaf.
@@ -340,7 +346,7 @@ def _convert_leaf(
 
 def _convert_tensor(
     description: Mapping[str, Any], values: Feature, name: str
-) -> list[bytes] | Array | str:
+) -> list[bytes] | Array | UnreadableReason:
     """Convert the flat values of one tensor to [num_elements, *shape]; see `_convert_leaf`."""
     shape = _tensor_shape(description)
     dtype = description["tensor"]["dtype"]

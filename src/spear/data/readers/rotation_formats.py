@@ -37,8 +37,8 @@ class RotationEncoding(NamedTuple):
     to_quaternion: Callable[[Tensor], Tensor]
 
 
-def _pose_from_6d_rows(values: Tensor) -> Tensor:
-    """Complete the first two rows of rotation matrices, [..., 6], to poses [..., 4, 4].
+def _make_matrix4_from_6d_rows(values: Tensor) -> Tensor:
+    """Complete the first two rows of rotation matrices, [..., 6], to pose matrices [..., 4, 4].
 
     The position of the poses is zero.
     """
@@ -50,17 +50,17 @@ def _pose_from_6d_rows(values: Tensor) -> Tensor:
     return pose
 
 
-def _pose_from_16_rows(values: Tensor) -> Tensor:
+def _make_matrix4_from_16_numbers(values: Tensor) -> Tensor:
     """Arrange poses [..., 16], which are matrices row after row, as matrices [..., 4, 4]."""
     return values.unflatten(-1, (4, 4))
 
 
 # The same numbers column after column are the rows of the transposed matrix: `.mT` undoes that.
 POSE_FORMATS: Mapping[str, Callable[[Tensor], Tensor]] = {
-    "6d_columns": lambda values: _pose_from_6d_rows(values).mT,
-    "6d_rows": _pose_from_6d_rows,
-    "matrix4_columns": lambda values: _pose_from_16_rows(values).mT,
-    "matrix4_rows": _pose_from_16_rows,
+    "6d_columns": lambda values: _make_matrix4_from_6d_rows(values).mT,
+    "6d_rows": _make_matrix4_from_6d_rows,
+    "matrix4_columns": lambda values: _make_matrix4_from_16_numbers(values).mT,
+    "matrix4_rows": _make_matrix4_from_16_numbers,
 }
 """Format → conversion of [..., num_components] to homogeneous matrices [..., 4, 4]. `to_quaternion`
 checks whether these matrices are poses, because arbitrary numbers are not."""
@@ -88,7 +88,7 @@ ROTATION_FORMATS: Mapping[str, RotationEncoding] = {
     "matrix4_rows": RotationEncoding(16, _make_quaternion_conversion("matrix4_rows")),
 }
 """Format → its encoding. The joint angles are missing: `compute_franka_pose` and
-`compute_joint_poses` convert them."""
+`compute_tip_poses` convert them."""
 
 
 def to_quaternion(values: Array, rotation_format: RotationFormat, source: str = "") -> Array:
@@ -143,7 +143,7 @@ def mark_rotations(values: Array, rotation_format: RotationFormat) -> Array:
 
     if rotation_format in POSE_FORMATS:
         tensor = torch.as_tensor(np.asarray(values, np.float64))
-        return _are_rotations(POSE_FORMATS[rotation_format](tensor)).numpy()
+        return _are_poses(POSE_FORMATS[rotation_format](tensor)).numpy()
     if rotation_format.startswith("quat"):
         # `validate_episode` will check the norm of float32 quaternions, so these are judged here.
         float32_values = values.astype(np.float32).astype(np.float64)
@@ -152,12 +152,12 @@ def mark_rotations(values: Array, rotation_format: RotationFormat) -> Array:
     return np.ones(len(values), bool)
 
 
-def _are_rotations(pose: Tensor) -> Tensor:
+def _are_poses(matrix4: Tensor) -> Tensor:
     """Say of each matrix [T, 4, 4] whether it is a pose with a proper rotation, as [T] bool."""
-    matrix = pose[:, :3, :3]
-    identity = torch.eye(3, dtype=pose.dtype)
+    matrix = matrix4[:, :3, :3]
+    identity = torch.eye(3, dtype=matrix4.dtype)
     orthogonality_error = (matrix @ matrix.mT - identity).abs().amax((1, 2))  # [T]
-    last_row_error = (pose[:, 3] - pose.new_tensor([0, 0, 0, 1])).abs().amax(1)  # [T]
+    last_row_error = (matrix4[:, 3] - matrix4.new_tensor([0, 0, 0, 1])).abs().amax(1)  # [T]
     # A reflection is orthogonal too, but its determinant is negative.
     return (
         (orthogonality_error < MAX_ORTHOGONALITY_ERROR)

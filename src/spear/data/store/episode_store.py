@@ -1,7 +1,7 @@
 """The store of episodes: random access to episodes and images of a folder, by memory mapping.
 
 A store is a folder of shards, each of which has many episodes (`spear.data.store.shard`). It is
-either recorded (`write_episodes`, with which several processes may append to one folder) or
+either recorded (`append_episodes`, with which several processes may append to one folder) or
 prepared for training (`spear.data.store.prepare`). The episodes of a store may differ in rate,
 cameras and image sizes.
 """
@@ -30,8 +30,8 @@ MAX_HASHED_EPISODES = 1000  # the fingerprints of a store read the steps of this
 POSE_DECIMALS = 4  # to which an episode's fingerprint rounds poses, so that float noise is ignored
 
 
-def write_episodes(episodes: Iterable[Episode], folder: Path, shard_size: int = 256) -> int:
-    """Check episodes, add their canonical actions, and append them to a store.
+def append_episodes(episodes: Iterable[Episode], folder: Path, shard_size: int = 256) -> int:
+    """Check episodes, add their canonical actions, and append them to a store, as new shards.
 
     A shard appears complete or not at all, and takes the next free number. Several processes may
     therefore append to one folder.
@@ -145,7 +145,7 @@ class EpisodeStore:
             self._read_num_shards(),
         )
 
-        self._shards = [open_shard(file)[0] for file in files]
+        self._shards = [open_shard(file) for file in files]
         shard_lengths = [len(shard) for shard in self._shards]
         # The folder's episodes are numbered through all shards. Here are the number of each shard's
         # first episode and, as the last entry, the count of all these episodes.
@@ -354,13 +354,13 @@ class EpisodeStore:
         return shard.episode(row, with_images=False)
 
     def fingerprint(self) -> str:
-        """Hash the motions of these episodes, to recognize other motions.
+        """Hash the states and actions of these episodes, to recognize other motions.
 
         The hash covers the sources and lengths of all episodes, and the states and actions of at
         most 1,000 episodes.
         """
-        digest = self._hash_texts("source")
-        for shard, steps in self._iterate_sampled_steps():
+        digest = self._begin_hash_with_texts("source")
+        for shard, steps in self._iterate_sampled_episodes():
             for rows in (
                 shard.position,
                 shard.rotation,
@@ -377,15 +377,15 @@ class EpisodeStore:
         The hash covers the instructions of all episodes, the cameras, and the lengths of the
         encoded images of at most 1,000 episodes.
         """
-        digest = self._hash_texts("instruction")
+        digest = self._begin_hash_with_texts("instruction")
         digest.update("\0".join(self.cameras).encode())
-        for shard, steps in self._iterate_sampled_steps():
+        for shard, steps in self._iterate_sampled_episodes():
             for _, image_places in sorted(shard.image_places.items()):
                 image_lengths = image_places[:, 1]
                 digest.update(image_lengths[steps].tobytes())
         return digest.hexdigest()
 
-    def _hash_texts(self, column: str) -> "hashlib._Hash":
+    def _begin_hash_with_texts(self, column: str) -> "hashlib._Hash":
         """Begin a hash with the lengths of all episodes and their texts in a column."""
         digest = hashlib.sha256(self.lengths.tobytes())
         texts: list[str] = []  # of all episodes of the folder
@@ -395,7 +395,7 @@ class EpisodeStore:
         digest.update(joined_texts.encode())
         return digest
 
-    def _iterate_sampled_steps(self) -> Iterator[tuple[Shard, slice]]:
+    def _iterate_sampled_episodes(self) -> Iterator[tuple[Shard, slice]]:
         """Yield the shard and the steps in it of at most 1,000 episodes, evenly spread."""
         evenly_spread = np.linspace(0, len(self) - 1, MAX_HASHED_EPISODES).astype(int)
         indices = np.unique(evenly_spread)  # a small store has fewer episodes

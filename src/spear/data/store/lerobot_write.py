@@ -24,7 +24,12 @@ import pyarrow.parquet as pq
 from spear.data.actions import add_actions, validate_episode
 from spear.data.readers.dataset_layout import LAYOUT_FILE
 from spear.data.readers.video import VideoWriter
-from spear.data.store.stats import ImageSample, RowStats, check_size, sample_images
+from spear.data.store.stats import (
+    PixelHistograms,
+    RowStats,
+    check_size,
+    compute_pixel_histograms,
+)
 from spear.errors import SpearError
 from spear.types import Array, Episode
 from spear.util.files import check_new_folder, report_write_errors, write_text
@@ -61,6 +66,9 @@ DATA_PATH = "data/chunk-{chunk_index:03d}/file-{file_index:03d}.parquet"
 EPISODES_PATH = "meta/episodes/chunk-{chunk_index:03d}/file-{file_index:03d}.parquet"
 VIDEO_PATH = "videos/{video_key}/chunk-{chunk_index:03d}/file-{file_index:03d}.mp4"
 
+EpisodeRow = dict[str, Any]
+"""A row of `meta/episodes`, or some columns of it: column → value."""
+
 
 def write_lerobot(
     episodes: Iterable[Episode],
@@ -93,11 +101,11 @@ def write_lerobot(
         try:
             for unchecked_episode in episodes:
                 episode = add_actions(validate_episode(unchecked_episode))
-                samples = sample_images(episode)
+                histograms = compute_pixel_histograms(episode)
                 if writer is None:
-                    writer = _Writer(work_dir / "dataset", samples, episode.rate_hz, images)
+                    writer = _Writer(work_dir / "dataset", histograms, episode.rate_hz, images)
                     writer.frames = dict(frames or {})
-                writer.add(episode, samples)
+                writer.add(episode, histograms)
             if writer is None:
                 raise SpearError(f"there are no episodes to write to {target}. Give some.")
             writer.finish()
@@ -116,19 +124,23 @@ class _Writer:
 
     Args:
         folder: The folder of the dataset.
-        samples: Camera → sample of the images of the first episode. All episodes must have its
-            cameras and image sizes.
+        histograms: Camera → histograms of the images of the first episode. All episodes must have
+            its cameras and image sizes.
         rate_hz: The rate of all episodes.
         image_type: How images are stored, "image" or "video" (see `write_lerobot`).
     """
 
     def __init__(
-        self, folder: Path, samples: Mapping[str, ImageSample], rate_hz: float, image_type: str
+        self,
+        folder: Path,
+        histograms: Mapping[str, PixelHistograms],
+        rate_hz: float,
+        image_type: str,
     ) -> None:
         self.folder = folder
         self.image_type = image_type
         self.rate_hz = rate_hz
-        self.image_sizes = {camera: samples[camera].size for camera in sorted(samples)}
+        self.image_sizes = {camera: histograms[camera].size for camera in sorted(histograms)}
         self.features = make_features(self.image_sizes, image_type, self.rate_hz)
         self.schema = make_schema(self.features)
         self.frames: dict[str, int] = {}  # the versions of the frames of the poses
@@ -138,15 +150,15 @@ class _Writer:
         self.num_rows = 0
         self.tasks: dict[str, int] = {}  # instruction → task index
         # The rows of `meta/episodes` that are not in a file yet.
-        self.episode_rows: list[dict[str, Any]] = []
+        self.episode_rows: list[EpisodeRow] = []
 
         # Statistics over all episodes.
         self.row_stats: dict[str, RowStats] = {}
         for name, feature in self.features.items():
             if feature["dtype"] in NUMBER_TYPES:
                 self.row_stats[name] = RowStats()
-        self.image_samples = {
-            camera: ImageSample(size) for camera, size in self.image_sizes.items()
+        self.pixel_histograms = {
+            camera: PixelHistograms(size) for camera, size in self.image_sizes.items()
         }
 
         # The number of the current file of each kind, and the files that are open.
@@ -156,49 +168,51 @@ class _Writer:
         self._data: pq.ParquetWriter | None = None
         self._videos: dict[str, VideoWriter] = {}  # camera → open video
 
-    def add(self, episode: Episode, samples: Mapping[str, ImageSample]) -> None:
+    def add(self, episode: Episode, histograms: Mapping[str, PixelHistograms]) -> None:
         """Write a checked episode.
 
         Args:
             episode: The episode, with canonical actions.
-            samples: Camera → sample of the episode's images (see `sample_images`).
+            histograms: Camera → histograms of the episode's images (see
+                `compute_pixel_histograms`).
 
         Raises:
             SpearError: If the episode differs from the first one in cameras, image sizes or rate.
         """
-        self._check_same_form(episode, samples)
+        self._check_same_form(episode, histograms)
         if self._data is not None and os.path.getsize(self._data_path) > MAX_DATA_FILE_MIB * MIB:
             self._end_data_file()
 
         # Write the episode's steps and videos, and make its row of `meta/episodes`.
         length = len(episode)
         columns = self._make_columns(episode)
-        row: dict[str, Any] = {
+        self._append_rows(columns, episode)
+        row: EpisodeRow = {
             "episode_index": self.num_episodes,
             "tasks": [episode.instruction],
             "length": length,
-            **self._write_rows(columns, episode),
+            **make_file_index_columns("data", self.data_file_number),
             "dataset_from_index": self.num_rows,
             "dataset_to_index": self.num_rows + length,
         }
         if self.image_type == "video":
             for camera in self.image_sizes:
-                row |= self._write_video(camera, episode)
-        row |= self._make_stats_columns(columns, samples)
+                row |= self._append_to_video(camera, episode)
+        row |= self._make_stats_columns(columns, histograms)
         row |= make_file_index_columns("meta/episodes", self.meta_file_number)
         self.episode_rows.append(row)
 
         # Update statistics and counts of the whole dataset.
         for name, stats in self.row_stats.items():
             stats.add(columns[name].reshape(length, -1))
-        for camera, sample in self.image_samples.items():
-            sample.histogram[...] += samples[camera].histogram  # adds to the dataset's sample
+        for camera, total in self.pixel_histograms.items():
+            total.counts[...] += histograms[camera].counts
         self.num_episodes += 1
         self.num_rows += length
         if len(self.episode_rows) == EPISODES_PER_FILE:
             self._write_episode_rows()
 
-    def _check_same_form(self, episode: Episode, samples: Mapping[str, ImageSample]) -> None:
+    def _check_same_form(self, episode: Episode, histograms: Mapping[str, PixelHistograms]) -> None:
         """Raise SpearError unless an episode has the cameras, sizes and rate of the first one."""
         cameras = sorted(episode.images)
         if cameras != list(self.image_sizes):
@@ -207,7 +221,7 @@ class _Writer:
                 f"{', '.join(self.image_sizes)}. Export those with the same cameras."
             )
         for camera, size in self.image_sizes.items():
-            check_size(samples[camera].size, size, f"{episode.source} step 0 camera {camera!r}")
+            check_size(histograms[camera].size, size, f"{episode.source} step 0 camera {camera!r}")
         if episode.rate_hz != self.rate_hz:
             raise SpearError(
                 f"{episode.source} is at {episode.rate_hz:g} Hz, the first episode at "
@@ -235,24 +249,24 @@ class _Writer:
         }
 
     def _make_stats_columns(
-        self, columns: Mapping[str, Any], samples: Mapping[str, ImageSample]
-    ) -> dict[str, Any]:
+        self, columns: Mapping[str, Any], histograms: Mapping[str, PixelHistograms]
+    ) -> EpisodeRow:
         """Make the statistics of an episode, as columns of its row of `meta/episodes`.
 
         Args:
             columns: The episode's columns, except images.
-            samples: Camera → sample of the episode's images.
+            histograms: Camera → histograms of the episode's images.
         """
         stats: dict[str, Mapping[str, Array]] = {}
         for name in self.row_stats:
             values = columns[name]
             rows = values.reshape(len(values), -1)  # [T, d]
             # A new `RowStats` of this episode alone: `self.row_stats` are those of all episodes.
-            stats[name] = RowStats().add(rows).total()
+            stats[name] = RowStats().add(rows).compute_stats()
         for camera in self.image_sizes:
-            stats[get_feature_name(camera)] = samples[camera].stats()
+            stats[get_feature_name(camera)] = histograms[camera].compute_stats()
 
-        stats_columns: dict[str, Any] = {}
+        stats_columns: EpisodeRow = {}
         for name in self.features:
             for statistic, values in stats.get(name, {}).items():
                 stats_columns[f"stats/{name}/{statistic}"] = values.tolist()
@@ -263,15 +277,12 @@ class _Writer:
         """The current file of steps."""
         return self.folder / make_file_path(DATA_PATH, self.data_file_number)
 
-    def _write_rows(self, columns: Mapping[str, Any], episode: Episode) -> dict[str, int]:
+    def _append_rows(self, columns: Mapping[str, Any], episode: Episode) -> None:
         """Append the steps of an episode to the current file of steps.
 
         Args:
             columns: The episode's columns, except images.
             episode: The episode.
-
-        Returns:
-            The columns of the episode's row of `meta/episodes` that say which file has these steps.
         """
         if self._data is None:
             self._data_path.parent.mkdir(parents=True, exist_ok=True)
@@ -282,15 +293,14 @@ class _Writer:
             for camera, images in episode.images.items():
                 rows[get_feature_name(camera)] = _make_image_cells(images)
         self._data.write_table(pa.Table.from_pydict(rows, schema=self.schema))
-        return make_file_index_columns("data", self.data_file_number)
 
-    def _write_video(self, camera: str, episode: Episode) -> dict[str, Any]:
+    def _append_to_video(self, camera: str, episode: Episode) -> EpisodeRow:
         """Append the images of an episode to the current video of a camera.
 
         Returns the columns of the episode's row of `meta/episodes` that say in which file, and in
         which time span of this file, the images are.
         """
-        video = self._get_video(camera)
+        video = self._get_or_begin_video(camera)
         first_frame = video.num_frames
         for step, encoded in enumerate(episode.images[camera]):
             description = f"{episode.source} step {step} camera {camera!r}"
@@ -305,7 +315,7 @@ class _Writer:
             f"{prefix}/to_timestamp": (first_frame + len(episode)) / self.rate_hz,
         }
 
-    def _get_video(self, camera: str) -> VideoWriter:
+    def _get_or_begin_video(self, camera: str) -> VideoWriter:
         """Get the open video of a camera; begin one if there is none or it has grown too large."""
         video = self._videos.get(camera)
         if video is not None and video.num_bytes > MAX_VIDEO_FILE_MIB * MIB:
@@ -360,9 +370,9 @@ class _Writer:
 
     def _make_stats(self) -> dict[str, Any]:
         """Make the content of stats.json, with features in the order of the dataset's columns."""
-        stats = {name: row_stats.total() for name, row_stats in self.row_stats.items()}
-        for camera, sample in self.image_samples.items():
-            stats[get_feature_name(camera)] = sample.stats()
+        stats = {name: row_stats.compute_stats() for name, row_stats in self.row_stats.items()}
+        for camera, histograms in self.pixel_histograms.items():
+            stats[get_feature_name(camera)] = histograms.compute_stats()
 
         content: dict[str, Any] = {}
         for name in self.features:
@@ -535,7 +545,7 @@ def make_file_path(template: str, number: int, **names: str) -> str:
     )
 
 
-def make_file_index_columns(prefix: str, number: int) -> dict[str, int]:
+def make_file_index_columns(prefix: str, number: int) -> EpisodeRow:
     """Make the columns of a row of `meta/episodes` that say in which file data of the episode are.
 
     Args:

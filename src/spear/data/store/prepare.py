@@ -121,6 +121,18 @@ class OpenedStore(NamedTuple):
     skip_reasons: list[str]
 
 
+class Preparation(NamedTuple):
+    """What `prepare` returns.
+
+    Attributes:
+        num_good: The number of episodes in the result.
+        skip_reasons: For each skipped episode, the reason.
+    """
+
+    num_good: int
+    skip_reasons: list[str]
+
+
 class PreparationPlan(NamedTuple):
     """What `prepare` will do.
 
@@ -144,7 +156,7 @@ def prepare(
     split: str = "train",
     conversion: Conversion | None = None,
     workers: int = 0,
-) -> tuple[int, list[str]]:
+) -> Preparation:
     """Prepare a dataset for training.
 
     Bad episodes are skipped: broken records, episodes that `validate_episode` rejects, and episodes
@@ -160,7 +172,7 @@ def prepare(
             The result is the same, byte for byte.
 
     Returns:
-        The number of good episodes, and for each skipped episode the reason.
+        How many episodes are good, and why the others were skipped.
 
     Raises:
         SpearError: If most episodes are bad, `out_dir` contains something else, or the disk is
@@ -171,7 +183,8 @@ def prepare(
     conversion = conversion or Conversion()
     plan = plan_preparation(path, out, split, conversion)
     if (out / REQUEST_FILE).is_file():
-        return len(EpisodeStore(out)), json.loads((out / SKIPPED_FILE).read_text("utf-8"))
+        skip_reasons = json.loads((out / SKIPPED_FILE).read_text("utf-8"))
+        return Preparation(len(EpisodeStore(out)), skip_reasons)
 
     work_dir = out.with_name(f".{out.name}.part")
     folder = work_dir / "dataset"
@@ -211,7 +224,7 @@ def prepare(
         write_text(folder / REQUEST_FILE, json.dumps(request, indent=2))
         folder.replace(out)
         shutil.rmtree(work_dir, ignore_errors=True)
-    return num_good, skipped.reasons
+    return Preparation(num_good, skipped.reasons)
 
 
 def plan_preparation(path: Path, out: Path, split: str, conversion: Conversion) -> PreparationPlan:
@@ -310,8 +323,8 @@ def _write_shards(
     num_good = 0
     skipped = SkippedItems(MAX_BAD_SHARE)
     for file in list_shards(folder):
-        shard, note = open_shard(file)
-        num_done_blocks, reasons = json.loads(note["done"])
+        shard = open_shard(file)
+        num_done_blocks, reasons = json.loads(shard.note["done"])
         num_good += len(shard)
         skipped.reasons += reasons
 
@@ -376,8 +389,8 @@ def _notice_repairs(repairs: Repairs, path: Path) -> None:
         notice(f"In {path}, spear {' and '.join(remarks)}.")
 
 
-def _read_checked_episodes(store: EpisodeStore) -> list[Episode]:
-    """Read the first episodes of a store, without their images."""
+def _read_first_episodes_without_images(store: EpisodeStore) -> list[Episode]:
+    """Read the first `NUM_CHECKED_EPISODES` episodes of a store, without their images."""
     num_checked = min(len(store), NUM_CHECKED_EPISODES)
     return [store.without_images(index) for index in range(num_checked)]
 
@@ -389,7 +402,7 @@ def _notice_implausible_values(store: EpisodeStore, path: Path) -> None:
         store: The prepared episodes.
         path: The dataset, for the notices.
     """
-    episodes = _read_checked_episodes(store)
+    episodes = _read_first_episodes_without_images(store)
     for remark in find_implausible_states(episodes):
         notice(f"In {path}, {remark}.")
     doubt = find_doubtful_instruction([episode.instruction for episode in episodes])
@@ -405,7 +418,7 @@ def _notice_wrong_gripper(store: EpisodeStore, path: Path, has_commands: bool) -
         path: The dataset, for the notices.
         has_commands: Whether the dataset logs gripper commands.
     """
-    for check in _find_wrong_gripper(_read_checked_episodes(store), has_commands):
+    for check in _find_wrong_gripper(_read_first_episodes_without_images(store), has_commands):
         notice(f"The check of {check.name} in {path} fails, because {check.words}.")
 
 
@@ -568,7 +581,7 @@ def open_or_prepare_store(
     target = Path(work_dir) / f"{source.name}-{suffix}"
     skip_reasons: list[str] = []
     if is_first_process():
-        _, skip_reasons = prepare(path, target, split)
+        skip_reasons = prepare(path, target, split).skip_reasons
     while not target.is_dir():
         time.sleep(POLL_INTERVAL_S)
     return OpenedStore(EpisodeStore(target), skip_reasons)

@@ -252,7 +252,7 @@ def write_shard(path: Path, episodes: Sequence[Episode], note: Mapping[str, str]
     Args:
         path: The Arrow file. The file of images gets the same name with the suffix ".images".
         episodes: At least one checked episode, with canonical actions.
-        note: Key → text, which `open_shard` returns with the shard.
+        note: Key → text, which becomes the shard's `note`.
     """
     with open(path.with_suffix(".images"), "wb") as file:
         image_places = _write_images(file, episodes)
@@ -333,11 +333,8 @@ def flush_to_disk(file: IO[bytes]) -> None:
     os.fsync(file.fileno())
 
 
-def open_shard(path: Path) -> tuple[Shard, dict[str, str]]:
+def open_shard(path: Path) -> Shard:
     """Map a shard into memory.
-
-    Returns:
-        The shard, and the note with which it was written.
 
     Raises:
         SpearError: If a file is missing, broken or truncated.
@@ -357,7 +354,7 @@ def open_shard(path: Path) -> tuple[Shard, dict[str, str]]:
         ) from error
 
 
-def _open_shard(path: Path) -> tuple[Shard, dict[str, str]]:
+def _open_shard(path: Path) -> Shard:
     """Map a shard; see `open_shard`. Other errors than SpearError mean that a file is broken."""
     images_file = path.with_suffix(".images")
     with pa.ipc.open_file(pa.memory_map(str(path))) as reader:
@@ -377,7 +374,7 @@ def _open_shard(path: Path) -> tuple[Shard, dict[str, str]]:
     if num_image_bytes != num_expected_bytes and not has_more_images:
         refuse_lfs_pointer(images_file, images_file)
         raise _wrong_size_error(images_file, num_image_bytes, num_expected_bytes)
-    return shard, note
+    return shard
 
 
 def _wrong_size_error(images_file: Path, num_bytes: int, num_written_bytes: int) -> SpearError:

@@ -44,7 +44,7 @@ class RowStats:
             sketch.add(component_values)
         return self
 
-    def total(self) -> Stats:
+    def compute_stats(self) -> Stats:
         """Compute the statistics of all added rows: each is an array [d], but "count" is [1]."""
         sketches = self._sketches
         stats = {
@@ -65,29 +65,29 @@ class RowStats:
 
 
 @dataclass(frozen=True)
-class ImageSample:
-    """A summary of some images of a camera, which all have the same size.
+class PixelHistograms:
+    """The histograms of the three channels of some images, which all have the same size.
 
     Attributes:
-        size: (height, width) in pixels.
-        histogram: [3, 256] for each channel and each level 0 … 255, the number of pixels.
-            Histograms of several samples can be added.
+        size: (height, width) of each image in pixels.
+        counts: [3, 256] for each channel and each level 0 … 255, the number of pixels of all these
+            images. The counts of several `PixelHistograms` can be added.
     """
 
     size: tuple[int, int]
-    histogram: Array = field(default_factory=lambda: np.zeros((3, 256), np.int64))
+    counts: Array = field(default_factory=lambda: np.zeros((3, 256), np.int64))
 
-    def stats(self) -> Stats:
+    def compute_stats(self) -> Stats:
         """Compute the statistics of each channel, [3, 1, 1], and "count", the number of images."""
         value = np.arange(256) / 255  # [256] the pixel value 0 … 1 of each level
-        fraction = self.histogram / self.histogram.sum(1, keepdims=True)  # [3, 256] of the pixels
+        fraction = self.counts / self.counts.sum(1, keepdims=True)  # [3, 256] of the pixels
         mean = fraction @ value  # [3]
         variance = fraction @ value**2 - mean**2  # [3]
-        has_pixels = self.histogram > 0  # [3, 256]
+        has_pixels = self.counts > 0  # [3, 256]
         first_level = has_pixels.argmax(1)  # [3]
         last_level = 255 - has_pixels[:, ::-1].argmax(1)  # [3]
         pixels_per_image = math.prod(self.size)
-        num_pixels = self.histogram[:1].sum(1)  # [1] of the first channel, the same in each channel
+        num_pixels = self.counts[:1].sum(1)  # [1] of the first channel, the same in each channel
         num_images = num_pixels // pixels_per_image  # [1]
         stats = {
             "min": value[first_level],
@@ -110,16 +110,16 @@ class ImageSample:
         return shaped_stats
 
 
-def sample_images(episode: Episode) -> dict[str, ImageSample]:
-    """Summarize up to 100 images of each camera, evenly spread over an episode.
+def compute_pixel_histograms(episode: Episode) -> dict[str, PixelHistograms]:
+    """Compute the histograms of up to 100 images of each camera, evenly spread over an episode.
 
     Returns:
-        Camera → summary of its images.
+        Camera → histograms of its images.
 
     Raises:
         SpearError: If an image is broken, or has another size than the camera's first one.
     """
-    samples: dict[str, ImageSample] = {}
+    histograms: dict[str, PixelHistograms] = {}
     for camera, images in episode.images.items():
         num_sampled = min(len(images), MAX_SAMPLED_IMAGES)
         steps = np.linspace(0, len(images) - 1, num_sampled).round().astype(int)
@@ -127,12 +127,12 @@ def sample_images(episode: Episode) -> dict[str, ImageSample]:
             description = f"{episode.source} step {step} camera {camera!r}"
             image = decode_image(images[step], description)
             height, width = image.shape[:2]
-            sample = samples.setdefault(camera, ImageSample((height, width)))
-            check_size((height, width), sample.size, description)
+            camera_histograms = histograms.setdefault(camera, PixelHistograms((height, width)))
+            check_size((height, width), camera_histograms.size, description)
             for channel in range(3):
                 levels = image[..., channel].reshape(-1)  # [height * width]
-                sample.histogram[channel] += np.bincount(levels, minlength=256)
-    return samples
+                camera_histograms.counts[channel] += np.bincount(levels, minlength=256)
+    return histograms
 
 
 def check_size(size: tuple[int, ...], first_size: tuple[int, int], description: str) -> None:

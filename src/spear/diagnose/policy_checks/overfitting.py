@@ -13,7 +13,7 @@ from spear.checks.rollout.case import (
     Result,
     confidence_of_margin,
 )
-from spear.data.actions import canonicalize_actions
+from spear.data.actions import get_or_derive_actions
 from spear.data.store.episode_store import EpisodeStore
 from spear.diagnose.answers import build_observation
 from spear.diagnose.policy_case import PolicyCase
@@ -85,7 +85,7 @@ def _measure_error_m(policy: Spear1Policy, store: EpisodeStore, indices: Sequenc
     for episode_number in spread:
         index = indices[episode_number]
         episode = store.without_images(index)
-        actions, is_known = canonicalize_actions(episode)
+        actions, is_known = get_or_derive_actions(episode)
         known_steps = np.flatnonzero(is_known)
         if not len(known_steps):
             continue
