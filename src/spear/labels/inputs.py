@@ -214,7 +214,7 @@ class _Listing:
         # The folder of an EgoExo4D take (one recording by several cameras) has its videos here.
         video_folder = os.path.join(path, TAKE_VIDEO_FOLDER)
         if os.path.isdir(video_folder):
-            for video in _find_take_videos(video_folder):
+            for video in _find_color_videos_of_take(video_folder):
                 yield from list_video_frames(video, self.rate)
             return
         for name in sorted(os.listdir(path)):
@@ -222,7 +222,7 @@ class _Listing:
                 yield from self.list_path(os.path.join(path, name))
 
 
-def _find_take_videos(folder: str) -> list[str]:
+def _find_color_videos_of_take(folder: str) -> list[str]:
     """The videos of the color cameras of an EgoExo4D take (one recording by several cameras).
 
     They are the videos of full size, or their smaller copies if only these exist.

@@ -10,11 +10,12 @@ image that contains the object, to save time.
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import NamedTuple
 
 import numpy as np
 
 from spear.labels.fit.box3d import compute_vertex_error, find_keypoints, fit_box
-from spear.labels.fit.image import compute_iou_2d, compute_tight_box
+from spear.labels.fit.image import compute_elementwise_iou_2d, compute_tight_box
 from spear.labels.fit.masks import (
     clean_points,
     encode_mask,
@@ -73,9 +74,9 @@ class ImageGeometry:
             `spear.labels.fit.masks`.
         occupied: [h, w] bool, the pixels of all objects.
         noise: Standard deviation of the depth, as a fraction of the depth
-            (`points.estimate_noise`).
+            (`points.estimate_relative_noise`).
         lit_part: [[first row, last row], [first column, last column]] of the part of the image
-            without black bars (`image.find_lit_part`).
+            without black bars (`image.find_lit_rows_and_columns`).
     """
 
     point_map: PointMapResult
@@ -150,16 +151,16 @@ def label_object(detection: Detection, mask: Array, image: ImageGeometry) -> Lab
     if error_px:
         inside = _correct_mask(inside, points, is_known, image, window, error_px)
     lit_part = image.lit_part + np.array([end_px, -end_px])  # `end_px` smaller on each side
-    visible, edge, points_beside = _trace_outline(inside, window, lit_part, points, is_known)
+    outline = _examine_outline(inside, window, lit_part, points, is_known)
     cloud = _collect_points(inside & is_known, points, error_px, image.noise)
 
     scores = {
         "detection": detection.score,
         "points": float(len(cloud)),
-        "visible": visible,
-        "edge": edge,
+        "visible": outline.visible_fraction,
+        "edge": outline.edge_fraction,
         "known": float(image.point_map.mask[mask].mean()),
-        "whole": float(compute_iou_2d(box2d, tight_box)),
+        "whole": float(compute_elementwise_iou_2d(box2d, tight_box)),
     }
     if len(cloud) < MIN_POINTS:
         return LabeledObject(
@@ -167,7 +168,7 @@ def label_object(detection: Detection, mask: Array, image: ImageGeometry) -> Lab
         )
 
     # Fit the box.
-    fit = _choose_fit(cloud, points_beside, image)
+    fit = _choose_fit(cloud, outline.points_beside, image)
     box = fit(cloud)
     scores["planarity"] = compute_planarity(cloud)
     scores["stability"] = compute_stability(cloud, box, fit)
@@ -228,7 +229,9 @@ def _choose_fit(
     if image.support_plane is not None:
         up = image.support_plane.up
         support = _find_support_height(cloud, points_beside, image.support_plane)
-    margin = MARGIN_PX * _compute_distance(cloud) / image.focal_px  # pixels → unit of the points
+    margin = (
+        MARGIN_PX * _compute_median_depth(cloud) / image.focal_px
+    )  # pixels → unit of the points
     return partial(fit_box, up=up, support=support, margin=margin, noise=image.noise)
 
 
@@ -279,12 +282,12 @@ def _compute_compactness(inside: Array, cloud: Array, box: Box3D, focal_px: floa
     """
     height_px, width_px = np.ptp(np.argwhere(inside), axis=0)  # of the mask
     diagonal_px = float(np.hypot(height_px, width_px))
-    width = _compute_distance(cloud) / focal_px * diagonal_px  # in the unit of the points
+    width = _compute_median_depth(cloud) / focal_px * diagonal_px  # in the unit of the points
     depth = float(np.ptp(box.vertices[:, 2]))
     return min(1.0, width / max(depth, 1e-9))
 
 
-def _compute_distance(cloud: Array) -> float:
+def _compute_median_depth(cloud: Array) -> float:
     """The median depth of points [n, 3]."""
     return float(np.median(cloud[:, 2]))
 
@@ -311,9 +314,23 @@ def _collect_points(inside: Array, points: Array, erosion_px: int, noise: float)
     return cloud[find_inliers(cloud)]
 
 
-def _trace_outline(
+class _Outline(NamedTuple):
+    """What the outline of an object's mask tells.
+
+    Attributes:
+        visible_fraction: The score "visible" of `label_object`.
+        edge_fraction: The score "edge" of `label_object`.
+        points_beside: [n, 3] the points just outside the mask that touch the object, camera frame.
+    """
+
+    visible_fraction: float
+    edge_fraction: float
+    points_beside: Array
+
+
+def _examine_outline(
     inside: Array, window: tuple[slice, slice], lit_part: Array, points: Array, is_known: Array
-) -> tuple[float, float, Array]:
+) -> _Outline:
     """Examine the outline of an object's mask in a window of the image.
 
     The outline consists of the borders between neighboring pixels of which only one is in the mask,
@@ -325,10 +342,6 @@ def _trace_outline(
         lit_part: [[first row, last row], [first column, last column]] of the image's lit part.
         points: [h, w, 3] the window's points, camera frame.
         is_known: [h, w] bool, where the points are known.
-
-    Returns:
-        The scores "visible" and "edge" of `label_object`, and the points [n, 3] just outside the
-        mask that touch the object.
     """
     # Restrict the window to the lit part, both in the window's own rows and columns.
     rows, columns = window
@@ -370,8 +383,11 @@ def _trace_outline(
         ends_in_window = ends[(ends >= 0) & (ends < len(line_lengths))]
         num_cut += int(line_lengths[ends_in_window].sum())
     outline_length += num_cut
-    visible = float(1.0 - (num_occluded + num_cut) / outline_length)
-    return visible, float(num_cut / outline_length), np.concatenate(touching_points)
+    return _Outline(
+        visible_fraction=float(1.0 - (num_occluded + num_cut) / outline_length),
+        edge_fraction=float(num_cut / outline_length),
+        points_beside=np.concatenate(touching_points),
+    )
 
 
 def _find_support_height(cloud: Array, points_beside: Array, plane: Plane) -> float | None:
@@ -393,7 +409,7 @@ def _find_support_height(cloud: Array, points_beside: Array, plane: Plane) -> fl
     heights = cloud @ plane.up
     # The lowest point, without outliers, and the top
     low, high = np.quantile(heights, (0.05, 1.0))
-    touching_distance = TOUCHING_FRACTION * _compute_distance(cloud)
+    touching_distance = TOUCHING_FRACTION * _compute_median_depth(cloud)
 
     # Points that touch the object in the lowest part of its visible height, and are clearly below
     # its top, however flat it is

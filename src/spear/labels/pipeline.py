@@ -12,11 +12,11 @@ from typing import TypeVar
 import numpy as np
 
 from spear.errors import SpearError, notice
-from spear.labels.fit.image import find_lit_part, shrink_image
+from spear.labels.fit.image import find_lit_rows_and_columns, shrink_image
 from spear.labels.fit.points import (
     MAX_PLANE_POINTS,
     Plane,
-    estimate_noise,
+    estimate_relative_noise,
     fit_support_plane,
     subsample,
 )
@@ -62,7 +62,7 @@ class PendingImage:
         content_hash: A short hash of the file's content; empty for images that were not read from
             a file.
         lit_part: [[first row, last row], [first column, last column]] of the part of the image
-            without black bars (`find_lit_part`).
+            without black bars (`find_lit_rows_and_columns`).
     """
 
     source: str
@@ -90,13 +90,13 @@ def read_images(items: Sequence[Item], max_side_px: int | None = None) -> list[P
     """
     images = []
     for item, content in zip(items, read_contents(items), strict=True):
-        image = _start_image(item.key, content, max_side_px)
+        image = _make_pending_image(item.key, content, max_side_px)
         image.content_hash = hash_content(content)
         images.append(image)
     return images
 
 
-def _start_image(source: str, content: Content, max_side_px: int | None) -> PendingImage:
+def _make_pending_image(source: str, content: Content, max_side_px: int | None) -> PendingImage:
     """Decode, shrink, check and encode the content of one item.
 
     If the content cannot be used, the image carries the error.
@@ -107,7 +107,7 @@ def _start_image(source: str, content: Content, max_side_px: int | None) -> Pend
         frame = content
     else:
         try:
-            pixels, is_turned = _decode(content, source)
+            pixels, is_turned = _decode_image_and_is_turned(content, source)
         except SpearError as error:
             return PendingImage(source, frame=None, error=error)
         frame = Frame(shrink_image(pixels, max_side_px), is_turned=is_turned)
@@ -117,7 +117,7 @@ def _start_image(source: str, content: Content, max_side_px: int | None) -> Pend
     return image
 
 
-def _decode(content: bytes | Array, source: str) -> tuple[Array, bool]:
+def _decode_image_and_is_turned(content: bytes | Array, source: str) -> tuple[Array, bool]:
     """Decode an image file's bytes; pixels that are decoded already are returned unchanged.
 
     Returns:
@@ -180,7 +180,7 @@ def admit_frame(frame: Frame) -> PendingImage:
     problem = _find_problem(frame.image)
     if problem is not None:
         return PendingImage(frame.source, frame, SpearError(problem))
-    return PendingImage(frame.source, frame, lit_part=find_lit_part(frame.image))
+    return PendingImage(frame.source, frame, lit_part=find_lit_rows_and_columns(frame.image))
 
 
 def _find_problem(image: Array) -> str | None:
@@ -288,7 +288,7 @@ def fit_boxes(image: PendingImage, exact: bool | None = None) -> LabeledImage:
         support_plane=_find_support_plane(point_map, image.masks, frame.extrinsics),
         is_exact=is_exact,
         occupied=np.asarray(image.masks.any(axis=0)),
-        noise=estimate_noise(points, point_map.mask),
+        noise=estimate_relative_noise(points, point_map.mask),
         lit_part=image.lit_part,
     )
     objects = []

@@ -89,14 +89,14 @@ class RgbdScene:
                         f"{file} is not the identity matrix. Register depth and color to one "
                         "camera."
                     )
-            self._camera, self._size = read_intrinsics(calibration / "intrinsic_color.txt")
-            self._depth_camera, _ = read_intrinsics(calibration / "intrinsic_depth.txt")
+            self._camera, self._size = read_intrinsics_and_size(calibration / "intrinsic_color.txt")
+            self._depth_camera, _ = read_intrinsics_and_size(calibration / "intrinsic_depth.txt")
             self._names = _read_scannet_names(self.folder)
         else:
             file = self.folder / "intrinsics.json"
             if not file.is_file():
                 file = self.folder / "intrinsics.txt"
-            self._camera, self._size = read_intrinsics(file)
+            self._camera, self._size = read_intrinsics_and_size(file)
 
     def compute_stamp(self, index: int) -> str:
         """The stamp of a frame's files, after a checksum of the scene's calibration.
@@ -121,7 +121,7 @@ class RgbdScene:
                 f"{color} has {width}×{height} pixels, the intrinsics are for "
                 f"{self._size[0]}×{self._size[1]}. Give the intrinsics of images of this size."
             )
-        depth_camera = self._get_depth_camera(depth_path, depth, (width, height))
+        depth_camera = self._get_depth_intrinsics(depth_path, depth, (width, height))
         _check_camera_center(color, self._camera, (width, height))
         _check_camera_center(color, depth_camera, (depth.shape[1], depth.shape[0]))
         instances = self._read_instances(self._get_instances_path(color), height, width)
@@ -146,7 +146,7 @@ class RgbdScene:
     def _get_instances_path(self, color: Path) -> Path:
         return self.folder / "instance-filt" / f"{color.stem}.png"
 
-    def _get_depth_camera(self, path: Path, depth: Array, color_size: Size) -> Array:
+    def _get_depth_intrinsics(self, path: Path, depth: Array, color_size: Size) -> Array:
         """The intrinsics [3, 3] of the depth camera, in pixels of the depth image.
 
         In a plain folder there is one camera, whose intrinsics are scaled from the size of the
@@ -226,8 +226,8 @@ def align_depth(depth: Array, k_depth: Array, k_image: Array, height: int, width
     """
     rows = _project_pixel_centers(height, k_image, k_depth, axis=1)  # [height]
     columns = _project_pixel_centers(width, k_image, k_depth, axis=0)  # [width]
-    rows = _mark_outside(rows, depth.shape[0])
-    columns = _mark_outside(columns, depth.shape[1])
+    rows = _replace_outside_by_minus_1(rows, depth.shape[0])
+    columns = _replace_outside_by_minus_1(columns, depth.shape[1])
     padded = np.pad(depth, ((0, 1), (0, 1)))  # index -1 is the padding, which is 0
     return padded[np.ix_(rows, columns)]
 
@@ -250,7 +250,7 @@ def _project_pixel_centers(size: int, k_image: Array, k_depth: Array, axis: int)
     return np.floor(in_depth_image).astype(np.intp)
 
 
-def _mark_outside(indices: Array, size: int) -> Array:
+def _replace_outside_by_minus_1(indices: Array, size: int) -> Array:
     """Replace indices outside 0 … size - 1 by -1."""
     return np.where((indices >= 0) & (indices < size), indices, -1)
 
@@ -294,8 +294,8 @@ def read_matrix(path: Path) -> Array:
     return matrix
 
 
-def read_intrinsics(path: Path) -> tuple[Array, tuple[object, object]]:
-    """Read the intrinsics of a camera.
+def read_intrinsics_and_size(path: Path) -> tuple[Array, tuple[object, object]]:
+    """Read the intrinsics of a camera, and the size of its images.
 
     In the file the first pixel's center is at 0. In the result it is at 0.5.
 

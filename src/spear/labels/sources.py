@@ -88,7 +88,7 @@ def _list_recorded(
     if path.startswith("rgbd:"):
         return _list_rgbd(path.removeprefix("rgbd:"))
     if find_format(path) is not None:
-        return _list_episodes(path, per_episode)
+        return _list_episode_frames(path, per_episode)
     if any(Path(path).glob("depth/*.png")):
         notice(
             f"The images in {path}/depth are labeled as photos, too. Give rgbd:{path} to use them "
@@ -141,8 +141,8 @@ def read_rgbd(folder: str, indices: Sequence[int]) -> Iterator[Content]:
             yield error
 
 
-def _list_episodes(folder: str, per_episode: int) -> Iterator[Item]:
-    """List frames of a dataset of robot episodes; `read_episodes` describes their locations."""
+def _list_episode_frames(folder: str, per_episode: int) -> Iterator[Item]:
+    """List frames of a dataset of robot episodes; see `read_episode_frames` for locations."""
     from spear.data.readers.formats import (
         count_episodes,
         find_format,
@@ -158,11 +158,13 @@ def _list_episodes(folder: str, per_episode: int) -> Iterator[Item]:
             for number in range(per_episode):
                 key = f"{name}#{episode}/{number + 1}-of-{per_episode}"
                 location = (split, episode, number, per_episode)
-                yield Item(key, read_episodes, folder, location, stamp)
+                yield Item(key, read_episode_frames, folder, location, stamp)
 
 
-def read_episodes(folder: str, locations: Sequence[tuple[str, int, int, int]]) -> Iterator[Content]:
-    """Read frames of a dataset of robot episodes in any format.
+def read_episode_frames(
+    folder: str, locations: Sequence[tuple[str, int, int, int]]
+) -> Iterator[Content]:
+    """Read some frames of a dataset of robot episodes in any format.
 
     Args:
         folder: The dataset.

@@ -11,7 +11,7 @@ from labels_scenes import render_blocks
 from refusals import refuses
 from spear.labels.fit.image import unproject
 from spear.labels.fit.masks import clean_points, decode_mask, encode_mask, erode, snap_outline
-from spear.labels.fit.points import Plane, estimate_noise, find_inliers, fit_support_plane
+from spear.labels.fit.points import Plane, estimate_relative_noise, find_inliers, fit_support_plane
 from spear.types import Array, Frame
 
 BLOCKS = [  # center (m), size (m), yaw (rad)
@@ -187,13 +187,13 @@ def test_smoothing_takes_noise_and_moves_no_border(frame: Frame, points: Array) 
 
 @pytest.mark.parametrize("noise", [0.0, 0.001, 0.005])
 def test_noise_is_measured(frame: Frame, points: Array, noise: float) -> None:
-    estimate = estimate_noise(add_noise(points, noise), frame.depth > 0)
+    estimate = estimate_relative_noise(add_noise(points, noise), frame.depth > 0)
 
     assert estimate == pytest.approx(noise, rel=0.1, abs=1e-5)
 
 
 def test_without_known_points_there_is_no_noise(frame: Frame, points: Array) -> None:
-    assert estimate_noise(points, np.zeros(frame.depth.shape, bool)) == 0.0
+    assert estimate_relative_noise(points, np.zeros(frame.depth.shape, bool)) == 0.0
 
 
 # Run lengths

@@ -360,10 +360,12 @@ def fit_box(
     free = fit_faces(points, start_axes)
     if up is not None:
         free = min(free, fit_faces(points, upright.axes), key=_get_misfit)
+    is_free_box = _is_box(points, free, blur)
+    if up is not None:
         is_upright_almost_as_good = free.misfit > MAX_TILTED_MISFIT_FRACTION * upright.misfit
-        if is_upright_almost_as_good or not _is_box(points, free, blur):
+        if is_upright_almost_as_good or not is_free_box:
             return _enclose(points, level_axes, margin, noise, support=support)
-    if _is_box(points, free, blur):
+    if is_free_box:
         return _enclose(points, free.axes, margin, noise, faces=free)
 
     # The object is not box-shaped, and no support is known.
@@ -594,7 +596,9 @@ def compute_iou_3d(a: Box3D, b: Box3D) -> float:
     """Volume of the intersection of two boxes over that of their union; exact up to rounding."""
     # The intersection is convex. Its corners are the corners of each box that are inside the other
     # box, and the points where an edge of one box crosses a face of the other.
-    corners = np.concatenate([_find_corners_inside(a, b), _find_corners_inside(b, a)])
+    corners = np.concatenate(
+        [_find_corners_and_edge_crossings(a, b), _find_corners_and_edge_crossings(b, a)]
+    )
     intersection = 0.0
     if len(corners) >= 4:
         with suppress(QhullError):  # the boxes only touch
@@ -604,7 +608,7 @@ def compute_iou_3d(a: Box3D, b: Box3D) -> float:
     return intersection / (volume_a + volume_b - intersection)
 
 
-def _find_corners_inside(a: Box3D, b: Box3D) -> Array:
+def _find_corners_and_edge_crossings(a: Box3D, b: Box3D) -> Array:
     """The corners of box `a` inside box `b`, and where `a`'s edges cross `b`'s faces: [n, 3]."""
     axes = b.rotation.astype(np.float64)
     half_size = b.size.astype(np.float64) / 2

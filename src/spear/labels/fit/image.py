@@ -106,10 +106,10 @@ def shrink_image(image: Array, max_side_px: int | None) -> Array:
     return np.asarray(resized)
 
 
-def compute_iou_2d(a: Array, b: Array) -> Array:
-    """Intersection over union [...] of 2D boxes [..., 4] with 2D boxes [..., 4].
+def compute_elementwise_iou_2d(a: Array, b: Array) -> Array:
+    """Intersection over union [...] of each 2D box in `a` [..., 4] with the one in `b` [..., 4].
 
-    It is 0 where both boxes are empty.
+    Leading dimensions are broadcast. It is 0 where both boxes are empty.
     """
     a = np.asarray(a, np.float64)
     b = np.asarray(b, np.float64)
@@ -132,8 +132,8 @@ def compute_tight_box(mask: Array) -> Array:
     return np.array([columns[0], rows[0], columns[-1] + 1, rows[-1] + 1], np.float32)
 
 
-def find_lit_part(image: Array) -> Array:
-    """Find the part of an image without the black bars that films and padded pictures have.
+def find_lit_rows_and_columns(image: Array) -> Array:
+    """Find the rows and columns of an image between the black bars of films and padded pictures.
 
     A row or column is lit when more than `MIN_LIT_FRACTION` of its pixels are brighter than
     `MIN_LIT_LEVEL` (both our choice).
@@ -176,7 +176,7 @@ def suppress_overlaps(boxes: Array, scores: Array, max_overlap: float) -> Array:
     chosen_indices: list[int] = []
     best_first = np.argsort(-np.asarray(scores), kind="stable").tolist()
     for i in best_first:
-        overlaps = compute_iou_2d(boxes[chosen_indices], boxes[i])
+        overlaps = compute_elementwise_iou_2d(boxes[chosen_indices], boxes[i])
         if (overlaps <= max_overlap).all():
             chosen_indices.append(i)
     return np.array(chosen_indices, np.intp)

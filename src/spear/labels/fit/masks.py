@@ -36,8 +36,8 @@ ON_SUPPORT_FRACTION = 0.0025
 """A point may lie on the support when its height above the support is less than this fraction of
 its distance from the camera. The fraction is for exact points; noise widens it."""
 MIN_SMOOTHED_NOISE = 5e-4
-"""Depth is smoothed when its noise, as a fraction of the depth (`points.estimate_noise`), is at
-least this."""
+"""Depth is smoothed when its noise, as a fraction of the depth (`points.estimate_relative_noise`),
+is at least this."""
 MIN_PART_FRACTION = 0.2
 """`keep_main_part` drops parts with a smaller fraction of the largest part's pixels."""
 MIN_OFF_SUPPORT_FRACTION = 0.3

@@ -86,7 +86,7 @@ def find_inliers(points: Array) -> Array:
     return mean_distance <= mean_distance.mean() + MAX_OUTLIER_STD * mean_distance.std()
 
 
-def estimate_noise(points: Array, is_known: Array) -> float:
+def estimate_relative_noise(points: Array, is_known: Array) -> float:
     """Estimate the standard deviation of depth from pixel to pixel, as a fraction of the depth.
 
     On a plane, inverse depth is a linear function of the column. So its second difference along a

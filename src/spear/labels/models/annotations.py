@@ -20,7 +20,7 @@ import numpy as np
 from spear.errors import SpearError, format_count, notice
 from spear.labels.fit.image import (
     clip_boxes,
-    compute_iou_2d,
+    compute_elementwise_iou_2d,
     compute_tight_box,
     have_same_aspect,
     resize_nearest,
@@ -102,7 +102,7 @@ class Annotation:
         mask = self.decode_outline(rows, columns)
         return resize_nearest(mask, height, width)
 
-    def check_box(self) -> None:
+    def check_box_fits_mask(self) -> None:
         """If both box and mask are annotated, check that the box fits the mask.
 
         The box may be larger than the mask, because some annotators include the hidden parts of an
@@ -134,7 +134,7 @@ class Annotation:
         # x1 wide and y1 high, where x1 and y1 are those of the mask.
         extent = self.box2d[2:] - self.box2d[:2]
         has_corners = np.abs(extent - mask_box[2:]).max() <= MAX_BOX_ERROR_PX
-        overlap = compute_iou_2d(box, mask_box)
+        overlap = compute_elementwise_iou_2d(box, mask_box)
         if has_corners or fraction_inside < MIN_MASK_INSIDE or overlap < MIN_BOX_IOU:
             raise SpearError(
                 f"the box {_format_box(self.box2d)} of {self.name!r} contradicts its mask, which "
@@ -253,7 +253,7 @@ def _to_detections(annotations: Sequence[Annotation], frame: Frame) -> list[Dete
     height, width = frame.image.shape[:2]
     detections = []
     for annotation in annotations:
-        annotation.check_box()
+        annotation.check_box_fits_mask()
         box = annotation.box_in(height, width)
         if box[2] > box[0] and box[3] > box[1]:
             detections.append(Detection(annotation.name, box, annotation.score))
@@ -327,7 +327,7 @@ class FileSegmenter:
         matches = _match(detections, annotations, height, width)
         for detection_index, annotation_index in matches.items():
             annotation = annotations[annotation_index]
-            annotation.check_box()
+            annotation.check_box_fits_mask()
             masks[detection_index] = annotation.mask_in(height, width)
         missing_indices = [i for i in range(len(detections)) if i not in matches]
         return masks, missing_indices
@@ -367,7 +367,7 @@ def _match(
     candidates = []
     for i, detection in enumerate(detections):
         for j, box in enumerate(boxes):
-            overlap = float(compute_iou_2d(detection.box2d, box))
+            overlap = float(compute_elementwise_iou_2d(detection.box2d, box))
             if overlap > MIN_MATCH_IOU:
                 has_other_name = annotations[j].name != detection.name
                 candidates.append((has_other_name, -overlap, i, j))
@@ -419,8 +419,8 @@ class _CocoIndex:
     the image entry whose `file_name` ends in the same folders and file as the source.
 
     A crowd (`iscrowd`) is no single object. It becomes two placeholders
-    (`_make_crowd_placeholders`). Annotations without a box get the tight box of their mask. A mask
-    that cannot be decoded raises `SpearError` only when it is used.
+    (`_replace_crowd_by_placeholders`). Annotations without a box get the tight box of their mask. A
+    mask that cannot be decoded raises `SpearError` only when it is used.
 
     If an entry cannot be used, a notice names it, and `find` raises `SpearError` for its image. The
     other images can be used.
@@ -501,7 +501,7 @@ class _CocoIndex:
             self._problems[image_id] = f"{entry_name} of {file_name} {_explain(error)}"
             return
         if entry.get("iscrowd"):
-            self._annotations[image_id] += _make_crowd_placeholders(annotation)
+            self._annotations[image_id] += _replace_crowd_by_placeholders(annotation)
         else:
             self._annotations[image_id].append(annotation)
 
@@ -601,19 +601,19 @@ def _explain(error: Exception) -> str:
     return f"cannot be read ({type(error).__name__}, {error})"
 
 
-def _make_crowd_placeholders(annotation: Annotation) -> list[Annotation]:
-    """Make two objects with empty masks that stand for a crowd.
+def _replace_crowd_by_placeholders(crowd: Annotation) -> list[Annotation]:
+    """Make two objects with empty masks that stand for an annotated crowd.
 
     Questions about "the person" and counts of persons would be wrong in an image with a crowd of
     persons. The two placeholders, "person" and "persons", prevent such questions, because no
     question is about an object whose name may also mean another object of the image.
     """
-    height, width = annotation.size
-    box = annotation.box2d
+    height, width = crowd.size
+    box = crowd.box2d
     if box is None:
         box = np.array([0, 0, width, height], np.float64)
-    crowd = replace(annotation, decode_outline=_make_empty_mask, box2d=box)
-    return [crowd, replace(crowd, name=f"{annotation.name}s")]
+    placeholder = replace(crowd, decode_outline=_make_empty_mask, box2d=box)
+    return [placeholder, replace(placeholder, name=f"{crowd.name}s")]
 
 
 def _make_empty_mask(height: int, width: int) -> Array:

@@ -27,7 +27,7 @@ from annotated_types import Len
 from pydantic import BaseModel, ConfigDict, FiniteFloat, TypeAdapter, ValidationError
 
 from spear.errors import RetryableError, SpearError, format_count, import_optional, summarize_error
-from spear.labels.fit.image import compute_iou_2d, shrink_image
+from spear.labels.fit.image import compute_elementwise_iou_2d, shrink_image
 from spear.labels.models.protocols import Detection
 from spear.types import Array, Frame
 from spear.util.files import write_text
@@ -449,7 +449,7 @@ def _to_pixel_box(item: _AnswerObject, height: int, width: int) -> Array:
 def _is_repeated(name: str, box: Array, detections: Sequence[Detection]) -> bool:
     """Whether one of the detections is the object with this name and box [4]."""
     for detection in detections:
-        overlap = float(compute_iou_2d(detection.box2d, box))
+        overlap = float(compute_elementwise_iou_2d(detection.box2d, box))
         if detection.name == name and overlap > DUPLICATE_IOU:
             return True
     return False

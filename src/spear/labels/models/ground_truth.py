@@ -10,7 +10,7 @@ import numpy as np
 from scipy import ndimage
 
 from spear.errors import SpearError
-from spear.labels.fit.image import compute_iou_2d, unproject
+from spear.labels.fit.image import compute_elementwise_iou_2d, unproject
 from spear.labels.models.protocols import Detection, PointMapResult
 from spear.types import Array, Frame
 
@@ -119,7 +119,7 @@ def _match_instance(detection: Detection, frame: Frame, boxes: Mapping[int, Arra
     for instance in sorted(boxes):
         if frame.names[instance] != detection.name:
             continue
-        overlap = float(compute_iou_2d(boxes[instance], detection.box2d))
+        overlap = float(compute_elementwise_iou_2d(boxes[instance], detection.box2d))
         if overlap > best_overlap:
             best_instance = instance
             best_overlap = overlap

@@ -26,24 +26,24 @@ def extract_image_points(segments: Segments) -> Array:
     return np.array(points).reshape(-1, 2)
 
 
-def compute_absolute_scales(question: Question, label: LabeledImage) -> Array:
-    """Error scales of answers whose numbers are distances from the camera themselves."""
+def compute_error_scales_of_distances(question: Question, label: LabeledImage) -> Array:
+    """Return the true distances themselves, [number of numbers], as the scales of their errors."""
     return np.abs(extract_numbers(question.segments))
 
 
-def measure_distances(
+def measure_distance_errors(
     question: Question, answer: Segments, label: LabeledImage
 ) -> dict[str, float]:
     """Measure the mean absolute error of one or more distances from the camera."""
     difference = np.abs(extract_numbers(answer) - extract_numbers(question.segments))
-    scales = compute_absolute_scales(question, label)
+    scales = compute_error_scales_of_distances(question, label)
     measures = {"relative": 100 * float((difference / scales).mean())}
     if label.unit == "metre":
         measures["error"] = MM_PER_M * float(difference.mean())
     return measures
 
 
-def measure_mean_point(
+def measure_mean_point_error(
     question: Question, answer: Segments, label: LabeledImage, distance: float
 ) -> dict[str, float]:
     """Measure how far the mean of the answer's points is from the mean of the true points.
@@ -63,7 +63,7 @@ def measure_mean_point(
     return measures
 
 
-def measure_image_points(
+def measure_image_point_errors(
     question: Question, answer: Segments, label: LabeledImage
 ) -> dict[str, float]:
     """Measure the mean distance of image locations from the true ones."""

@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -68,12 +68,24 @@ def generate_label_questions(
     return generate_questions(label, rng, questions_per_image, question_types)
 
 
+class NumWrittenQuestions(NamedTuple):
+    """How many questions `write_questions` wrote, and about how many images.
+
+    Attributes:
+        num_images: The number of images of the folder.
+        num_by_type: Question type → number of questions.
+    """
+
+    num_images: int
+    num_by_type: Counter[str]
+
+
 def write_questions(
     folder: Path,
     seed: int = 0,
     questions_per_image: tuple[int, int] = (1, 4),
     question_types: Sequence[str] = QUESTION_TYPES,
-) -> tuple[int, Counter[str]]:
+) -> NumWrittenQuestions:
     """Write questions about every image of a folder of labels.
 
     Existing questions are replaced, and the dataset card is written again.
@@ -84,9 +96,6 @@ def write_questions(
         questions_per_image: (fewest, most) questions about each image.
         question_types: The types from which each question's type is drawn.
 
-    Returns:
-        The number of images, and the number of questions of each type.
-
     Raises:
         SpearError: The folder contains no labels, a question type is unknown or needs depth,
             `questions_per_image` is no range, or the disk is full.
@@ -94,7 +103,7 @@ def write_questions(
     check_known(
         "question type about labels", (*QUESTION_TYPES, *QUESTION_TYPES_2D), *question_types
     )
-    counts: Counter[str] = Counter()
+    num_by_type: Counter[str] = Counter()
     bar = ProgressBar("asking", count_labels(folder), "images")
     path = folder / QUESTIONS_FILE
     with ParquetWriter(path, _SCHEMA, rows_per_group=ROWS_PER_GROUP) as writer, bar:
@@ -108,13 +117,13 @@ def write_questions(
                     label, seed, questions_per_image, question_types
                 )
                 for question in questions:
-                    counts[question.question_type] += 1
+                    num_by_type[question.question_type] += 1
                     rows.append(_question_to_row(label.source, question))
             writer.write(pa.Table.from_pylist(rows, _SCHEMA))
             bar.update(bar.num_done + len(batch))
         writer.commit()
     write_dataset_card(folder)
-    return bar.num_done, counts
+    return NumWrittenQuestions(bar.num_done, num_by_type)
 
 
 def read_questions(folder: Path) -> Iterator[tuple[str, Question]]:

@@ -4,7 +4,7 @@ The answer has 8 pixels: where the vertices of the box appear in the image.
 """
 
 from spear.labels.questions.interface import Measure, QuestionType, about_one_object
-from spear.labels.questions.measures import measure_image_points
+from spear.labels.questions.measures import measure_image_point_errors
 from spear.labels.questions.positions import get_box, project_to_pixels
 from spear.types import LabeledImage, LabeledObject, Segments
 
@@ -28,7 +28,7 @@ def _answer(o: LabeledObject, label: LabeledImage) -> Segments | None:
 QUESTION_TYPE = QuestionType(
     prompts=PROMPTS,
     draft=about_one_object("objects_3d", _answer),
-    measure=measure_image_points,
+    measure=measure_image_point_errors,
     measures={"pixels": Measure("image points off by", "px", "median")},
     num_figures=3,
 )

@@ -8,7 +8,7 @@ import numpy as np
 
 from spear.labels.fit.box3d import compute_iou_3d, fit_nearest_box
 from spear.labels.questions.interface import Measure, QuestionType, about_one_object
-from spear.labels.questions.measures import MM_PER_M, extract_numbers, measure_mean_point
+from spear.labels.questions.measures import MM_PER_M, extract_numbers, measure_mean_point_error
 from spear.labels.questions.positions import get_box
 from spear.types import Array, LabeledImage, LabeledObject, Question, Segments
 
@@ -35,7 +35,7 @@ def _answer(o: LabeledObject, label: LabeledImage) -> Segments:
     return get_box(o).vertices.ravel().tolist()
 
 
-def _compute_distance_scales(question: Question, label: LabeledImage) -> Array:
+def _compute_error_scales(question: Question, label: LabeledImage) -> Array:
     """Return the distance of the box's center from the camera, [24]: the same for all numbers."""
     center = extract_numbers(question.segments).reshape(8, 3).mean(0)
     return np.full(24, np.linalg.norm(center))
@@ -51,8 +51,8 @@ def _measure(question: Question, answer: Segments, label: LabeledImage) -> dict[
                      vertices.
     iou_25, iou_50   whether the intersection over union is at least 0.25, or 0.5.
     """
-    distance = float(_compute_distance_scales(question, label)[0])  # the same for all numbers
-    measures = measure_mean_point(question, answer, label, distance)
+    distance = float(_compute_error_scales(question, label)[0])  # the same for all numbers
+    measures = measure_mean_point_error(question, answer, label, distance)
 
     answered_vertices = extract_numbers(answer).reshape(8, 3)
     true_vertices = extract_numbers(question.segments).reshape(8, 3)
@@ -69,7 +69,7 @@ QUESTION_TYPE = QuestionType(
     prompts=PROMPTS,
     draft=about_one_object("objects_3d", _answer),
     measure=_measure,
-    compute_error_scales=_compute_distance_scales,
+    compute_error_scales=_compute_error_scales,
     measures=MEASURES,
     facts=(
         ("error", "median error of a box's center"),

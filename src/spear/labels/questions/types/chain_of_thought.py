@@ -15,9 +15,9 @@ from spear.labels.questions.interface import (
     about_two_objects,
 )
 from spear.labels.questions.measures import (
-    compute_absolute_scales,
+    compute_error_scales_of_distances,
     extract_numbers,
-    measure_distances,
+    measure_distance_errors,
 )
 from spear.labels.questions.positions import compute_distance
 from spear.types import LabeledImage, LabeledObject, Question, Segments
@@ -64,7 +64,7 @@ def _measure(question: Question, answer: Segments, label: LabeledImage) -> dict[
     consistent  whether the words follow from the two distances in the same answer, even if these
                 are wrong.
     """
-    measures = measure_distances(question, answer, label)
+    measures = measure_distance_errors(question, answer, label)
     named_object = find_closer_named(answer, question.objects)
     # "closer" compares with the true distances, "consistent" with the answered ones.
     for measure, segments in (("closer", question.segments), ("consistent", answer)):
@@ -106,8 +106,10 @@ def find_closer_named(answer: Segments, names: Sequence[str]) -> str | None:
     return min(ranks, key=lambda name: ranks[name])
 
 
-def _conclude(question: Question, guess: Segments, questions: Sequence[Question]) -> Segments:
-    """Replace the conclusion of a baseline's guess.
+def _replace_conclusion_by_majority(
+    question: Question, guess: Segments, questions: Sequence[Question]
+) -> Segments:
+    """Replace the conclusion of a baseline's guess by what is true of most questions.
 
     It names the question's first object as the closer one if the first object is the closer one in
     at least half of the `questions`, and the second object otherwise.
@@ -126,9 +128,9 @@ QUESTION_TYPE = QuestionType(
     prompts=PROMPTS,
     draft=about_two_objects("objects_3d", _answer, NUM_PAIR_TRIES),
     measure=_measure,
-    compute_error_scales=compute_absolute_scales,
+    compute_error_scales=compute_error_scales_of_distances,
     measures=MEASURES,
-    conclude=_conclude,
+    conclude=_replace_conclusion_by_majority,
     facts=(("closer", "of the time it names the closer of two"),),
     answer_texts=("the {x} is  and the {y} is  so the {x} is closer",),  # without the distances
 )

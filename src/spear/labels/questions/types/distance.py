@@ -5,7 +5,10 @@ The answer has 1 number: the Euclidean distance from the camera to the center of
 """
 
 from spear.labels.questions.interface import QuestionType, about_one_object
-from spear.labels.questions.measures import compute_absolute_scales, measure_distances
+from spear.labels.questions.measures import (
+    compute_error_scales_of_distances,
+    measure_distance_errors,
+)
 from spear.labels.questions.positions import compute_distance
 from spear.types import LabeledImage, LabeledObject, Segments
 
@@ -26,7 +29,7 @@ def _answer(o: LabeledObject, label: LabeledImage) -> Segments:
 QUESTION_TYPE = QuestionType(
     prompts=PROMPTS,
     draft=about_one_object("objects_3d", _answer),
-    measure=measure_distances,
-    compute_error_scales=compute_absolute_scales,
+    measure=measure_distance_errors,
+    compute_error_scales=compute_error_scales_of_distances,
     facts=(("relative", "median error of a distance"),),
 )

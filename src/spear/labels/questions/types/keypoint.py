@@ -14,7 +14,7 @@ from spear.labels.questions.interface import (
     draw_one,
     word_object,
 )
-from spear.labels.questions.measures import extract_numbers, measure_mean_point
+from spear.labels.questions.measures import extract_numbers, measure_mean_point_error
 from spear.labels.questions.templates import KEYPOINT_NAMES
 from spear.types import Array, LabeledImage, Question, Segments
 
@@ -38,21 +38,21 @@ def _draft(scene: QuestionScene, rng: Random) -> Draft | None:
     return Draft(words, o.keypoints[keypoint].tolist(), (o.name,))
 
 
-def _compute_distance_scales(question: Question, label: LabeledImage) -> Array:
+def _compute_error_scales(question: Question, label: LabeledImage) -> Array:
     """Return the distance of the keypoint from the camera, [3]: the same for all numbers."""
     return np.full(3, np.linalg.norm(extract_numbers(question.segments)))
 
 
 def _measure(question: Question, answer: Segments, label: LabeledImage) -> dict[str, float]:
     """Measure the distance between the answered and the true point."""
-    distance = float(_compute_distance_scales(question, label)[0])  # the same for all numbers
-    return measure_mean_point(question, answer, label, distance)
+    distance = float(_compute_error_scales(question, label)[0])  # the same for all numbers
+    return measure_mean_point_error(question, answer, label, distance)
 
 
 QUESTION_TYPE = QuestionType(
     prompts=PROMPTS,
     draft=_draft,
     measure=_measure,
-    compute_error_scales=_compute_distance_scales,
+    compute_error_scales=_compute_error_scales,
     num_figures=3,
 )

@@ -7,7 +7,7 @@ The answer has 3 numbers: the center of the second object minus the center of th
 import numpy as np
 
 from spear.labels.questions.interface import QuestionType, about_two_objects
-from spear.labels.questions.measures import measure_mean_point
+from spear.labels.questions.measures import measure_mean_point_error
 from spear.labels.questions.positions import compute_distance, get_box
 from spear.types import Array, LabeledImage, LabeledObject, Question, Segments
 
@@ -25,7 +25,7 @@ def _answer(a: LabeledObject, b: LabeledObject, label: LabeledImage) -> Segments
     return (get_box(b).center - get_box(a).center).tolist()
 
 
-def _compute_distance_scales(question: Question, label: LabeledImage) -> Array:
+def _compute_error_scales(question: Question, label: LabeledImage) -> Array:
     """Return the mean distance of both objects from the camera, [3]: the same for all numbers."""
     distances = {o.name: compute_distance(o) for o in label.objects if o.box3d is not None}
     return np.full(3, np.mean([distances[name] for name in question.objects]))
@@ -33,8 +33,8 @@ def _compute_distance_scales(question: Question, label: LabeledImage) -> Array:
 
 def _measure(question: Question, answer: Segments, label: LabeledImage) -> dict[str, float]:
     """Measure the distance between the ends of the answered and the true displacement."""
-    distance = float(_compute_distance_scales(question, label)[0])  # the same for all numbers
-    return measure_mean_point(question, answer, label, distance)
+    distance = float(_compute_error_scales(question, label)[0])  # the same for all numbers
+    return measure_mean_point_error(question, answer, label, distance)
 
 
 QUESTION_TYPE = QuestionType(
@@ -42,5 +42,5 @@ QUESTION_TYPE = QuestionType(
     draft=about_two_objects("objects_3d", _answer),
     is_displacement=True,
     measure=_measure,
-    compute_error_scales=_compute_distance_scales,
+    compute_error_scales=_compute_error_scales,
 )
