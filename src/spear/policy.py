@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from spear import flow
-from spear.data.frames import Frames, find_frames_of_policy
+from spear.data.frames import FrameVersions, find_frame_versions_of_policy
 from spear.data.normalize import Normalizer
 from spear.embodiments.actions import validate_chunk
 from spear.embodiments.observations import (
@@ -336,7 +336,7 @@ class Spear1Policy:
     folder: Path | None = None
     dataset: str | None = None
     training_distribution: TrainingDistribution | None = None
-    frames: Frames | None = None
+    frames: FrameVersions | None = None
     truncate_instructions: bool = False
     quantize: Quantization | None = None
     _num_observations: int = field(default=0, init=False, repr=False)
@@ -395,7 +395,7 @@ class Spear1Policy:
             folder=folder,
             dataset=dataset,
             training_distribution=TrainingDistribution.load(folder / "seen.json"),
-            frames=find_frames_of_policy(normalizer.frames, is_simulator_only(folder)),
+            frames=find_frame_versions_of_policy(normalizer.frames, is_simulator_only(folder)),
             quantize=quantize,
         )
 

@@ -8,10 +8,10 @@ import pytest
 from refusals import refuses
 from spear.data.frames import (
     LAYOUT_DEFAULTS,
-    find_frames_of_policy,
-    find_outdated_frames,
+    find_frame_versions_of_policy,
     get_newest_frame_version,
     hash_layout,
+    list_names_with_outdated_frames,
     merge_frame_versions,
     read_store_frame_versions,
 )
@@ -43,7 +43,7 @@ def test_two_versions_of_the_same_frames_are_refused(name: str) -> None:
 
 def test_only_frames_with_a_newer_version_are_outdated() -> None:
     """The newest versions are 2 of "droid" and "jaco_play", and 1 of "kuka"."""
-    assert find_outdated_frames({"droid": 1, "kuka": 1, "jaco_play": 2}) == ["droid"]
+    assert list_names_with_outdated_frames({"droid": 1, "kuka": 1, "jaco_play": 2}) == ["droid"]
 
 
 @pytest.mark.parametrize(
@@ -86,4 +86,4 @@ def test_an_earlier_store_of_a_dataset_like_a_known_one_is_recognized(name: str)
 def test_policies_before_versions_have_known_frames_if_they_saw_the_simulator_only(
     recorded: dict[str, int] | None, is_simulator_only: bool, expected: dict[str, int] | None
 ) -> None:
-    assert find_frames_of_policy(recorded, is_simulator_only) == expected
+    assert find_frame_versions_of_policy(recorded, is_simulator_only) == expected

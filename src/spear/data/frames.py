@@ -26,7 +26,7 @@ from typing import Any
 from spear.data.readers.dataset_layout import FRAME_FIELDS, REGISTRY, DatasetLayout
 from spear.errors import SpearError
 
-Frames = Mapping[str, int]
+FrameVersions = Mapping[str, int]
 """Name of a dataset or robot → version of its frames."""
 UNHASHED_FIELDS: dict[str, Any] = {
     "frames": {},
@@ -59,12 +59,12 @@ def get_newest_frame_version(name: str) -> int:
     return 1 if layout is None else layout.frames[name]
 
 
-def find_outdated_frames(frames: Frames) -> list[str]:
+def list_names_with_outdated_frames(frames: FrameVersions) -> list[str]:
     """List the datasets and robots in `frames` whose frames have a newer version."""
     return [name for name, version in frames.items() if version < get_newest_frame_version(name)]
 
 
-def merge_frame_versions(sources: Iterable[tuple[str, Frames]]) -> dict[str, int]:
+def merge_frame_versions(sources: Iterable[tuple[str, FrameVersions]]) -> dict[str, int]:
     """Merge the frames of data or policies that are used together.
 
     Args:
@@ -91,7 +91,9 @@ def merge_frame_versions(sources: Iterable[tuple[str, Frames]]) -> dict[str, int
     return merged
 
 
-def find_frames_of_policy(recorded_frames: Frames | None, is_simulator_only: bool) -> Frames | None:
+def find_frame_versions_of_policy(
+    recorded_frames: FrameVersions | None, is_simulator_only: bool
+) -> FrameVersions | None:
     """Decide in which frames a policy acts.
 
     Args:
@@ -110,7 +112,7 @@ def find_frames_of_policy(recorded_frames: Frames | None, is_simulator_only: boo
     return recorded_frames
 
 
-def read_store_frame_versions(request: Mapping[str, Any]) -> Frames:
+def read_store_frame_versions(request: Mapping[str, Any]) -> FrameVersions:
     """Find the frames of a prepared store.
 
     If the store was prepared before versions were recorded, its frames have version 1. They belong

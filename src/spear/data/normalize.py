@@ -193,7 +193,7 @@ class Normalizer:
                 "fitted. Check their masks and lengths."
             )
 
-        offsets, scales = step_sketches.fit(mode, MIN_SCALES)
+        offsets, scales = step_sketches.fit_offsets_and_scales(mode, MIN_SCALES)
         if bounds_m is not None:
             offsets[:3] = (0.0, 0.0, 0.0)
             scales[:3] = bounds_m
@@ -216,7 +216,7 @@ class Normalizer:
                 chunk_scale.append(_to_triple([num_steps * bound for bound in bounds_m]))
         else:
             min_scales = (MIN_TRANSLATION_SCALE_M,) * (3 * horizon)
-            motion_offsets, motion_scales = chunk_sketches.fit(mode, min_scales)
+            motion_offsets, motion_scales = chunk_sketches.fit_offsets_and_scales(mode, min_scales)
             for first_axis in range(0, 3 * horizon, 3):
                 axes = slice(first_axis, first_axis + 3)  # x, y and z of one action of the chunk
                 chunk_offset.append(_to_triple(motion_offsets[axes]))
@@ -321,7 +321,9 @@ class _WeightedSketches:
         """The number of valid steps of all datasets."""
         return sum(sketches[0].count for sketches in self.sketches)
 
-    def fit(self, mode: Mode, min_scales: Sequence[float]) -> tuple[list[float], list[float]]:
+    def fit_offsets_and_scales(
+        self, mode: Mode, min_scales: Sequence[float]
+    ) -> tuple[list[float], list[float]]:
         """Fit offset and scale of each axis, m.
 
         Args:
@@ -345,7 +347,7 @@ class _WeightedSketches:
                 scales.append(min_scale)
                 continue
             shares = np.array(weights) / sum(weights)
-            offset, scale = _fit_axis(sketches, shares, mode)
+            offset, scale = _fit_offset_and_scale(sketches, shares, mode)
             offsets.append(offset)
             scales.append(max(scale, min_scale))
         return offsets, scales
@@ -466,8 +468,10 @@ def _make_chunk_sketches(store: EpisodeStore, horizon: int) -> list[QuantileSket
     return sketches
 
 
-def _fit_axis(sketches: Sequence[QuantileSketch], shares: Array, mode: Mode) -> tuple[float, float]:
-    """Fit offset and scale of one axis.
+def _fit_offset_and_scale(
+    sketches: Sequence[QuantileSketch], shares: Array, mode: Mode
+) -> tuple[float, float]:
+    """Fit offset and scale of one axis over the mixture.
 
     Args:
         sketches: The axis's sketch of each dataset.
@@ -490,7 +494,7 @@ def _fit_axis(sketches: Sequence[QuantileSketch], shares: Array, mode: Mode) -> 
 def _compute_mean_and_deviation(
     sketches: Sequence[QuantileSketch], shares: Array
 ) -> tuple[float, float]:
-    """Compute mean and standard deviation of an axis over the mixture; see `_fit_axis`."""
+    """Compute mean and standard deviation of one axis; see `_fit_offset_and_scale`."""
     weighted_means = [share * sketch.mean for sketch, share in zip(sketches, shares, strict=True)]
     mean = float(sum(weighted_means))
     # The variance within each dataset, and that of the datasets' means about the common mean.
@@ -503,7 +507,7 @@ def _compute_mean_and_deviation(
 def _compute_low_and_high_quantile(
     sketches: Sequence[QuantileSketch], shares: Array
 ) -> tuple[float, float]:
-    """Compute the 1st and the 99th percentile of an axis over the mixture; see `_fit_axis`."""
+    """Compute the 1st and the 99th percentile of one axis; see `_fit_offset_and_scale`."""
     all_values: list[Array] = []
     all_weights: list[Array] = []
     for sketch, share in zip(sketches, shares, strict=True):

@@ -229,9 +229,8 @@ def _choose_fit(
     if image.support_plane is not None:
         up = image.support_plane.up
         support = _find_support_height(cloud, points_beside, image.support_plane)
-    margin = (
-        MARGIN_PX * _compute_median_depth(cloud) / image.focal_px
-    )  # pixels → unit of the points
+    # Pixels at the object's depth, in the unit of the points
+    margin = MARGIN_PX * _compute_median_depth(cloud) / image.focal_px
     return partial(fit_box, up=up, support=support, margin=margin, noise=image.noise)
 
 

@@ -21,9 +21,9 @@ from typing import Any, NamedTuple
 import torch
 
 from spear.data.frames import (
-    find_frames_of_policy,
-    find_outdated_frames,
+    find_frame_versions_of_policy,
     get_newest_frame_version,
+    list_names_with_outdated_frames,
     merge_frame_versions,
 )
 from spear.data.mixture import Mixture, TrainingSamples
@@ -531,14 +531,14 @@ def _merge_frame_versions(init: Path | None, datasets: Sequence[WeightedStore]) 
     normalizer_file = None if init is None else init / "normalizer.json"
     if init is not None and normalizer_file is not None and normalizer_file.is_file():
         recorded_frames = Normalizer.load(normalizer_file).frames
-        init_frames = find_frames_of_policy(recorded_frames, is_simulator_only(init))
+        init_frames = find_frame_versions_of_policy(recorded_frames, is_simulator_only(init))
         if init_frames is None:
             _check_frames_are_old(init, sources)
             init_frames = {}
         sources.append((str(init), init_frames))
 
     frames = merge_frame_versions(sources)
-    for name in find_outdated_frames(frames):
+    for name in list_names_with_outdated_frames(frames):
         newest_version = get_newest_frame_version(name)
         notice(
             f"the policy learns version {frames[name]} of the frames of {name}, because its "
