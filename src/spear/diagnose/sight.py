@@ -12,13 +12,13 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from spear.data.store.episode_store import EpisodeStore
+from spear.diagnose.picture_repair import CAMERA, NO_REPAIR, PictureRepair
 from spear.evaluate.vqa.ask import name_at_points
 from spear.labels.questions.templates import is_a
 from spear.policy import VlmBundle
 from spear.types import Array
 from spear.util.images import decode_image
 
-CAMERA = "external"  # trust in what a model sees is measured with this camera
 PICTURE_TIMES = (0.0, 0.25, 0.5)  # of the pictures of an episode that are tried, as shares of it
 EPISODES_PER_NAME = 6  # training episodes whose instruction has the name
 MIN_EPISODES_PER_NAME = 3  # with fewer, nothing is known about the name
@@ -57,7 +57,10 @@ def list_names(instruction: str) -> list[str]:
 
 
 def find_missed_names(
-    model: VlmBundle, episodes: Sequence[tuple[EpisodeStore, int]], names: Sequence[str]
+    model: VlmBundle,
+    episodes: Sequence[tuple[EpisodeStore, int]],
+    names: Sequence[str],
+    repair: PictureRepair = NO_REPAIR,
 ) -> list[bool]:
     """Find out which objects a model sees in no picture of their episodes.
 
@@ -65,6 +68,7 @@ def find_missed_names(
         model: the SPEAR-VLM.
         episodes: store and index of the episode of each name.
         names: the name of an object for each of these episodes.
+        repair: what is undone in the pictures first.
 
     Returns:
         Whether each object is missed.
@@ -72,7 +76,7 @@ def find_missed_names(
     is_missed = [True] * len(names)
     for time in PICTURE_TIMES:
         rows = [row for row, missed in enumerate(is_missed) if missed]
-        images = [_read_picture(*episodes[row], time) for row in rows]
+        images = [_read_picture(*episodes[row], time, repair) for row in rows]
         tried_names = [names[row] for row in rows]
         seen_names = name_at_points(model, images, tried_names, CAMERA)
         for row, seen_name in zip(rows, seen_names, strict=True):
@@ -81,12 +85,12 @@ def find_missed_names(
     return is_missed
 
 
-def _read_picture(store: EpisodeStore, index: int, time: float) -> Array:
+def _read_picture(store: EpisodeStore, index: int, time: float, repair: PictureRepair) -> Array:
     """Read the picture at a time of an episode, given as a share of its length."""
     step = int(time * (int(store.lengths[index]) - 1))
-    encoded = store.image(index, step, CAMERA)
+    encoded = store.image(index, step, repair.camera)
     assert encoded is not None  # the callers choose episodes with this camera
-    return decode_image(encoded, f"{store.source(index)} step {step}")
+    return repair.apply(decode_image(encoded, f"{store.source(index)} step {step}"))
 
 
 @dataclass

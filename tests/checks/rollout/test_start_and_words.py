@@ -111,6 +111,13 @@ def test_a_start_like_those_of_training_is_not_outside() -> None:
     assert StartOutsideCheck().examine(make_case()) is None
 
 
+def test_the_order_of_the_quaternion_does_not_hide_where_the_arm_starts() -> None:
+    moved_case = make_case(change=lambda episode: send_scalar_last(move_away(episode)))
+
+    assert StartOutsideCheck().examine(make_case(change=send_scalar_last)) is None
+    assert isinstance(StartOutsideCheck().examine(moved_case), Finding)
+
+
 def test_few_demonstrations_do_not_tell_the_usual_starts() -> None:
     assert isinstance(StartOutsideCheck().examine(make_case(num_demonstrations=3)), Doubt)
 

@@ -28,7 +28,6 @@ class CameraBgrCheck(RolloutCheck):
     title = "a camera whose red and blue are exchanged"
     needs: ClassVar[frozenset[Material]] = frozenset({"rollout", "demonstrations"})
     # Names of objects may have colors.
-    causes: ClassVar[frozenset[str]] = frozenset({"object-not-in-view"})
 
     def examine(self, case: Case) -> Result:
         single_result = find_picture_version(case, (VERSION,), "sends BGR", CURE, is_color=True)

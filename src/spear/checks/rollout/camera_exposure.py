@@ -12,7 +12,6 @@ class CameraExposureCheck(RolloutCheck):
     fault = "camera-exposure"
     title = "a camera with another exposure"
     needs: ClassVar[frozenset[Material]] = frozenset({"rollout", "demonstrations"})
-    causes: ClassVar[frozenset[str]] = frozenset({"object-not-in-view"})
 
     def examine(self, case: Case) -> Result:
         versions = ("exposed",)

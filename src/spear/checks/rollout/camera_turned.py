@@ -11,9 +11,7 @@ class CameraTurnedCheck(RolloutCheck):
 
     fault = "camera-turned"
     title = "a camera whose pictures are turned"
-    causes: ClassVar[frozenset[str]] = frozenset(
-        {"padding-bars", "camera-exposure", "object-not-in-view"}
-    )
+    causes: ClassVar[frozenset[str]] = frozenset({"padding-bars", "camera-exposure"})
     needs: ClassVar[frozenset[Material]] = frozenset({"rollout", "demonstrations"})
 
     def examine(self, case: Case) -> Result:

@@ -21,7 +21,6 @@ class CamerasExchangedCheck(RolloutCheck):
             "camera-cropped",
             "camera-stretched",
             "camera-late",
-            "object-not-in-view",
         }
     )
     needs: ClassVar[frozenset[Material]] = frozenset({"rollout", "demonstrations"})

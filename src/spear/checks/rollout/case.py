@@ -55,8 +55,12 @@ class Case:
     def comparison(self) -> PictureComparison:
         """The rollout's pictures, compared with those of the demonstrations."""
         references = self.references or PictureReferences(self.demonstrations)
-        rollout = restore_meant_states(self.rollout, self.demonstrations, self.motion, self.gripper)
-        return PictureComparison(rollout, references)
+        return PictureComparison(self.meant_rollout, references)
+
+    @cached_property
+    def meant_rollout(self) -> Sequence[RecordedEpisode]:
+        """The episodes of the rollout with the states that the robot means."""
+        return restore_meant_states(self.rollout, self.demonstrations, self.motion, self.gripper)
 
     @property
     def cameras(self) -> list[str]:

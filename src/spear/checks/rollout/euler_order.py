@@ -22,7 +22,6 @@ class EulerOrderCheck(RolloutCheck):
         {
             "action-frame",
             "angle-unit",
-            "start-outside",
             "camera-exposure",
             "camera-bgr",
             "camera-late",

@@ -21,7 +21,7 @@ class PaddingBarsCheck(RolloutCheck):
     title = "pictures have black bars"
     needs: ClassVar[frozenset[Material]] = frozenset({"rollout", "demonstrations"})
     causes: ClassVar[frozenset[str]] = frozenset(
-        {"camera-exposure", "camera-stretched", "camera-cropped", "object-not-in-view"}
+        {"camera-exposure", "camera-stretched", "camera-cropped"}
     )
 
     def examine(self, case: Case) -> Result:
@@ -32,13 +32,10 @@ class PaddingBarsCheck(RolloutCheck):
             if not pictures or not training:
                 continue
             num_compared += 1
-            shares = measure_bars(np.concatenate(pictures))
-            training_shares = measure_bars(np.concatenate(training))
-            extra_shares = shares - training_shares
-            extra_height, extra_width = extra_shares
-            is_all_black = np.concatenate(pictures).max() < MAX_BAR_LEVEL
-            if extra_shares.max() < MIN_EXTRA_SHARE or is_all_black:
+            extra_shares = measure_extra_bars(np.concatenate(pictures), np.concatenate(training))
+            if extra_shares is None:
                 continue
+            extra_height, extra_width = extra_shares
             sides = "left and right" if extra_width > extra_height else "top and bottom"
             return Finding(
                 confidence=0.96,
@@ -56,6 +53,19 @@ class PaddingBarsCheck(RolloutCheck):
 def _collect_pictures(episodes: Sequence[RecordedEpisode], camera: str) -> list[Array]:
     """Return the small pictures [T, h, w, 3] of each episode that has the camera."""
     return [episode.pictures[camera].small for episode in episodes if camera in episode.pictures]
+
+
+def measure_extra_bars(pictures: Array, training_pictures: Array) -> Array | None:
+    """Measure the bars that pictures [N, h, w, 3] have and those of training have not.
+
+    Returns:
+        [2] share of the height and of the width, as `measure_bars`; None if there are no such bars.
+    """
+    extra_shares = measure_bars(pictures) - measure_bars(training_pictures)
+    is_all_black = pictures.max() < MAX_BAR_LEVEL
+    if is_all_black or extra_shares.max() < MIN_EXTRA_SHARE:
+        return None
+    return extra_shares
 
 
 def measure_bars(pictures: Array) -> Array:

@@ -26,7 +26,6 @@ class QuaternionOrderCheck(RolloutCheck):
         {
             "action-frame",
             "angle-unit",
-            "start-outside",
             "camera-exposure",
             "camera-bgr",
             "camera-late",

@@ -51,8 +51,10 @@ class StartOutsideCheck(RolloutCheck):
             usual_rad.append(
                 _measure_angle_rad(rotations[index], np.delete(rotations, index, axis=0))
             )
-        starts_m = [_measure_distance_m(e.position[0], positions) for e in case.rollout]
-        starts_rad = [_measure_angle_rad(e.rotation[0], rotations) for e in case.rollout]
+        # A wrong order of the quaternion is another fault. It must not hide where the arm starts.
+        rollout = case.meant_rollout
+        starts_m = [_measure_distance_m(e.position[0], positions) for e in rollout]
+        starts_rad = [_measure_angle_rad(e.rotation[0], rotations) for e in rollout]
         extra_m = float(np.median(starts_m)) - max(usual_m)
         extra_rad = float(np.median(starts_rad)) - max(usual_rad)
         confidence = max(
@@ -87,13 +89,13 @@ class StartOutsideCheck(RolloutCheck):
             [np.asarray(e.rotation, np.float64) for e in case.demonstrations]
         )
         num_near = 0
-        for episode in case.rollout:
+        for episode in case.meant_rollout:
             distances_m = np.linalg.norm(positions - np.asarray(episode.position[0]), axis=1)
             is_near = distances_m < NEAR_PATH_M
             if is_near.any():
                 angle_rad = _measure_angle_rad(episode.rotation[0], rotations[is_near])
                 num_near += angle_rad < NEAR_PATH_RAD
-        return num_near > len(case.rollout) / 2
+        return num_near > len(case.meant_rollout) / 2
 
 
 def _measure_distance_m(position: Array, references: Array) -> float:

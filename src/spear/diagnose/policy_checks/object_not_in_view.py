@@ -8,8 +8,9 @@ from spear.checks.rollout.camera_checks import show_pictures
 from spear.checks.rollout.case import Case, Doubt, Finding, Material, Result, RolloutCheck
 from spear.checks.rollout.odds import PRIOR
 from spear.data.store.episode_store import EpisodeStore
+from spear.diagnose.picture_repair import CAMERA, find_picture_repair
 from spear.diagnose.policy_case import PolicyCase
-from spear.diagnose.sight import CAMERA, find_missed_names, list_names
+from spear.diagnose.sight import find_missed_names, list_names
 from spear.errors import suppress_notices
 from spear.evaluate.vqa.calibration import Trust
 from spear.policy import VlmBundle
@@ -38,11 +39,13 @@ class ObjectNotInViewCheck(RolloutCheck):
 
         # Which objects of each episode does the model see in no picture?
         store = _get_rollout(case)
+        # A fault of the camera is named by its own check. It must not hide what is in view.
+        repair = find_picture_repair(case)
         missed_by_episode = {}
         for index, names in names_by_episode.items():
             episodes = [(store, index)] * len(names)
             with suppress_notices():
-                is_missed = find_missed_names(_get_vlm(case), episodes, names)
+                is_missed = find_missed_names(_get_vlm(case), episodes, names, repair)
             missed_by_episode[index] = [
                 name for name, missed in zip(names, is_missed, strict=True) if missed
             ]
