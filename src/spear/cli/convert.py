@@ -41,8 +41,8 @@ MogeName = Annotated[
     Positional[str],
     arg(
         metavar="MOGE",
-        help="A MoGe file (model.pt), or its name on the Hub; none makes a model without 3D"
-        " encoder.",
+        help="A MoGe file (model.pt), its name on the Hub, or a folder of `spear train nano-depth`;"
+        " none makes a model without 3D encoder.",
     ),
 ]
 CoordinatesPath = Annotated[

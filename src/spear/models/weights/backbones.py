@@ -15,16 +15,8 @@ from torch import Tensor
 from transformers import PaliGemmaConfig
 
 from spear.errors import SpearError
-from spear.models.moge.checkpoint import (
-    Checkpoint,
-    fill_encoder,
-    make_encoder_config,
-    match_encoder,
-    read_checkpoint,
-)
 from spear.models.presets import SPECIAL_TOKEN_IDS, Preset, build_vlm_config, get_preset
 from spear.models.processing import validate_tokenizer
-from spear.models.vision import MogeEncoder
 from spear.models.vlm import SpearVLMConfig, SpearVLMForConditionalGeneration
 from spear.models.weights.conversion import (
     Conversion,
@@ -32,6 +24,11 @@ from spear.models.weights.conversion import (
     WeightStatus,
     match_weights,
     report_unused_weights,
+)
+from spear.models.weights.depth_encoder import (
+    PublishedMoge,
+    TrainedDepthEncoder,
+    open_depth_encoder,
 )
 from spear.models.weights.load import (
     StoredCheckpoint,
@@ -122,7 +119,7 @@ def plan_backbones(
 
     Args:
         paligemma: The folder of a PaliGemma 1 or 2, or its name on the Hub.
-        moge: A MoGe v1 or MoGe-2, given as a `.pt` file or a name on the Hub. None makes a plain
+        moge: A MoGe or a depth encoder, as `open_depth_encoder` takes it. None makes a plain
             PaliGemma without 3D encoder.
         size: The preset that gives the views, the image sizes and the number of 3D tokens. The
             sizes of the networks are those of the checkpoints.
@@ -171,8 +168,8 @@ def plan_vlm(
         published.tokenizer_folder, vocabulary.num_rows, preset.bins
     )
     new_tokens = _CoordinateTokens(first_new_id, preset.bins)
-    encoder_checkpoint = None if moge is None else read_checkpoint(moge)
-    config = _make_vlm_config(preset, published.config, vocabulary, new_tokens, encoder_checkpoint)
+    depth_encoder = None if moge is None else open_depth_encoder(moge)
+    config = _make_vlm_config(preset, published.config, vocabulary, new_tokens, depth_encoder)
     _check_image_sizes(preset, config.vision_config.patch_size)
 
     # The weights that the new model needs. On the meta device they have only shapes.
@@ -199,13 +196,14 @@ def plan_vlm(
 
     # The weights that MoGe has. MoGe is read first, because it needs a copy in float32, for which
     # there is most room before the other weights are read.
-    if encoder_checkpoint is not None and model.moge is not None:
-        entries += _report_moge(model.moge, encoder_checkpoint)
+    if depth_encoder is not None and model.moge is not None:
+        encoder_plan = depth_encoder.plan(model.moge)
+        entries += encoder_plan.entries
         entries += _report_new_projector(expected_weights, config, keeps_visual_tokens)
-        readers.insert(0, _make_moge_reader(config, encoder_checkpoint.path))
+        readers.insert(0, encoder_plan.reader)
         if keeps_visual_tokens:
             readers.append(make_zero_reader(_moge_projector_shapes(expected_weights)))
-        sources["MoGe"] = describe_source(str(moge), encoder_checkpoint.path.parent)
+        sources["MoGe"] = depth_encoder.describe()
 
     entries += _report_left_out(checkpoint, stored_names, vocabulary, expected_weights)
     return Conversion(
@@ -365,7 +363,7 @@ def _make_vlm_config(
     published_config: Any,
     vocabulary: _StoredVocabulary,
     new_tokens: _CoordinateTokens,
-    moge: Checkpoint | None,
+    moge: PublishedMoge | TrainedDepthEncoder | None,
 ) -> SpearVLMConfig:
     """Return the preset's config with the checkpoints' networks. Without `moge` it has no MoGe."""
     text_config = _copy_network_config(published_config.text_config)
@@ -374,7 +372,7 @@ def _make_vlm_config(
     vision_config["vision_use_head"] = False
     networks = {
         "vision_config": vision_config,
-        "moge_config": None if moge is None else make_encoder_config(moge),
+        "moge_config": None if moge is None else moge.make_config(),
         "text_config": {**text_config, **SPECIAL_TOKEN_IDS},
     }
     return build_vlm_config(preset, coordinate_start=new_tokens.start, networks=networks)
@@ -460,30 +458,6 @@ def _check_head(
 # --- MoGe ---
 
 
-def _report_moge(encoder: MogeEncoder, checkpoint: Checkpoint) -> list[WeightStatus]:
-    """Report the weights of MoGe: those of the encoder are loaded, the others left out."""
-    stored_names = match_encoder(encoder, checkpoint)
-    entries = []
-    for name, weight in encoder.state_dict().items():
-        source = f"MoGe: {stored_names[name]}"
-        entries.append(WeightStatus(f"moge.{name}", tuple(weight.shape), "loaded", source))
-    loaded_names = set(stored_names.values())
-    for name, weight in checkpoint.weights.items():
-        if name not in loaded_names:
-            reason = _explain_unused_moge_weight(name)
-            entries.append(WeightStatus(name, tuple(weight.shape), "left out", reason))
-    return entries
-
-
-def _explain_unused_moge_weight(name: str) -> str:
-    """Return the reason for which a weight of MoGe is left out."""
-    if name.endswith(("image_mean", "image_std")):
-        return "ImageNet's, checked"
-    if "mask_token" in name:
-        return "DINOv2's own training"
-    return "MoGe's head"
-
-
 def _moge_projector_shapes(expected_weights: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
     """Return the shapes of the projection of MoGe's features, by name."""
     shapes = {}
@@ -503,15 +477,3 @@ def _report_new_projector(
         initialization = f"N(0, {config.initializer_range}²)" if is_random else "0"
         entries.append(WeightStatus(name, shape, "new", initialization))
     return entries
-
-
-def _make_moge_reader(config: SpearVLMConfig, path: Path) -> WeightReader:
-    """Return a reader of the encoder's weights from a checkpoint of MoGe."""
-
-    def read(dtype: torch.dtype, _: torch.Generator) -> dict[str, Tensor]:
-        with torch.device("meta"):
-            encoder = MogeEncoder(copy.deepcopy(config.moge_config))
-        fill_encoder(encoder, read_checkpoint(path))
-        return {f"moge.{name}": weight.to(dtype) for name, weight in encoder.state_dict().items()}
-
-    return read

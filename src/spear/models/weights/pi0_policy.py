@@ -36,7 +36,7 @@ def plan_pi0(
 
     Args:
         pi0: A π0 or π0.5 in safetensors, given as a folder or a name on the Hub.
-        moge: A MoGe v1 or MoGe-2, given as a `.pt` file or a name on the Hub. None makes a model
+        moge: A MoGe or a depth encoder, as `open_depth_encoder` takes it. None makes a model
             without 3D encoder.
         size: The preset that gives the views, the image sizes, the number of 3D tokens, the horizon
             and the flow. The sizes of the networks are those of the checkpoints.
