@@ -268,7 +268,7 @@ def examine(preset: Preset, device: torch.device, repeats: int = 10) -> Iterator
                 difference=difference,
                 peak_bytes=peak_bytes,
                 planned_bytes=planned_bytes[dtype],
-                problem=_describe_difference(difference, dtype),
+                problem=_explain_large_difference(difference, dtype),
             )
         # Otherwise this model would count in the measured memory of the next type.
         del model, implementations, run
@@ -306,8 +306,8 @@ def _list_implementations(model: Any, inputs: Inputs) -> dict[str, Callable[[], 
     return implementations
 
 
-def _describe_difference(difference: float, dtype: torch.dtype) -> str:
-    """Return what is wrong with a difference from the plain network; empty if nothing is."""
+def _explain_large_difference(difference: float, dtype: torch.dtype) -> str:
+    """Say that a difference from the plain network is too large; "" if it is not."""
     max_difference = MAX_RELATIVE_DIFFERENCE[dtype]
     if difference <= max_difference:
         return ""

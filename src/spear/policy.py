@@ -437,7 +437,7 @@ class Spear1Policy:
     def reset(self) -> None:
         """Restart the sequence of noise and the drift monitor, so that a run can be repeated."""
         self._num_observations = 0
-        self._monitor.reset()
+        self._monitor.begin_run()
 
     def infer(self, observation: Mapping[str, Any]) -> dict[str, Any]:
         """Compute an action chunk for an observation.

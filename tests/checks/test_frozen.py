@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from spear.checks.frozen import RepeatedPicture, find_frozen_steps
+from spear.checks.frozen import RepeatedPicture, mark_frozen_steps
 
 POSITIONS = np.array([[0.4 + 0.03 * step, 0.0, 0.2] for step in range(6)])
 """[6, 3] of an arm that moves 3 cm per step."""
@@ -19,10 +19,10 @@ def test_the_distance_is_that_since_the_picture_first_came() -> None:
 
 
 def test_a_picture_is_frozen_from_five_centimeters_on() -> None:
-    is_frozen = find_frozen_steps("aaabbb", POSITIONS)
+    is_frozen = mark_frozen_steps("aaabbb", POSITIONS)
 
     assert is_frozen.tolist() == [False, False, True, False, False, True]
 
 
 def test_a_camera_that_repeats_its_picture_at_rest_is_not_frozen() -> None:
-    assert not find_frozen_steps("aaaaaa", np.zeros((6, 3))).any()
+    assert not mark_frozen_steps("aaaaaa", np.zeros((6, 3))).any()

@@ -159,7 +159,7 @@ def test_a_plan_says_what_labeling_costs_and_labels_nothing(
 
     assert output.startswith("3 images, 2 at a time, longer side 840 pixels;")
     assert "314 M parameters, 1.17 GiB" in output  # MoGe
-    assert "before it is loaded: somebody/else" in output
+    assert "sam2            not known before it is loaded: somebody/else" in output  # its cost
     assert "tokens in" in output  # Gemini, the detector by default
     moge = resources.estimate_resources("moge", batch_size=2, width_px=840, num_names=8)
     assert f"activations {moge.activations / 2**30:.2f} GiB" in output

@@ -12,7 +12,7 @@ from spear.labels.inputs import hash_content, read_contents
 from spear.labels.pipeline import read_images
 from spear.labels.sources import list_items
 from spear.types import Episode
-from spear.util.held_out import is_held_out
+from spear.util.held_out import is_held_out_scene
 
 
 def make_gray_episode(num_steps: int, camera: str, first_value: int) -> Episode:
@@ -92,12 +92,12 @@ def test_another_episode_changes_the_stamp_of_all_and_the_content_of_its_frames(
     ],
 )
 def test_a_scene_is_held_out_by_its_seed(prefix: str) -> None:
-    assert is_held_out(f"{prefix}9999")
-    assert not is_held_out(f"{prefix}10000")
+    assert is_held_out_scene(f"{prefix}9999")
+    assert not is_held_out_scene(f"{prefix}10000")
 
 
 def test_a_photo_is_no_held_out_scene() -> None:
-    assert not is_held_out("photos/sim/7.jpg")
+    assert not is_held_out_scene("photos/sim/7.jpg")
 
 
 def test_without_a_simulator_its_scenes_are_refused() -> None:

@@ -76,7 +76,7 @@ def test_initial_opening_is_that_of_the_episodes(distribution: TrainingDistribut
 
 def test_the_policy_relies_on_a_camera_of_every_step(distribution: TrainingDistribution) -> None:
     assert distribution.camera_shares == {"external": 1.0}
-    assert distribution.constant_cameras == ["external"]
+    assert distribution.usual_cameras == ["external"]
 
 
 # The share of steps that have the wrist camera, and the cameras on which the policy then relies.
@@ -89,7 +89,7 @@ def test_the_policy_does_not_rely_on_a_camera_that_many_steps_lack(
 
     changed = dataclasses.replace(distribution, red_minus_blue=colors, camera_shares=shares)
 
-    assert changed.constant_cameras == cameras
+    assert changed.usual_cameras == cameras
 
 
 def test_a_summary_without_shares_has_all_its_cameras_in_every_step(
@@ -97,7 +97,7 @@ def test_a_summary_without_shares_has_all_its_cameras_in_every_step(
 ) -> None:
     old = dataclasses.replace(distribution, camera_shares={})
 
-    assert old.constant_cameras == ["external"]
+    assert old.usual_cameras == ["external"]
 
 
 def test_a_saved_summary_is_loaded_again(

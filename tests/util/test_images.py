@@ -203,10 +203,12 @@ def test_an_image_beyond_the_pixel_limit_is_refused_before_it_is_decoded() -> No
 
 @pytest.mark.parametrize("mode", ["RGB", "RGBA", "P", "L", "1", "I;16"])
 def test_strips_of_rows_are_put_together(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    # At least 128, because times 256 this needs all 16 bits: darker 16-bit images are refused.
+    # At least 128: the highest bit of each pixel is set, also in the 16-bit image, because darker
+    # 16-bit images are refused.
     gray = Image.fromarray(NOISE[..., 0] | 128)
-    image = Image.fromarray(np.asarray(gray).astype(np.uint16) * 256)
-    if mode != "I;16":
+    if mode == "I;16":
+        image = Image.fromarray(np.asarray(gray).astype(np.uint16) * 256)
+    else:
         image = gray.convert(mode)
     whole = load_image(encode(image))
 

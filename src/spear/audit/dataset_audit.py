@@ -33,14 +33,14 @@ from spear.audit.hypotheses import (
     find_formats_that_turn_otherwise,
     fit_rotations,
     fit_translations,
-    list_state_formats,
+    list_tested_state_formats,
 )
 from spear.audit.joint_limits import check_joint_limits
 from spear.checks.cameras import View, check_cameras, summarize_view
 from spear.checks.gripper import check_gripper
 from spear.checks.recording import Recording
 from spear.checks.result import Check, Verdict
-from spear.checks.states import check_rate, find_implausible_states
+from spear.checks.states import check_rate, find_state_problems
 from spear.data.actions import check_instruction, compute_and_check_norms
 from spear.data.readers.bad_rows import mask_actions_before_gaps
 from spear.data.readers.build_episode import (
@@ -75,7 +75,7 @@ from spear.util.skipped_items import SkippedItems
 from spear.util.units import ANGLE_UNITS, LENGTH_UNITS, name_unit
 
 TRUSTED_FORMATS = (*RECORDED_ONLY, "euler_ZYX")
-"""Formats of recorded orientations that hypotheses do not try (see `list_state_formats`).
+"""Formats of recorded orientations that hypotheses do not try (see `list_tested_state_formats`).
 
 The audit takes the layout's word for them, and converts such orientations to quaternions first.
 """
@@ -380,7 +380,7 @@ def _check_rotation_format(report: Report, layout_format: str) -> list[Check]:
         other_formats = [] if is_order_known else ["euler_xyz"]
     else:
         rotations = [recording.rotation for recording in report.recordings]
-        tied_formats = set(list_state_formats(rotations[0]))
+        tied_formats = set(list_tested_state_formats(rotations[0]))
         for action_part in explained.values():
             for finding in action_part.findings:
                 if finding.question == "state_format":
@@ -667,7 +667,7 @@ def audit_recordings(
         num_episodes=len(recordings),
         num_steps=sum(len(recording.position) for recording in recordings),
         action_parts=action_parts,
-        state_problems=find_implausible_states(recordings),
+        state_problems=find_state_problems(recordings),
         recordings=recordings,
         checks=checks,
     )
@@ -912,9 +912,9 @@ def _judge_question(
     return Finding(question, best_answer, layout_answer, answers, tied_answers, verdict)
 
 
-def format_size(name: str, value: float) -> str:
+def format_size(part_name: str, value: float) -> str:
     """Format a distance (m) for translations in mm, or an angle (rad) for rotations in degrees."""
-    if name == "translation":
+    if part_name == "translation":
         return f"{1000 * value:.3g} mm"
     return f"{np.degrees(value):.3g}°"
 

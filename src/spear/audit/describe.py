@@ -19,7 +19,7 @@ from spear.audit.describe_joints import (
     describe_joints,
     describe_lerobot_gripper,
     find_joint_columns,
-    list_state_joints,
+    list_state_joint_names,
 )
 from spear.audit.hypotheses import (
     UNIT_QUATERNION,
@@ -193,14 +193,14 @@ def propose_layout(
     if isinstance(folder, LeRobotFolder):
         features = {name: item.component_names for name, item in folder.info.features.items()}
         if is_own_format(features):
-            return _make_own_layout(folder)
+            return _make_layout_of_exported_dataset(folder)
     num_episodes_of_split = count_episodes(path)
     split = next(iter(num_episodes_of_split))  # the first
     rate_hz = folder.info.fps if isinstance(folder, LeRobotFolder) else DEFAULT_RATE_HZ
     episodes = _read_first_episodes(folder, split, path)
     proposal = _Proposal()
 
-    proposal.fields["images"] = _propose_cameras(folder.read_steps(split), proposal, rate_hz)
+    proposal.fields["images"] = _find_cameras(folder.read_steps(split), proposal, rate_hz)
     _propose_success(episodes, proposal)
     if isinstance(folder, LeRobotFolder):
         _propose_task_indices(episodes, folder.tasks, proposal)
@@ -244,7 +244,7 @@ def _propose_joints(
     proposal.facts["gripper"] = "no number is named gripper: name it yourself"
 
 
-def _make_own_layout(folder: LeRobotFolder) -> dict[str, Any]:
+def _make_layout_of_exported_dataset(folder: LeRobotFolder) -> dict[str, Any]:
     """Describe a dataset that `spear data export` wrote, whose columns are known."""
     cameras: list[str] = []
     for feature_name in folder.image_features:
@@ -273,14 +273,14 @@ def _read_first_episodes(folder: Dataset, split: str, path: str | Path) -> list[
         raise SpearError(
             f"no episode of {path} can be read. `spear data inspect {path}` shows why."
         )
-    signatures = [_summarize_columns(episode) for episode in episodes]
+    signatures = [_get_column_signature(episode) for episode in episodes]
     usual_signature, _ = Counter(signatures).most_common(1)[0]
     pairs = zip(episodes, signatures, strict=True)
     return [episode for episode, signature in pairs if signature == usual_signature]
 
 
-def _summarize_columns(episode: Mapping[str, Any]) -> frozenset[Any]:
-    """Return the names, types and shapes (without the steps) of an episode's columns."""
+def _get_column_signature(episode: Mapping[str, Any]) -> frozenset[Any]:
+    """Return the names, types and shapes (without the steps) of an episode's columns, as a set."""
     signature = set()
     for name, values in episode.items():
         shape_of_step = getattr(values, "shape", ())[1:]
@@ -288,13 +288,13 @@ def _summarize_columns(episode: Mapping[str, Any]) -> frozenset[Any]:
     return frozenset(signature)
 
 
-def find_joints_without_pose(path: str | Path, proposal: Mapping[str, Any]) -> list[str]:
-    """Find the names of joints in the states of a dataset for which no position was proposed."""
+def list_joint_names_without_pose(path: str | Path, proposal: Mapping[str, Any]) -> list[str]:
+    """List the names of a dataset's joints, if no position was proposed; else an empty list."""
     folder = open_dataset(path)
     if proposal.get("position") is not None or not isinstance(folder, LeRobotFolder):
         return []
     columns = [name.replace(".", "/") for name in folder.info.features]
-    return list_state_joints(columns, folder)
+    return list_state_joint_names(columns, folder)
 
 
 def _propose_success(episodes: Sequence[Mapping[str, Any]], proposal: _Proposal) -> None:
@@ -427,9 +427,7 @@ def _are_encoded_images(values: Any) -> bool:
     return first.startswith(IMAGE_MAGIC_BYTES) and not is_depth_png(first)
 
 
-def _propose_cameras(
-    raw_episodes: RawEpisodes, proposal: _Proposal, rate_hz: float
-) -> dict[str, str]:
+def _find_cameras(raw_episodes: RawEpisodes, proposal: _Proposal, rate_hz: float) -> dict[str, str]:
     """Find the columns of images, and which of them is the wrist camera.
 
     Args:

@@ -22,21 +22,28 @@ Columns = Mapping[str, Sequence[Array]]
 """Column → its values [T, d] in each episode."""
 
 
+class JointStart(NamedTuple):
+    """A column, and the index of the first of its numbers that is a joint."""
+
+    column: str
+    first: int
+
+
 class JointColumns(NamedTuple):
     """Where a dataset has the joint angles of an arm.
 
     Attributes:
-        state: The column, and the first of its numbers that is a joint.
+        state: Where the measured angles begin.
         action: Likewise of the commanded angles; None if there are none.
         num_joints: How many numbers the joints have.
     """
 
-    state: tuple[str, int]
-    action: tuple[str, int] | None
+    state: JointStart
+    action: JointStart | None
     num_joints: int
 
-    def list_ranges(self) -> list[tuple[str, int]]:
-        """List the columns and first numbers of the joints."""
+    def list_starts(self) -> list[JointStart]:
+        """List where the measured angles begin, and the commanded ones, if there are any."""
         return [self.state] if self.action is None else [self.state, self.action]
 
 
@@ -68,20 +75,20 @@ def find_joint_columns(columns: Columns, folder: Dataset, urdf: Path, tip: str) 
 
 def _find_joints(
     columns: Columns, names: Sequence[str], folder: Dataset, arm: UrdfArm
-) -> tuple[str, int] | None:
+) -> JointStart | None:
     """Find the first of some columns that has the joints of an arm, and where they begin in it."""
     num_joints = len(arm.joint_names)
     for name in names:
         components = _list_motors(folder, name)
         for first in range(len(components) - num_joints + 1):
             if sorted(components[first : first + num_joints]) == sorted(arm.joint_names):
-                return name, first
+                return JointStart(name, first)
 
     # Numbers without names: the joints, perhaps with the gripper behind them.
     for name in names:
         width = columns[name][0].shape[1]
         if not _list_motors(folder, name) and width in (num_joints, num_joints + 1):
-            return name, 0
+            return JointStart(name, 0)
     return None
 
 
@@ -149,7 +156,7 @@ def describe_lerobot_gripper(
     # Of the state, and of the action if there is one.
     keys = (("gripper", "gripper_range"), ("command", "command_range"))
     fields: dict[str, Any] = {}
-    for (key, range_key), (column, _) in zip(keys, joint_columns.list_ranges(), strict=False):
+    for (key, range_key), (column, _) in zip(keys, joint_columns.list_starts(), strict=False):
         motors = _list_motors(folder, column)
         if GRIPPER_NAME not in motors:
             continue
@@ -161,7 +168,7 @@ def describe_lerobot_gripper(
     return fields
 
 
-def list_state_joints(columns: Sequence[str], folder: Dataset) -> list[str]:
+def list_state_joint_names(columns: Sequence[str], folder: Dataset) -> list[str]:
     """List the names of joints that a dataset's metadata give to the numbers of its states."""
     joints: list[str] = []
     if isinstance(folder, LeRobotFolder):

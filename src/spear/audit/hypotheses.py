@@ -234,8 +234,8 @@ def _list_possible_formats(values: Array) -> list[str]:
     ]
 
 
-def list_state_formats(values: Array) -> list[str]:
-    """Return the formats in which recorded numbers [N, d] may be orientations.
+def list_tested_state_formats(values: Array) -> list[str]:
+    """Return the formats that are tried for recorded orientations [N, d]: those of d numbers.
 
     Yaw, pitch, roll ("euler_ZYX") is not among them. If states and actions are both written as yaw,
     pitch, roll, then they fit as well as roll, pitch, yaw ("euler_xyz") with base and end-effector
@@ -274,9 +274,10 @@ def convert_to_quaternions(rotation: Array) -> dict[str, Array]:
 def can_tell_euler_order(translation: Hypothesis | None, rotation: Hypothesis | None) -> bool:
     """Return whether the actions tell roll, pitch, yaw from yaw, pitch, roll.
 
-    With the wrong order of angles, rotations fit in the wrong frame (see `list_state_formats`).
-    This shows if translations and rotations fit in the same frame, because the other order would
-    put them in two frames. Rotations that are targets have no such frame, so they tell nothing.
+    With the wrong order of angles, rotations fit in the wrong frame (see
+    `list_tested_state_formats`). This shows if translations and rotations fit in the same frame,
+    because the other order would put them in two frames. Rotations that are targets have no such
+    frame, so they tell nothing.
 
     Args:
         translation: the best hypothesis about logged translations; None if they tell nothing.
@@ -308,6 +309,8 @@ def find_formats_that_turn_otherwise(
         rotation: the best hypothesis about logged rotations; None if they tell nothing.
     """
     other_formats = sorted({*tied_formats} - {layout_format})
+    # Yaw, pitch, roll ("euler_ZYX") is never tried by itself, so it is not among the tied formats.
+    # But with both states and actions written so, it fits as well as "euler_xyz".
     is_euler_possible = "euler_xyz" in {layout_format, *other_formats}
     if is_euler_possible and not can_tell_euler_order(translation, rotation):
         other_formats.append("euler_ZYX")
@@ -447,7 +450,7 @@ def fit_translations(
             diagonal, recorded.start, recorded, target_scales, in_base, stretches
         )
         # Displacements along the axes of the end effector, for every format of its orientations.
-        for state_format in list_state_formats(rotation):
+        for state_format in list_tested_state_formats(rotation):
             orientation = quaternions[state_format][stretches.rows[:, :-1]]  # [n, L, 4]
             sums = _rotate_components(orientation, diagonal).cumsum(1)
             in_ee = _TranslationReading("ee", state_format, delay)
@@ -601,7 +604,7 @@ class _RecordedRotations(NamedTuple):
 def _summarize_recorded_rotations(rotation: Array, stretches: Stretches) -> _RecordedRotations:
     """Read recorded orientations [N, d] in every possible format, and arrange them by stretch."""
     quaternions = convert_to_quaternions(rotation)
-    formats = list_state_formats(rotation)
+    formats = list_tested_state_formats(rotation)
     orientation = torch.stack([_to_tensor(quaternions[name][stretches.rows]) for name in formats])
     inverse_start = quat_conjugate(orientation[:, :, :1])
     motion_ee = quat_multiply(inverse_start, orientation[:, :, 1:])
@@ -679,7 +682,7 @@ def fit_rotations(
     for delay in DELAYS:
         action_rows = stretches.action_rows(delay)
         deltas = logged_quaternions[change_indices][:, action_rows]  # [K, n, L, 4]
-        about_ee, about_base = _integrate_rotations(deltas)
+        about_ee, about_base = _integrate_about_ee_and_base(deltas)
         add_fits(about_ee, recorded.motion_ee, "ee", change_indices, delay)
         add_fits(about_base, recorded.motion_base, "base", change_indices, delay)
         target = logged_quaternions[target_indices][:, action_rows]  # [K, n, L, 4]
@@ -714,7 +717,7 @@ def _choose_rotation_scales(
     return scales
 
 
-def _integrate_rotations(deltas: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def _integrate_about_ee_and_base(deltas: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Compose rotations along each stretch.
 
     Args:

@@ -76,12 +76,12 @@ def _describe_store(store: EpisodeStore) -> str:
     success = Counter(episode.success for episode in episodes)
     lines.append(f"success       {success[True]} yes, {success[False]} no, {success[None]} unknown")
     positions = np.concatenate([episode.position for episode in episodes])
-    lines.append(f"position, m   {_format_axes(positions)}")
+    lines.append(f"position, m   {_format_xyz_ranges(positions)}")
     # The translations [steps, 3] of the known actions.
     translations = [np.asarray(episode.action)[episode.action_mask, :3] for episode in episodes]
     known_translations = np.concatenate(translations)
     if len(known_translations):
-        lines.append(f"step, mm      {_format_axes(1000 * known_translations)}")
+        lines.append(f"step, mm      {_format_xyz_ranges(1000 * known_translations)}")
     lines += _format_instructions(episode.instruction for episode in episodes)
     return "\n".join(escape_control_characters(line) for line in lines)
 
@@ -134,7 +134,7 @@ def _describe_foreign_dataset(folder: Dataset) -> str:
         }
     else:
         title = f"an RLDS dataset, {folder.name} {folder.version}".rstrip()
-        rate, texts = _summarize_rlds(folder, episodes)
+        rate, texts = _find_rate_and_instructions(folder, episodes)
         num_steps = ""
         cameras = []
         axes = {}
@@ -158,13 +158,23 @@ def _to_column_name(feature_name: str) -> str:
     return feature_name.replace(".", "/")
 
 
-def _summarize_lerobot(folder: LeRobotFolder) -> tuple[str, str, str]:
-    """Return title, rate and number of steps of a LeRobot dataset, in words."""
+class _LeRobotSummary(NamedTuple):
+    """Title, rate and number of steps of a LeRobot dataset, in words."""
+
+    title: str
+    rate: str
+    num_steps: str
+
+
+def _summarize_lerobot(folder: LeRobotFolder) -> _LeRobotSummary:
+    """Summarize the metadata of a LeRobot dataset."""
     info = folder.info
     lengths = [episode.length for episode in folder.episodes]
     title = f"a LeRobot dataset, {info.codebase_version}, robot {info.robot_type or 'not named'}"
     num_steps = format_count(sum(lengths), "steps")
-    return title, f"{info.fps:g} Hz", f", {num_steps} ({_format_range(lengths)} each)"
+    return _LeRobotSummary(
+        title, f"{info.fps:g} Hz", f", {num_steps} ({_format_range(lengths)} each)"
+    )
 
 
 def _list_lerobot_cameras(folder: LeRobotFolder) -> list[str]:
@@ -180,7 +190,9 @@ def _list_lerobot_cameras(folder: LeRobotFolder) -> list[str]:
     return lines
 
 
-def _summarize_rlds(folder: RldsFolder, episodes: Sequence[Steps]) -> tuple[str, list[str]]:
+def _find_rate_and_instructions(
+    folder: RldsFolder, episodes: Sequence[Steps]
+) -> tuple[str, list[str]]:
     """Return the rate of an RLDS dataset in words, and the instructions of some of its episodes.
 
     RLDS has no rate, so the rate is the one that the layout names.
@@ -361,7 +373,7 @@ def _format_range(lengths: Array | Sequence[int]) -> str:
     return f"{low} … {int(np.median(lengths))} … {high}"
 
 
-def _format_axes(values: Array) -> str:
+def _format_xyz_ranges(values: Array) -> str:
     """Format the range of x, y and z, each without the lowest and highest 1 % of values [N, 3]."""
     low, high = np.quantile(values, [0.01, 0.99], axis=0)
     ranges = []

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image
 
-from spear.checks.frozen import find_frozen_steps
+from spear.checks.frozen import mark_frozen_steps
 from spear.checks.result import Check
 from spear.errors import SpearError, format_count
 from spear.types import CONTROL_RATE_HZ, Array
@@ -105,7 +105,7 @@ def is_frozen(images: Sequence[bytes], position: Array) -> bool:
         position: [T, 3] positions of the end effector, m.
     """
     is_one_image = len(set(images)) == 1
-    return is_one_image and bool(find_frozen_steps(images, position).any())
+    return is_one_image and bool(mark_frozen_steps(images, position).any())
 
 
 def check_cameras(views: Mapping[str, Sequence[View | None]]) -> list[Check]:

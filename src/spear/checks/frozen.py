@@ -35,10 +35,10 @@ class RepeatedPicture:
         return float(np.linalg.norm(position - self._first_position))
 
 
-def find_frozen_steps(
+def mark_frozen_steps(
     pictures: Sequence[Hashable], position: Array, min_motion_m: float = MIN_FROZEN_MOTION_M
 ) -> Array:
-    """Find the steps whose picture is still the very same although the arm moved.
+    """Return whether each step's picture is still the very same although the arm moved.
 
     Args:
         pictures: [T] pictures of one camera, or checksums of them.

@@ -101,11 +101,10 @@ def _check_commands(
     )
 
     if strongest.correlation >= MIN_CORRELATION:
-        openings_and_commands = []
-        for episode in commanded:
-            binary_command = binarize_commands(episode.command, episode.rate_hz)
-            openings_and_commands.append((episode.opening, binary_command))
-        problem = range_problem or check_command_timing(openings_and_commands)
+        problem = range_problem or check_command_timing(
+            [episode.opening for episode in commanded],
+            [binarize_commands(episode.command, episode.rate_hz) for episode in commanded],
+        )
         checks = [open_end, problem or Check("gripper command", "agrees", evidence)]
         smallest_opening = min(opening.min() for opening in openings)
         if smallest_opening >= 0.5:
@@ -166,16 +165,19 @@ def check_range(openings: Sequence[Array], commands: Sequence[Array]) -> Check |
     return Check(name, "wrong", words)
 
 
-def check_command_timing(episodes: Sequence[tuple[Array, Array]]) -> Check | None:
+def check_command_timing(
+    openings: Sequence[Array], binary_commands: Sequence[Array]
+) -> Check | None:
     """Report a gripper that has mostly moved already when its command changes.
 
     Such commands were computed from the openings, or recorded too late.
 
     Args:
-        episodes: (openings [T], commands [T], each command 0 or 1) of each episode.
+        openings: measured openings [T] of each episode.
+        binary_commands: commanded openings [T] of the same episodes, each 0 or 1.
     """
     has_moved_by_episode = []
-    for opening, command in episodes:
+    for opening, command in zip(openings, binary_commands, strict=True):
         is_change = np.diff(command) != 0  # [T - 1]
         # [T - 1] how far the opening is from the command at the step after each possible change
         distance_to_new_command = np.abs(opening - command)[1:]
@@ -253,8 +255,8 @@ def judge_open_end(openings: Sequence[Array]) -> tuple[Verdict, str]:
             resting_open.append(float(np.median(resting_above)))
         if len(resting_below):
             resting_closed.append(float(np.median(resting_below)))
-    spread_closed = _measure_spread(resting_closed)
-    spread_open = _measure_spread(resting_open)
+    spread_closed = _measure_largest_difference(resting_closed)
+    spread_open = _measure_largest_difference(resting_open)
 
     # Two independent signs: +1 speaks for the layout, -1 against it, 0 says nothing. A closed
     # gripper holds objects, and therefore rests at differing openings.
@@ -275,6 +277,6 @@ def judge_open_end(openings: Sequence[Array]) -> tuple[Verdict, str]:
     return "cannot tell", words
 
 
-def _measure_spread(values: Sequence[float]) -> float:
+def _measure_largest_difference(values: Sequence[float]) -> float:
     """Return the largest minus the smallest value; 0 if there are too few values to compare."""
     return float(np.ptp(values)) if len(values) >= MIN_EPISODES else 0.0

@@ -19,13 +19,13 @@ MIN_TOP_SPEED_M_S = 0.03  # the fastest 1 % of a demonstration's steps are faste
 MAX_TOP_SPEED_M_S = 1.0  # 99 % of a demonstration's steps are slower than this
 
 
-def find_implausible_states(recordings: Sequence[Recording | Episode]) -> list[str]:
+def find_state_problems(recordings: Sequence[Recording | Episode]) -> list[str]:
     """Return what is wrong with the recorded states by themselves, one remark per problem.
 
     Positions are taken for meters, and angles for radians, as the layout says.
     """
     remarks = []
-    position_remark = find_implausible_positions([r.position for r in recordings])
+    position_remark = explain_implausible_positions([r.position for r in recordings])
     if position_remark is not None:
         remarks.append(f"{position_remark} (length_unit)")
     rotation = np.concatenate([r.rotation for r in recordings])
@@ -37,8 +37,8 @@ def find_implausible_states(recordings: Sequence[Recording | Episode]) -> list[s
     return remarks
 
 
-def find_implausible_positions(positions: Sequence[Array]) -> str | None:
-    """Return what is wrong with positions if they are taken for meters; None if they may be.
+def explain_implausible_positions(positions: Sequence[Array]) -> str | None:
+    """Say what is wrong with positions if they are taken for meters; None if they may be.
 
     Args:
         positions: [T, 3] end-effector positions of each episode, base frame.

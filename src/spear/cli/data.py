@@ -63,7 +63,7 @@ def describe(options: DescribeOptions) -> None:
         spear data describe my_robot --out my_robot/spear.json
         spear data describe so101 --urdf so101.urdf --tip gripper_frame_link --out so101/spear.json
     """
-    from spear.audit.describe import find_joints_without_pose, propose_layout
+    from spear.audit.describe import list_joint_names_without_pose, propose_layout
     from spear.data.readers.dataset_layout import LAYOUT_FILE
     from spear.data.readers.formats import open_dataset
 
@@ -89,7 +89,7 @@ def describe(options: DescribeOptions) -> None:
             _copy_urdf(options.urdf, options.out.parent)
         write_text(options.out, text + "\n")
 
-    joints = find_joints_without_pose(options.path, proposal)
+    joints = list_joint_names_without_pose(options.path, proposal)
     if joints:
         names = ", ".join(joints[:MAX_LISTED_NAMES])
         print(
@@ -301,7 +301,7 @@ def _print_written_and_skipped(
     print(f"{episodes} in {folder}, {len(reasons)} skipped", file=file)
 
 
-def check_episodes(path: Path, split: str) -> "list[EpisodeRange]":
+def parse_usable_split(path: Path, split: str) -> "list[EpisodeRange]":
     """Check that the episodes of a split can be used, and return their ranges (`parse_split`).
 
     Nothing is prepared or written.

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from rich import print as print_table
 from tyro.conf import Positional, arg
 
-from spear.cli.data import check_episodes, open_or_prepare_episodes
+from spear.cli.data import open_or_prepare_episodes, parse_usable_split
 from spear.errors import SpearError, escape_control_characters, format_count, notice
 from spear.evaluate.compare import find_matching_references, load_references
 from spear.evaluate.options import (
@@ -20,7 +20,7 @@ from spear.evaluate.options import (
     TabletopOptions,
 )
 from spear.evaluate.results import load_results
-from spear.util.files import check_no_foreign_files, check_writable, read_json, write_text
+from spear.util.files import check_not_foreign_folder, check_writable, read_json, write_text
 from spear.util.options import (
     DatasetName,
     Device,
@@ -269,8 +269,8 @@ def _check_splits_are_disjoint(
     """Check that both folders have the splits, and that splits of one folder do not overlap."""
     from spear.data.readers.splits import count_shared_episodes
 
-    held_out_ranges = check_episodes(options.episodes, options.split)
-    train_ranges = check_episodes(train_folder, train_split)
+    held_out_ranges = parse_usable_split(options.episodes, options.split)
+    train_ranges = parse_usable_split(train_folder, train_split)
     has_own_training_episodes = options.train or options.train_split
     if not has_own_training_episodes:  # the baseline is fitted to the held-out episodes
         return
@@ -509,7 +509,7 @@ def _check_vqa_run(options: EvaluateVqaOptions) -> None:
             "--calibrate measures everything that `spear ask` may be asked. Leave out "
             "--question-types and --view."
         )
-    check_no_foreign_files(options.out, "scores.json", action="evaluate")
+    check_not_foreign_folder(options.out, "scores.json", action="evaluate")
     check_writable(scores_file)
     if options.calibrate:
         check_writable(locate(options.model) / CALIBRATION_FILE)

@@ -56,7 +56,7 @@ def parse_options(
     _check_options(command, options_class, args)
     for word in HELP_OPTIONS:
         if word in args:
-            _print_help(command, options_class, help_text, shows_all=word == "--help-all")
+            _print_help_and_exit(command, options_class, help_text, shows_all=word == "--help-all")
     options = _parse_with_tyro(command, options_class, args, help_text)
     if options_class is None:
         return []
@@ -64,7 +64,9 @@ def parse_options(
     return [options]
 
 
-def _print_help(command: str, options_class: type | None, help_text: str, shows_all: bool) -> None:
+def _print_help_and_exit(
+    command: str, options_class: type | None, help_text: str, shows_all: bool
+) -> None:
     """Print a command's help, and exit. Rarely used options appear only if `shows_all`."""
     import tyro
 

@@ -102,7 +102,7 @@ def _run_server(
         if page:
             print(f"page at http://{address}/", flush=True)
         if not options.token:
-            _warn_if_open(options, "there is no --token")
+            _warn_if_reachable_by_others(options, "there is no --token")
 
     asyncio.run(PolicyServer(service, options, page, limits, recorder).run(announce))
 
@@ -117,7 +117,7 @@ def _serve_harness(options: ServeOptions) -> None:
     _, service = _load_and_warm_up(options)
     address = f"ws://{find_reachable_host(options.host)}:{options.port}"
     print(f"serving {options.policy} for {options.robot} to vla-eval at {address}", flush=True)
-    _warn_if_open(options, "the harness's protocol has no token")
+    _warn_if_reachable_by_others(options, "the harness's protocol has no token")
     try:
         serve_harness(HarnessServer(service, options), options.host, options.port)
     except* OSError as group:
@@ -150,8 +150,8 @@ def _load_and_warm_up(options: ServeOptions) -> "tuple[Spear1Policy, Service]":
     if not options.allow_missing_cameras:
         distribution = TrainingDistribution.load(folder / "seen.json")
         # The cameras that nearly all training steps had, so that the policy relies on them.
-        constant_cameras = distribution.constant_cameras if distribution else []
-        check_cameras(robot, constant_cameras, options.robot)
+        usual_cameras = distribution.usual_cameras if distribution else []
+        check_cameras(robot, usual_cameras, options.robot)
     device = choose_device(options.device)
     print(f"loading {options.policy} on {device} …", file=sys.stderr, flush=True)
     policy = Spear1Policy.load(
@@ -170,7 +170,7 @@ def _load_and_warm_up(options: ServeOptions) -> "tuple[Spear1Policy, Service]":
     return policy, service
 
 
-def _warn_if_open(options: ServeOptions, reason: str) -> None:
+def _warn_if_reachable_by_others(options: ServeOptions, reason: str) -> None:
     """Warn if other machines can connect, with the reason why that is a risk."""
     if options.host not in LOOPBACK_HOSTS:
         print(f"warning: other machines may connect and {reason}", file=sys.stderr, flush=True)

@@ -4,7 +4,7 @@ import textwrap
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from spear.cli.data import check_episodes, open_or_prepare_episodes
+from spear.cli.data import open_or_prepare_episodes, parse_usable_split
 from spear.errors import SpearError, format_count, is_first_process
 from spear.train.options import (
     EstimateMemoryOptions,
@@ -123,7 +123,7 @@ def _check_demonstrations(options: TrainOptions) -> None:
     from spear.data.readers.formats import list_cameras
 
     for path in options.episodes:
-        check_episodes(path, options.split)
+        parse_usable_split(path, options.split)
     has_external_camera = any("external" in list_cameras(path) for path in options.episodes)
     if options.episodes and not has_external_camera:
         raise SpearError(

@@ -1,7 +1,7 @@
 """Where a rollout leaves the training distribution: in poses, in pictures and in words.
 
 A distance is that to the nearest state of training. A step departs where its distance is larger
-than the largest distance of a training episode to all others.
+than any distance between the two halves of the training episodes (`_measure_limit`).
 """
 
 import math
@@ -19,7 +19,7 @@ MAX_REFERENCES = 1500  # training steps that are compared
 
 @dataclass(frozen=True)
 class Departure:
-    """The first step of an episode that is farther from training than training is from itself.
+    """The first step of an episode whose distance from training is larger than the limit.
 
     episode   index of the episode.
     step      the step.
@@ -38,7 +38,7 @@ class Departures:
     """All distances of a rollout from training.
 
     distances  quantity → [N] distance of each step of all episodes.
-    limits     quantity → the largest distance between training episodes.
+    limits     quantity → the largest distance from one half of the training episodes to the other.
     first      the first departures of each episode, in time order.
     """
 
@@ -97,7 +97,7 @@ def _read_vectors(episode: RecordedEpisode, source: str) -> Array:
 
 
 def _measure_limit(vectors: Sequence[Array], source: str) -> float:
-    """Return the largest distance from one half of the training episodes to the other one.
+    """Return the largest distance of a state in one half of training to the nearest in the other.
 
     A single episode is compared with itself, so its limit is 0.
     """

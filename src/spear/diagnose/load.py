@@ -28,8 +28,8 @@ ImageSizes = Mapping[str, tuple[int, int]]
 """Camera → (width, height) in pixels of the images that the policy takes."""
 
 
-def read_rollout(store: EpisodeStore, image_sizes: ImageSizes) -> list[RecordedEpisode]:
-    """Read the newest episodes of a rollout, in the order of their recording."""
+def read_newest_episodes(store: EpisodeStore, image_sizes: ImageSizes) -> list[RecordedEpisode]:
+    """Read the newest episodes of a store, about `MAX_ROLLOUT_STEPS` steps, the oldest first."""
     indices: list[int] = []
     num_steps = 0
     for index in reversed(range(len(store))):
@@ -40,8 +40,8 @@ def read_rollout(store: EpisodeStore, image_sizes: ImageSizes) -> list[RecordedE
     return [read_episode(store, index, image_sizes) for index in indices]
 
 
-def read_demonstrations(store: EpisodeStore, image_sizes: ImageSizes) -> list[RecordedEpisode]:
-    """Read training episodes that are spread over a store."""
+def sample_demonstrations(store: EpisodeStore, image_sizes: ImageSizes) -> list[RecordedEpisode]:
+    """Read some episodes that are spread over a store, in a fixed random order."""
     num_episodes = min(len(store), MAX_TRAINING_EPISODES)
     spread = np.unique(np.linspace(0, len(store) - 1, num_episodes).round().astype(int))
     episodes = []
@@ -148,7 +148,7 @@ def load_policy_case(
     instructions: list[str] = []
     if episodes is not None:
         training = _open_training(episodes)
-        demonstrations = read_demonstrations(training, policy.image_sizes)
+        demonstrations = sample_demonstrations(training, policy.image_sizes)
         indices = range(len(training))
         texts = [training.without_images(index).instruction for index in indices]
         instructions = list(dict.fromkeys(texts))
@@ -168,7 +168,7 @@ def add_rollout(case: PolicyCase, rollout: Path | None, robot: str | None = None
     store = EpisodeStore(rollout)
     return replace(
         case,
-        rollout=read_rollout(store, case.get_policy().image_sizes),
+        rollout=read_newest_episodes(store, case.get_policy().image_sizes),
         rollout_store=store,
         robot=robot or _read_robot(store),
     )

@@ -56,27 +56,24 @@ def list_names(instruction: str) -> list[str]:
     return list(dict.fromkeys(names))
 
 
-def find_missed_names(
+def are_names_missed(
     model: VlmBundle,
-    episodes: Sequence[tuple[EpisodeStore, int]],
     names: Sequence[str],
+    episode_of_each: Sequence[tuple[EpisodeStore, int]],
     repair: PictureRepair = NO_REPAIR,
 ) -> list[bool]:
-    """Find out which objects a model sees in no picture of their episodes.
+    """Return whether each name is that of an object that a model sees in no picture of its episode.
 
     Args:
         model: the SPEAR-VLM.
-        episodes: store and index of the episode of each name.
-        names: the name of an object for each of these episodes.
+        names: names of objects.
+        episode_of_each: store and index of the episode of each name.
         repair: what is undone in the pictures first.
-
-    Returns:
-        Whether each object is missed.
     """
     is_missed = [True] * len(names)
-    for time in PICTURE_TIMES:
+    for time_share in PICTURE_TIMES:
         rows = [row for row, missed in enumerate(is_missed) if missed]
-        images = [_read_picture(*episodes[row], time, repair) for row in rows]
+        images = [_read_picture(*episode_of_each[row], time_share, repair) for row in rows]
         tried_names = [names[row] for row in rows]
         seen_names = name_at_points(model, images, tried_names, CAMERA)
         for row, seen_name in zip(rows, seen_names, strict=True):
@@ -85,9 +82,11 @@ def find_missed_names(
     return is_missed
 
 
-def _read_picture(store: EpisodeStore, index: int, time: float, repair: PictureRepair) -> Array:
+def _read_picture(
+    store: EpisodeStore, index: int, time_share: float, repair: PictureRepair
+) -> Array:
     """Read the picture at a time of an episode, given as a share of its length."""
-    step = int(time * (int(store.lengths[index]) - 1))
+    step = int(time_share * (int(store.lengths[index]) - 1))
     encoded = store.image(index, step, repair.camera)
     assert encoded is not None  # the callers choose episodes with this camera
     return repair.apply(decode_image(encoded, f"{store.source(index)} step {step}"))
@@ -116,7 +115,7 @@ class TrainingSight:
             self.missed[name] = []
         if not episodes:
             return
-        is_missed = find_missed_names(model, episodes, tried_names)
+        is_missed = are_names_missed(model, tried_names, episodes)
         for name, missed in zip(tried_names, is_missed, strict=True):
             self.missed[name].append(missed)
 

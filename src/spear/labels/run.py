@@ -53,7 +53,7 @@ from spear.labels.store import (
     remove_outdated_questions,
     remove_temporary_files,
 )
-from spear.util.files import check_no_foreign_files
+from spear.util.files import check_not_foreign_folder
 from spear.util.options import list_changed_options
 from spear.util.progress import ProgressBar
 from spear.util.run_lock import acquire_run_lock
@@ -249,7 +249,7 @@ def label_folder(
     shards = _split(list(items), work.shard_size)
     if not shards:
         raise SpearError("There is no image to label. Give photos, folders, videos or episodes.")
-    check_no_foreign_files(out, SETTINGS_FILE, "label")
+    check_not_foreign_folder(out, SETTINGS_FILE, "label")
 
     with acquire_run_lock(out, "labeling into", SETTINGS_FILE):
         # Record the settings, or compare them with those of the run that is continued. Settings

@@ -25,7 +25,7 @@ from spear.util.files import read_json_as, write_text
 NUM_SAMPLES = 512  # at least this many steps are summarized, in the order in which training draws
 THUMBNAIL_SIZE = 8  # rows and columns of a thumbnail
 # The policy relies on a camera if more than this share of the steps has its image.
-MIN_CONSTANT_CAMERA_SHARE = 0.95
+MIN_USUAL_CAMERA_SHARE = 0.95
 
 VIEW_TRANSFORMS = {
     "turned by 180°": (-1, -1),
@@ -146,7 +146,7 @@ class TrainingDistribution:
         )
 
     @property
-    def constant_cameras(self) -> list[str]:
+    def usual_cameras(self) -> list[str]:
         """The cameras that nearly every step of training has, so that the policy relies on them.
 
         If the summary has no `camera_shares`, these are all cameras of the training.
@@ -155,7 +155,7 @@ class TrainingDistribution:
         return [
             camera
             for camera in all_cameras
-            if self.camera_shares.get(camera, 1.0) > MIN_CONSTANT_CAMERA_SHARE
+            if self.camera_shares.get(camera, 1.0) > MIN_USUAL_CAMERA_SHARE
         ]
 
     def save(self, path: Path) -> None:

@@ -52,11 +52,11 @@ class NoticeLimit:
         self._read_time_s = read_time_s
         self._times_s: deque[float] = deque()  # of the notices of the last period
 
-    def notice(self, message: str) -> bool:
-        """Print a notice, or leave it out if there were too many.
+    def print_or_drop(self, message: str) -> bool:
+        """Print a notice, or drop it if there were too many.
 
         Returns:
-            Whether the message is dealt with: printed or left out. False if notices are suppressed,
+            Whether the message is dealt with: printed or dropped. False if notices are suppressed,
             so that the caller may try again later.
         """
         now_s = self._read_time_s()
@@ -69,7 +69,7 @@ class NoticeLimit:
                 f"more than {MAX_NOTICES} notices about robots within {NOTICE_PERIOD_S / 60:.0f}"
                 " minutes. Further ones are left out for a while."
             )
-        is_printed = notice(message)  # the function of `spear.errors`, not this method
+        is_printed = notice(message)
         if is_printed:
             self._times_s.append(now_s)
         return is_printed
@@ -84,8 +84,11 @@ class DriftMonitor:
         # Ordered by each robot's latest observation, the most recent one last.
         self._robots: dict[Hashable, RobotMonitor] = {}
 
-    def reset(self) -> None:
-        """Begin a new run: commands that were sent before it no longer count."""
+    def begin_run(self) -> None:
+        """Begin a new run: the robots' last commands, and numbers of observations, no longer count.
+
+        What was reported before is not reported again.
+        """
         for monitor in self._robots.values():
             monitor.motion.set_chunk(None)
             monitor.num_observations = 0
@@ -147,7 +150,7 @@ class DriftMonitor:
     def _report_finding(self, finding: Finding, monitor: RobotMonitor) -> None:
         """Print a finding, unless one with its key was printed for that robot before."""
         is_new = finding.key not in monitor.reported_keys
-        if is_new and self._limit.notice(monitor.message_prefix + finding.message):
+        if is_new and self._limit.print_or_drop(monitor.message_prefix + finding.message):
             monitor.reported_keys.add(finding.key)
 
     def _report_unlike_training(self, finding: Finding, monitor: RobotMonitor) -> None:
@@ -175,7 +178,7 @@ class DriftMonitor:
         # A motion check does not repeat its finding at every step, so each finding is reported.
         for finding in monitor.motion.check(state):
             if finding.key != "gripper" or is_gripper_checked:
-                self._limit.notice(monitor.message_prefix + finding.message)
+                self._limit.print_or_drop(monitor.message_prefix + finding.message)
         monitor.is_first_state = False
 
     def _find_or_add_robot(self, robot: Hashable) -> RobotMonitor:

@@ -100,7 +100,7 @@ class GripperCheck:
             yield Finding(
                 "gripper",
                 "the gripper does the opposite of its commands. Send 1 for open and 0 for closed, "
-                "and take the commands alike.",
+                "and read the commands in the same way.",
             )
 
 

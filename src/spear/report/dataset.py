@@ -193,7 +193,7 @@ def _make_columns_section(steps: Steps, source: str) -> dict[str, Any]:
         if isinstance(values, str):  # the reason why the column was not read
             quiet_columns.append((name, f"not read: {values}"))
         elif isinstance(values, np.ndarray):
-            description = _describe_without_signal(values)
+            description = _describe_if_no_signal(values)
             if description:
                 quiet_columns.append((name, description))
             else:
@@ -213,8 +213,8 @@ def _make_columns_section(steps: Steps, source: str) -> dict[str, Any]:
     }
 
 
-def _describe_without_signal(values: Array) -> str:
-    """Describe a column [T, …] that says nothing about motion, such as a counter; "" for a signal.
+def _describe_if_no_signal(values: Array) -> str:
+    """Describe a column [T, …] if it says nothing about motion, such as a counter; else return "".
 
     A signal is a column of numbers that is worth a chart.
     """

@@ -62,7 +62,7 @@ def write_diagnosis_page(case: PolicyCase, diagnosis: Diagnosis, out: Path) -> N
         departures=None if departures is None else _list_departures(departures, case.rollout),
         distance_charts=[] if departures is None else _draw_distances(departures),
         motion_charts=_draw_motion(case),
-        open_loop=_measure_open_loop(case),
+        open_loop=_tabulate_open_loop_errors(case),
         unnamed=[fault for fault in FAULTS if fault not in named_faults],
     )
     write_text(out, page)
@@ -132,12 +132,19 @@ def _compose_frames(store: EpisodeStore) -> Iterator[Array]:
             yield compose_frame(main_view, wrist_view, episode.instruction)
 
 
-def _make_stills(case: PolicyCase) -> list[tuple[str, str]]:
+class _Still(NamedTuple):
+    """A picture as a data URI, and its caption."""
+
+    data_uri: str
+    caption: str
+
+
+def _make_stills(case: PolicyCase) -> list[_Still]:
     """Return pictures of the rollout, each before the training picture of the nearest position.
 
     Every picture has its caption.
     """
-    stills: list[tuple[str, str]] = []
+    stills: list[_Still] = []
     if not case.rollout or not case.demonstrations:
         return stills
     episode = case.rollout[-1]
@@ -147,11 +154,11 @@ def _make_stills(case: PolicyCase) -> list[tuple[str, str]]:
             continue
         for step in steps.tolist():
             stills.append(
-                (_to_enlarged_data_uri(episode.pictures[camera].small[step]), f"step {step}")
+                _Still(_to_enlarged_data_uri(episode.pictures[camera].small[step]), f"step {step}")
             )
             nearest = _find_nearest_picture(case.demonstrations, camera, episode.position[step])
             if nearest is not None:
-                stills.append((_to_enlarged_data_uri(nearest), "training"))
+                stills.append(_Still(_to_enlarged_data_uri(nearest), "training"))
     return stills
 
 
@@ -267,8 +274,13 @@ def _draw_times(motion: CommandedMotion, served: Sequence[ServedTimes]) -> list[
     ]
 
 
-def _measure_open_loop(case: PolicyCase) -> list[tuple[str, str, str]]:
-    """Measure open-loop errors of each part of the actions, on some training episodes."""
+def _tabulate_open_loop_errors(case: PolicyCase) -> list[tuple[str, str, str]]:
+    """Measure open-loop errors of each part of the actions, on some training episodes.
+
+    Returns:
+        Rows of the name of the error, and its value for the policy and for the mean action, as
+        texts. Without a policy or training episodes there are none.
+    """
     if case.policy is None or case.training is None:
         return []
     count = min(len(case.training), NUM_OPEN_LOOP_EPISODES)

@@ -7,7 +7,7 @@ from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from textwrap import shorten
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -55,7 +55,7 @@ def write_label_page(folder: Path, shown_labels: Sequence[LabeledImage], out: Pa
         SpearError: the folder has no labels, or labels of several units.
     """
     statistics = compute_statistics(read_labels(folder, pixels=False))
-    questions_by_source, are_written = _load_questions(folder)
+    questions_by_source, are_written = _load_or_generate_questions(folder)
     num_by_type: Counter[str] = Counter()
     for questions in questions_by_source.values():
         num_by_type.update(question.question_type for question in questions)
@@ -105,20 +105,27 @@ def format_answer_briefly(answer: Segments, label: LabeledImage, max_chars: int)
     return shorten(text, max_chars, placeholder=" …")
 
 
-def _load_questions(folder: Path) -> tuple[QuestionsBySource, bool]:
-    """Load the questions in a folder of labels, or generate them if there are none.
+class _LoadedQuestions(NamedTuple):
+    """Questions about the images in a folder.
 
-    Returns:
-        The questions about each image, by the image's source; and whether the folder had them.
+    by_source    source of an image → the questions about it.
+    are_written  whether the folder had them; otherwise they were generated.
     """
+
+    by_source: QuestionsBySource
+    are_written: bool
+
+
+def _load_or_generate_questions(folder: Path) -> _LoadedQuestions:
+    """Load the questions in a folder of labels, or generate them if there are none."""
     questions: dict[str, list[Question]] = defaultdict(list)
     for source, question in read_questions(folder):
         questions[source].append(question)
     if questions:
-        return questions, True
+        return _LoadedQuestions(questions, are_written=True)
     for label in read_labels(folder, pixels=False):
         questions[label.source] = generate_label_questions(label, seed=0)
-    return questions, False
+    return _LoadedQuestions(questions, are_written=False)
 
 
 def _count_asked_names(questions_by_source: QuestionsBySource) -> Counter[str]:

@@ -21,7 +21,7 @@ from spear.sim.scene import FAMILIES
 from spear.sim.world import SIMULATOR_VERSION
 from spear.sim.worlds import DEFAULT_WORLD, validate_world
 from spear.types import Episode
-from spear.util.files import check_no_foreign_files
+from spear.util.files import check_not_foreign_folder
 from spear.util.fingerprints import fingerprint_checkpoint
 from spear.util.held_out import FIRST_TRAIN_SEED
 from spear.util.images import decode_image
@@ -138,7 +138,7 @@ def record_successes(
     Returns:
         How many demonstrations succeeded, and how many were tried.
     """
-    check_no_foreign_files(out, SHARD_GLOB, action="record")
+    check_not_foreign_folder(out, SHARD_GLOB, action="record")
     with acquire_run_lock(out, "recording into", SETTINGS_FILE):
         remove_unfinished_shards(out)
         progress = _Progress(num_recorded=0, num_tried=0)

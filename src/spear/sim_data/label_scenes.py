@@ -30,7 +30,7 @@ from spear.labels.store import (
 )
 from spear.types import Frame, LabeledImage
 from spear.util import processes
-from spear.util.files import check_no_foreign_files, write_text
+from spear.util.files import check_not_foreign_folder, write_text
 from spear.util.held_out import FIRST_TRAIN_SEED
 from spear.util.progress import ProgressBar
 from spear.util.run_lock import acquire_run_lock
@@ -220,7 +220,7 @@ def label_scene_jobs(
     """
     views = simulator.views
     num_scenes = _count_scenes(jobs)
-    check_no_foreign_files(out, INSTRUCTIONS_FILE, action="label")
+    check_not_foreign_folder(out, INSTRUCTIONS_FILE, action="label")
     advice = "use fewer --workers, and run the same command again"
 
     with acquire_run_lock(out, "labeling into", INSTRUCTIONS_FILE, "run.json"):

@@ -40,7 +40,7 @@ from spear.train.options import QuestionMix, Recipe
 from spear.train.parallel import is_sharded
 from spear.types import Action, Array, LabeledImage, LabeledObject, Question
 from spear.util.files import notice_missing_shards
-from spear.util.held_out import is_held_out
+from spear.util.held_out import is_held_out_scene
 from spear.util.images import decode_image, fit_image
 
 # Fraction of stage 0's batches that consist of wrist images, if there are any (our choice).
@@ -304,7 +304,7 @@ def _check_labels(labels: Sequence[LabeledImage]) -> None:
         )
 
     total = format_count(len(labels), "labeled images")
-    num_test_scenes = sum(is_held_out(label.source) for label in labels)
+    num_test_scenes = sum(is_held_out_scene(label.source) for label in labels)
     if num_test_scenes:
         notice(f"{num_test_scenes:,} of {total} are from scenes that are kept for testing.")
     num_repeated = len(labels) - len({(label.source, label.image) for label in labels})

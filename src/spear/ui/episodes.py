@@ -175,7 +175,7 @@ class SimulatedEpisode:
             "told": self._describe_instruction(instruction),
             "gripper": _describe_gripper(observation["observation/state"]),
             "arm": [world.data.xpos[world.model.body(name).id].tolist() for name in ARM_BODIES],
-            "things": self._list_objects(pose),
+            "things": self._list_object_boxes(pose),
         }
 
     def _get_shown_sizes(self) -> dict[str, tuple[int, int]]:
@@ -191,16 +191,16 @@ class SimulatedEpisode:
                 sizes[camera] = (width * scale, height * scale)
         return sizes
 
-    def _list_objects(self, pose: Array) -> list[PageState]:
+    def _list_object_boxes(self, pose_of_camera: Array) -> list[PageState]:
         """Return the names and box vertices of the objects, in the camera frame.
 
         Args:
-            pose: [4, 4] the camera's pose in the base frame.
+            pose_of_camera: [4, 4] in the base frame.
         """
         world = self._env.world
         corners_of_object = compute_object_boxes(world)  # index → [8, 3] in the base frame
-        camera_rotation = pose[:3, :3]
-        camera_position = pose[:3, 3]
+        camera_rotation = pose_of_camera[:3, :3]
+        camera_position = pose_of_camera[:3, 3]
         objects = []
         for index, body in enumerate(world.bodies, start=1):
             # For row vectors, v @ R is R⁻¹ v: the rotation from the base into the camera frame.

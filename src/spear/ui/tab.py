@@ -248,7 +248,7 @@ class Tab:
                     "vertices": vertices.tolist(),
                     "step": step,
                     "error_mm": _compute_distance_mm(center, true_centers.get(name)),
-                    "within_mm": self._compute_interval_mm(answer),
+                    "within_mm": self._compute_half_interval_mm(answer),
                 }
             )
         self._box_names = names
@@ -289,7 +289,7 @@ class Tab:
         objects = episode.view_at(step).get("things", ())
         return {entry["name"]: np.array(entry["vertices"]).mean(0) for entry in objects}
 
-    def _compute_interval_mm(self, answer: Any) -> float | None:
+    def _compute_half_interval_mm(self, answer: Any) -> float | None:
         """Return the calibrated half width of an answer's interval; None without a calibration."""
         trust = self._shared_model.trust
         if trust is None or BOX_QUESTION_TYPE not in trust.factors:

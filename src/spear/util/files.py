@@ -167,17 +167,17 @@ def check_new_folder(folder: Path) -> None:
         )
 
 
-def check_no_foreign_files(folder: Path, pattern: str, action: str) -> None:
-    """Raise `SpearError` if an output folder has files, but none that this work has written.
+def check_not_foreign_folder(folder: Path, own_pattern: str, action: str) -> None:
+    """Raise `SpearError` if a folder has files, but none with a name that this work writes.
 
     Hidden files do not count.
 
     Args:
         folder: the output folder, which may not exist yet.
-        pattern: pattern of the names of the files that this work writes.
+        own_pattern: pattern of the names of the files that this work writes.
         action: what is about to be done, for the message: "label".
     """
-    if not folder.is_dir() or any(folder.glob(pattern)):
+    if not folder.is_dir() or any(folder.glob(own_pattern)):
         return
     if any(not entry.name.startswith(".") for entry in folder.iterdir()):
         raise SpearError(f"{folder} contains other files. Choose an empty folder to {action} into.")

@@ -42,8 +42,8 @@ def find_proxy_problem() -> ProxyProblem | None:
     """
     for protocol, proxy in _read_proxies().items():
         variable = _find_proxy_variable(protocol)
-        scheme, port_is_valid = _parse_proxy(proxy)
-        if scheme not in CLIENT_PROXY_SCHEMES or not port_is_valid:
+        scheme = _find_proxy_scheme(proxy)
+        if scheme not in CLIENT_PROXY_SCHEMES:
             schemes = ", ".join(CLIENT_PROXY_SCHEMES)
             return ProxyProblem(
                 f"{variable} names a proxy that the HTTP client cannot use",
@@ -90,11 +90,7 @@ def _has_proxy_for_client_only() -> bool:
     proxies = _read_proxies()
     if "all" in proxies:
         return True
-    for proxy in proxies.values():
-        scheme, _ = _parse_proxy(proxy)
-        if scheme != "http":
-            return True
-    return False
+    return any(_find_proxy_scheme(proxy) != "http" for proxy in proxies.values())
 
 
 def _read_proxies() -> dict[str, str]:
@@ -111,18 +107,15 @@ def _read_proxies() -> dict[str, str]:
     return proxies
 
 
-def _parse_proxy(proxy: str) -> tuple[str, bool]:
-    """Return the scheme of a proxy's URL, and whether its port is valid.
-
-    The scheme is "http" if the URL has none, and "" if the URL is not valid.
-    """
+def _find_proxy_scheme(proxy: str) -> str:
+    """Return the scheme of a proxy's URL: "http" if it has none, "" if the URL is not valid."""
     url = proxy if "://" in proxy else f"http://{proxy}"
     try:
         split_url = urllib.parse.urlsplit(url)
         _ = split_url.port  # raises for a port that is no number
     except ValueError:
-        return "", False
-    return split_url.scheme, True
+        return ""
+    return split_url.scheme
 
 
 def _find_proxy_variable(protocol: str) -> str:

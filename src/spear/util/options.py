@@ -251,14 +251,14 @@ _CHANGES_HELP = "Changes to the recipe as KEY=VALUE, for example batch_size=16 l
 RecipeChanges = Annotated[tuple[str, ...], arg(help=_CHANGES_HELP)]
 
 
-def parse_key_values(items: Sequence[str], **named: Any) -> dict[str, Any]:
+def parse_key_values(items: Sequence[str], **option_values: Any) -> dict[str, Any]:
     """Parse the KEY=VALUE words of --set.
 
     Args:
         items: the words. A VALUE that is valid JSON (a number, true, a list and so on) is read as
             JSON, and any other VALUE as a string.
-        named: values of keys that also have an option of the command; None if the user did not
-            give that option.
+        option_values: values of keys that also have an option of the command; None if the user did
+            not give that option.
 
     Raises:
         SpearError: a word has no =, or a key is given twice.
@@ -267,7 +267,7 @@ def parse_key_values(items: Sequence[str], **named: Any) -> dict[str, Any]:
         >>> parse_key_values(["lr=1e-4", "rotation=s3"], batch_size=16, seed=None)
         {'batch_size': 16, 'lr': 0.0001, 'rotation': 's3'}
     """
-    values = {key: value for key, value in named.items() if value is not None}
+    values = {key: value for key, value in option_values.items() if value is not None}
     for item in items:
         key, equals_sign, text = item.partition("=")
         if not equals_sign:

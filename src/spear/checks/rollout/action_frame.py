@@ -8,9 +8,9 @@ from spear.checks.rollout.case import Finding, Result
 from spear.checks.rollout.motion import PLAIN, CommandedMotion
 from spear.checks.rollout.motion_check import MotionCheck
 from spear.checks.rollout.motion_figures import (
-    compare_readings,
-    compare_turn_readings,
     describe_reading,
+    draw_reading_errors,
+    draw_turn_reading_errors,
 )
 
 ROBOT_FILE = "the convert function of your robot's file (see examples/my_robot.py)"
@@ -37,7 +37,7 @@ class ActionFrameCheck(MotionCheck):
             ),
             cure="rotate each translation from the base frame into the one that the robot expects",
             file=ROBOT_FILE,
-            figure=compare_readings(motion, better.reading),
+            figure=draw_reading_errors(motion),
         )
 
     def _examine_rotations(self, motion: CommandedMotion) -> Result:
@@ -54,5 +54,5 @@ class ActionFrameCheck(MotionCheck):
             ),
             cure="apply each rotation in the tool's frame: R_next = R_now · R(action)",
             file=ROBOT_FILE,
-            figure=compare_turn_readings(motion),
+            figure=draw_turn_reading_errors(motion),
         )

@@ -8,7 +8,7 @@ from spear.checks.rollout.action_frame import ROBOT_FILE
 from spear.checks.rollout.case import Finding, Result
 from spear.checks.rollout.motion import PLAIN, SIGNS, CommandedMotion
 from spear.checks.rollout.motion_check import MotionCheck
-from spear.checks.rollout.motion_figures import compare_readings, compare_turn_readings
+from spear.checks.rollout.motion_figures import draw_reading_errors, draw_turn_reading_errors
 
 
 class ActionSignCheck(MotionCheck):
@@ -35,7 +35,7 @@ class ActionSignCheck(MotionCheck):
             ),
             cure=f"reverse the sign of {' and '.join(axes)}, of the commands or of the state",
             file=ROBOT_FILE,
-            figure=compare_readings(motion, better.reading),
+            figure=draw_reading_errors(motion),
         )
 
     def _examine_rotations(self, motion: CommandedMotion) -> Result:
@@ -54,5 +54,5 @@ class ActionSignCheck(MotionCheck):
             ),
             cure=f"reverse the sign of the rotation about {' and '.join(axes)}",
             file=ROBOT_FILE,
-            figure=compare_turn_readings(motion),
+            figure=draw_turn_reading_errors(motion),
         )

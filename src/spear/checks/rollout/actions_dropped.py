@@ -15,8 +15,8 @@ from spear.types import Array
 
 MAX_DROPPED_GAIN = 0.15  # a move that achieves less than this share was not executed
 FULL_GAIN = 0.8  # a move that achieves more than this share was executed
-# How often the arm stops and goes on (`_count_stops`), divided by the number of moves. In rollouts
-# of nano it is below 0.03.
+# How often the arm stops and goes on (`_count_stops_between_full_moves`), divided by the number of
+# moves. In rollouts of nano it is below 0.03.
 MIN_DROPPED_SHARE = 0.08
 CERTAIN_DROPPED_SHARE = 0.2
 MIN_FULL_SHARE = 0.25  # at least this share of the moves must have been executed
@@ -39,7 +39,7 @@ class ActionsDroppedCheck(MotionCheck):
         is_dropped = gains < MAX_DROPPED_GAIN  # False for NaN
         is_full = gains > FULL_GAIN
         # An arm that drops actions stops and goes on again and again. A blocked one stops once.
-        num_stops = _count_stops(is_full, is_dropped, motion.episode)
+        num_stops = _count_stops_between_full_moves(is_full, is_dropped, motion.episode)
         share = num_stops / motion.num_moving
         full_share = is_full.sum() / motion.num_moving
         partial_share = 1 - full_share - is_dropped.sum() / motion.num_moving
@@ -60,19 +60,19 @@ class ActionsDroppedCheck(MotionCheck):
         )
 
 
-def _count_stops(is_full: Array, is_dropped: Array, episode: Array) -> int:
+def _count_stops_between_full_moves(is_full: Array, is_dropped: Array, episode_index: Array) -> int:
     """Count the runs of dropped moves between two full ones of the same episode.
 
     Args:
         is_full: [N] whether a move is executed fully.
         is_dropped: [N] whether a move is not executed.
-        episode: [N] the index of the episode.
+        episode_index: [N] the index of the episode.
     """
     num_stops = 0
     can_be_stop = False  # whether a full move came, and since then only dropped ones
     num_dropped = 0  # since the full move
-    for index in range(len(episode)):
-        is_new_episode = index > 0 and episode[index] != episode[index - 1]
+    for index in range(len(episode_index)):
+        is_new_episode = index > 0 and episode_index[index] != episode_index[index - 1]
         if is_new_episode:
             can_be_stop = False
         if is_full[index]:

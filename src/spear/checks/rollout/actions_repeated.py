@@ -44,7 +44,7 @@ class ActionsRepeatedCheck(MotionCheck):
     causes: ClassVar[frozenset[str]] = frozenset({"seam-jumps", "gripper-late"})
 
     def examine_motion(self, motion: CommandedMotion) -> Result:
-        by_times = self._examine_double_times(motion)
+        by_times = self._examine_two_action_moves(motion)
         if by_times is not None:
             return by_times
         if motion.typical_executed > 1:
@@ -78,8 +78,8 @@ class ActionsRepeatedCheck(MotionCheck):
         )
 
     @staticmethod
-    def _examine_double_times(motion: CommandedMotion) -> Finding | None:
-        """Look at moves that take two actions' time: is the first action executed twice?"""
+    def _examine_two_action_moves(motion: CommandedMotion) -> Finding | None:
+        """Look for moves of two actions' time in which the arm executes the first action twice."""
         if motion.commanded.shape[1] < 2:
             return None
         first = motion.commanded[:, 0]

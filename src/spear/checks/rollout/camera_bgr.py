@@ -6,7 +6,7 @@ import numpy as np
 
 from spear.checks.rollout.camera_checks import (
     CAMERA_FILE,
-    find_picture_version,
+    examine_picture_versions,
     show_pictures,
 )
 from spear.checks.rollout.case import Case, Finding, Material, Result, RolloutCheck
@@ -30,7 +30,7 @@ class CameraBgrCheck(RolloutCheck):
     # Names of objects may have colors.
 
     def examine(self, case: Case) -> Result:
-        single_result = find_picture_version(case, (VERSION,), "sends BGR", CURE, is_color=True)
+        single_result = examine_picture_versions(case, (VERSION,), "sends BGR", CURE, is_color=True)
         if isinstance(single_result, Finding):
             return single_result
         for camera in case.cameras:
@@ -54,8 +54,8 @@ class CameraBgrCheck(RolloutCheck):
             confidence=_make_confidence(log_odds),
             evidence=(
                 f"cameras {first} and {second} see different colors of the same scene: red minus "
-                f"blue is {_list_levels(relation.warmth[:, 0])} and "
-                f"{_list_levels(relation.warmth[:, 1])} gray levels in the first episodes. In "
+                f"blue is {_format_warmth(relation.warmth[:, 0])} and "
+                f"{_format_warmth(relation.warmth[:, 1])} gray levels in the first episodes. In "
                 f"training the two agree. Probably {camera} sends BGR"
             ),
             cure=CURE,
@@ -113,6 +113,6 @@ def _make_confidence(log_odds: float) -> float:
     return round(float(min(1 / (1 + np.exp(-log_odds)), 0.97)), 3)
 
 
-def _list_levels(warmth: Array) -> str:
+def _format_warmth(warmth: Array) -> str:
     """List the warmth of the first episodes."""
     return ", ".join(f"{level:+.0f}" for level in warmth[:MAX_LISTED_EPISODES])

@@ -14,7 +14,7 @@ TOO_FEW_PICTURES = "too few training pictures to compare with"
 MAX_SHOWN_PICTURES = 4  # of the rollout, and as many of the training
 
 
-def find_picture_version(
+def examine_picture_versions(
     case: Case, versions: Collection[str], words: str, cure: str, is_color: bool = False
 ) -> Result:
     """Look for cameras whose pictures fit the training best if they are one of some versions.

@@ -2,7 +2,7 @@
 
 from typing import ClassVar
 
-from spear.checks.rollout.camera_checks import find_picture_version
+from spear.checks.rollout.camera_checks import examine_picture_versions
 from spear.checks.rollout.case import Case, Material, Result, RolloutCheck
 
 
@@ -16,4 +16,4 @@ class CameraExposureCheck(RolloutCheck):
     def examine(self, case: Case) -> Result:
         versions = ("exposed",)
         cure = "set exposure and white balance by hand, as in training"
-        return find_picture_version(case, versions, "has another exposure", cure, is_color=True)
+        return examine_picture_versions(case, versions, "has another exposure", cure, is_color=True)

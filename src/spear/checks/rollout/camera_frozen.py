@@ -4,7 +4,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from spear.checks.frozen import find_frozen_steps
+from spear.checks.frozen import mark_frozen_steps
 from spear.checks.rollout.camera_checks import CAMERA_FILE, show_pictures
 from spear.checks.rollout.case import Case, Finding, Result, RolloutCheck, confidence_of_margin
 
@@ -33,7 +33,7 @@ class CameraFrozenCheck(RolloutCheck):
                 distance_m = np.linalg.norm(np.diff(episode.position, axis=0), axis=1)
                 is_moving = distance_m > MIN_MOTION_M
                 fingerprint = episode.pictures[camera].fingerprint.tolist()
-                is_frozen = find_frozen_steps(fingerprint, episode.position, MIN_MOTION_M)
+                is_frozen = mark_frozen_steps(fingerprint, episode.position, MIN_MOTION_M)
                 num_moving += int(is_moving.sum())
                 num_same += int((is_moving & is_frozen[1:]).sum())
             if num_moving < MIN_MOVING_STEPS:

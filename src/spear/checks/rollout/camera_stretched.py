@@ -2,7 +2,7 @@
 
 from typing import ClassVar
 
-from spear.checks.rollout.camera_checks import find_picture_version
+from spear.checks.rollout.camera_checks import examine_picture_versions
 from spear.checks.rollout.case import Case, Material, Result, RolloutCheck
 
 
@@ -16,4 +16,4 @@ class CameraStretchedCheck(RolloutCheck):
     def examine(self, case: Case) -> Result:
         versions = ("stretched", "squeezed")
         cure = "send pictures in their own aspect; the policy fits them without stretching"
-        return find_picture_version(case, versions, "is stretched", cure)
+        return examine_picture_versions(case, versions, "is stretched", cure)

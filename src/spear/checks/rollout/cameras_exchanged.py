@@ -2,7 +2,7 @@
 
 from typing import ClassVar
 
-from spear.checks.rollout.camera_checks import find_picture_version
+from spear.checks.rollout.camera_checks import examine_picture_versions
 from spear.checks.rollout.case import Case, Material, Result, RolloutCheck
 
 
@@ -28,6 +28,6 @@ class CamerasExchangedCheck(RolloutCheck):
     def examine(self, case: Case) -> Result:
         versions = ("exchanged",)
         cure = "exchange the keys of the cameras"
-        return find_picture_version(
+        return examine_picture_versions(
             case, versions, "shows what another one shows in training", cure
         )

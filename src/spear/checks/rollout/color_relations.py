@@ -41,16 +41,16 @@ def relate_colors(
     """Compare the colors of all pairs of cameras that both groups of episodes have."""
     relations = []
     for pair in combinations(cameras, 2):
-        warmth = _measure_warmth(rollout, pair)
-        training_warmth = _measure_warmth(demonstrations, pair)
+        warmth = _measure_warmth_of_both(rollout, pair)
+        training_warmth = _measure_warmth_of_both(demonstrations, pair)
         if len(warmth) and len(training_warmth) >= MIN_PICTURE_EPISODES:
             log_ratio = _compute_log_ratio(warmth, training_warmth)
             relations.append(ColorRelation(pair, warmth, log_ratio))
     return relations
 
 
-def _measure_warmth(episodes: Sequence[RecordedEpisode], cameras: tuple[str, str]) -> Array:
-    """Return the warmth [N, 2] of two cameras in the episodes that have both."""
+def _measure_warmth_of_both(episodes: Sequence[RecordedEpisode], cameras: tuple[str, str]) -> Array:
+    """Return the warmth [N, 2] of two cameras in each episode that has both."""
     rows = []
     for episode in episodes:
         if set(cameras) <= set(episode.pictures):

@@ -42,17 +42,21 @@ class DelayReference:
     @staticmethod
     def fit(demonstrations: Sequence[RecordedEpisode], camera: str) -> "DelayReference | None":
         """Score training episodes; None with too few."""
-        training = _select_long(demonstrations, camera)[:MAX_TRAINING_EPISODES]
+        training = _select_comparable(demonstrations, camera)[:MAX_TRAINING_EPISODES]
         if len(training) < MIN_PICTURE_EPISODES:
             return None
         plain_scores = [
-            _score_delays(episode, camera, added_delay=0, delays=DELAYS_STEPS)
+            _correlate_pictures_by_delay(
+                episode, camera, added_delay_steps=0, delays_steps=DELAYS_STEPS
+            )
             for episode in training
         ]
         late_scores = {}
         for delay in DELAYS_STEPS:
             scores = [
-                _score_delays(episode, camera, added_delay=delay, delays=(delay,))
+                _correlate_pictures_by_delay(
+                    episode, camera, added_delay_steps=delay, delays_steps=(delay,)
+                )
                 for episode in training
             ]
             late_scores[_name_delay(delay)] = scores
@@ -63,18 +67,20 @@ def compute_delay_odds(
     rollout: Sequence[RecordedEpisode], reference: DelayReference, camera: str
 ) -> list[VersionOdds] | None:
     """Return the odds of each delay of a camera, the best one first; None with too few steps."""
-    long_rollout = _select_long(rollout, camera)
+    long_rollout = _select_comparable(rollout, camera)
     if not long_rollout:
         return None
     scores = [
-        _score_delays(episode, camera, added_delay=0, delays=DELAYS_STEPS)
+        _correlate_pictures_by_delay(
+            episode, camera, added_delay_steps=0, delays_steps=DELAYS_STEPS
+        )
         for episode in long_rollout
     ]
     return compute_odds(scores, reference.plain_scores, reference.late_scores)
 
 
-def _select_long(episodes: Sequence[RecordedEpisode], camera: str) -> list[RecordedEpisode]:
-    """Select the episodes that are long enough, and whose pictures change."""
+def _select_comparable(episodes: Sequence[RecordedEpisode], camera: str) -> list[RecordedEpisode]:
+    """Select the episodes that are long enough, and whose pictures from the camera change."""
     long_episodes = []
     for episode in episodes:
         if len(episode) < MIN_STEPS or camera not in episode.pictures:
@@ -84,29 +90,31 @@ def _select_long(episodes: Sequence[RecordedEpisode], camera: str) -> list[Recor
     return long_episodes
 
 
-def _score_delays(
-    episode: RecordedEpisode, camera: str, added_delay: int, delays: Sequence[int]
+def _correlate_pictures_by_delay(
+    episode: RecordedEpisode, camera: str, added_delay_steps: int, delays_steps: Sequence[int]
 ) -> dict[str, float]:
-    """Return the scores of "plain" and of some delays of an episode's pictures.
+    """Return the score (the correlation) of each delay in an episode, by the delay's name.
+
+    The score without a delay is named "plain".
 
     Args:
         episode: the episode.
         camera: the camera.
-        added_delay: by how many steps to delay the pictures first.
-        delays: the delays, in steps.
+        added_delay_steps: by how many steps to delay the pictures first.
+        delays_steps: the delays, in addition to none.
     """
     num_steps = len(episode)
     steps = np.arange(num_steps)
     # Every second row and column is enough.
     small = episode.pictures[camera].small[:, ::2, ::2].astype(np.float32)
-    pictures = small.reshape(num_steps, -1)[np.maximum(steps - added_delay, 0)]  # [T, values]
+    pictures = small.reshape(num_steps, -1)[np.maximum(steps - added_delay_steps, 0)]  # [T, values]
     opening_m = OPENING_M * np.asarray(episode.opening)[:, None]
     states_m = np.concatenate([episode.position, opening_m], axis=1)  # [T, 4]
     earlier_steps, later_steps = _list_pairs(num_steps)
     differences = np.sqrt(((pictures[later_steps] - pictures[earlier_steps]) ** 2).mean(1))
     log_differences = np.log(differences + ADDED_LEVELS)
     scores = {}
-    for delay in (0, *delays):
+    for delay in (0, *delays_steps):
         delayed_m = states_m[np.maximum(steps - delay, 0)]
         distances_m = np.linalg.norm(delayed_m[later_steps] - delayed_m[earlier_steps], axis=1)
         name = "plain" if delay == 0 else _name_delay(delay)

@@ -5,8 +5,8 @@ from typing import ClassVar
 from spear.checks.rollout.case import Case, Material, Result, RolloutCheck
 from spear.checks.rollout.orientation import EULER_VARIANTS
 from spear.checks.rollout.orientation_finding import (
-    find_orientation_variant,
-    find_turn_variant,
+    examine_orientation_variants,
+    examine_turn_variants,
 )
 
 CURE = "make the quaternion of the angles in the order in which your robot means them"
@@ -29,5 +29,5 @@ class EulerOrderCheck(RolloutCheck):
     )
 
     def examine(self, case: Case) -> Result:
-        by_moves = find_turn_variant(case, EULER_VARIANTS, CURE)
-        return by_moves or find_orientation_variant(case, EULER_VARIANTS, CURE)
+        by_moves = examine_turn_variants(case, EULER_VARIANTS, CURE)
+        return by_moves or examine_orientation_variants(case, EULER_VARIANTS, CURE)

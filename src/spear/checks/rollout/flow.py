@@ -57,13 +57,13 @@ class FlowReference:
         if len(training) < MIN_PICTURE_EPISODES:
             return None
         model = _FlowModel.fit(training[::2])
-        plain_scores = [model.score(measured) for measured in training[1::2]]
+        plain_scores = [model.score_versions(measured) for measured in training[1::2]]
         changed_scores = {}
         for version, signs in FLOW_SIGNS.items():
             scores = []
             for measured in training[1::2]:
                 changed = MeasuredFlow(measured.flows * np.array(signs), measured.motions)
-                scores.append(model.score(changed))
+                scores.append(model.score_versions(changed))
             changed_scores[version] = scores
         return FlowReference(model, plain_scores, changed_scores)
 
@@ -78,7 +78,7 @@ def compute_flow_odds(
     scores = []
     for episode in rollout:
         if _has_flow(episode, camera):
-            scores.append(reference.model.score(_measure_moves(episode, camera)))
+            scores.append(reference.model.score_versions(_measure_moves(episode, camera)))
     if not scores:
         return None
     return compute_odds(scores, reference.plain_scores, reference.changed_scores)
@@ -118,7 +118,7 @@ class _FlowModel:
         deviation = (flows - motions @ weights).std(0)
         return _FlowModel(weights, np.maximum(deviation, 1e-6))
 
-    def score(self, measured: MeasuredFlow) -> dict[str, float]:
+    def score_versions(self, measured: MeasuredFlow) -> dict[str, float]:
         """Return version of the pictures → mean log likelihood of an episode's flows.
 
         The versions are "plain" and those of `FLOW_SIGNS`.
@@ -145,13 +145,20 @@ def _measure_moves(episode: RecordedEpisode, camera: str) -> MeasuredFlow:
     turn = quat_log(quat_canonical(quat_multiply(to_tool, orientation[1:]))).numpy()
     opening_change = np.diff(np.asarray(episode.opening, np.float64))[:, None]
     motions = [translation / METERS_PER_UNIT, turn / RADIANS_PER_UNIT, opening_change]
-    flows = measure_flows(episode.pictures[camera].small)
+    flows = measure_similarity_flows(episode.pictures[camera].small)
     return MeasuredFlow(flows, np.concatenate(motions, axis=1))
 
 
-def measure_flows(small: Array) -> Array:
-    """Return the flow [T - 1, 4] from each picture to the next, of pictures [T, h, w, 3]."""
-    brightness = _blur_stack(average_cells(small.astype(np.float64).mean(-1)))
+def measure_similarity_flows(pictures: Array) -> Array:
+    """Measure how the whole picture moves from each picture to the next.
+
+    Args:
+        pictures: [T, h, w, 3].
+
+    Returns:
+        [T - 1, 4] shift to the right, shift down, scaling and turn, as in `MeasuredFlow`.
+    """
+    brightness = _blur_stack(average_cells(pictures.astype(np.float64).mean(-1)))
     gradient_y, gradient_x = np.gradient(brightness, axis=(1, 2))
     gradient_x = (gradient_x[:-1] + gradient_x[1:]) / 2
     gradient_y = (gradient_y[:-1] + gradient_y[1:]) / 2

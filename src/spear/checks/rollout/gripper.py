@@ -53,17 +53,17 @@ class GripperUse:
     training_open_level: float
 
     @property
-    def is_against(self) -> bool:
+    def opposes_commands(self) -> bool:
         """Whether openings are opposed to their commands."""
         return self.following is not None and self.following.correlation <= -MIN_CORRELATION
 
     @property
-    def follows(self) -> bool:
+    def follows_commands(self) -> bool:
         """Whether openings follow their commands."""
         return self.following is not None and self.following.correlation >= MIN_CORRELATION
 
     @property
-    def starts_opposite(self) -> bool:
+    def starts_opposite_to_training(self) -> bool:
         """Whether the episodes begin with the opposite opening of those of training."""
         if not len(self.training_first_openings) or not len(self.first_openings):
             return False
@@ -73,7 +73,7 @@ class GripperUse:
     @property
     def is_state_inverted(self) -> bool:
         """Whether the measured openings are inverted, and not the commands."""
-        return self.is_against and self.starts_opposite
+        return self.opposes_commands and self.starts_opposite_to_training
 
     @property
     def scale(self) -> float:
@@ -90,7 +90,7 @@ class GripperUse:
         Then the gripper measures less than in training also before its first command.
         """
         is_scaled = 0 < self.scale <= MAX_SCALE  # False for NaN
-        if not is_scaled or self.following is None or self.is_against:
+        if not is_scaled or self.following is None or self.opposes_commands:
             return False
         usual_start = float(np.median(self.training_first_openings))
         return float(np.median(self.first_openings)) <= MAX_SCALE * usual_start

@@ -17,17 +17,17 @@ class GripperInvertedCheck(RolloutCheck):
         gripper = case.gripper
         following = gripper.following
         start_evidence = ""
-        if gripper.starts_opposite:
+        if gripper.starts_opposite_to_training:
             usual = float(np.median(gripper.training_first_openings))
             start = float(np.median(gripper.first_openings))
             start_evidence = f"it begins at {start:.2f}, in training at {usual:.2f}"
-        if gripper.is_against:
+        if gripper.opposes_commands:
             assert following is not None
             return Finding(
                 confidence=0.97,
                 evidence=(
                     f"openings and commands have a correlation of {following.correlation:.2f}"
-                    + (f"; {start_evidence}" if gripper.starts_opposite else "")
+                    + (f"; {start_evidence}" if gripper.starts_opposite_to_training else "")
                 ),
                 cure=(
                     "send 1 for open and 0 for closed as the state"
@@ -37,11 +37,11 @@ class GripperInvertedCheck(RolloutCheck):
                 file=ROBOT_FILE,
                 figure=draw_gripper(case),
             )
-        if gripper.starts_opposite:
+        if gripper.starts_opposite_to_training:
             # Openings that follow their commands make this less sure: either both are inverted, or
             # the gripper only begins with another opening than in training.
             return Finding(
-                confidence=0.6 if gripper.follows else 0.75,
+                confidence=0.6 if gripper.follows_commands else 0.75,
                 evidence=f"the gripper seems inverted: {start_evidence}",
                 cure=(
                     "send 1 for open and 0 for closed, and take the commands alike; or begin with "

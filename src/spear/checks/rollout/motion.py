@@ -23,7 +23,7 @@ from spear.checks.rollout.episode import RecordedEpisode
 from spear.checks.rollout.orientation import (
     EULER_VARIANTS,
     QUATERNION_VARIANTS,
-    apply_variant,
+    apply_euler_variant,
     undo_variant,
 )
 from spear.geometry import (
@@ -180,10 +180,10 @@ class CommandedMotion:
     @cached_property
     def command(self) -> Array:
         """[N, 3] commanded displacement of the actions that were executed, m."""
-        return self.commanded[:, self._assumed_count - 1]
+        return self.commanded[:, self._assumed_executed - 1]
 
     @property
-    def _assumed_count(self) -> int:
+    def _assumed_executed(self) -> int:
         """How many actions are taken to be executed: by the motion, or else by the times."""
         return self.executed_count or self.typical_executed
 
@@ -258,7 +258,7 @@ class CommandedMotion:
         `orientation`) begin with "commands" if the robot executes rotations so, and with "states"
         if it measures its orientation so.
         """
-        command = torch.as_tensor(self.turn_quats[:, self._assumed_count - 1][self.is_turning])
+        command = torch.as_tensor(self.turn_quats[:, self._assumed_executed - 1][self.is_turning])
         orientation = torch.as_tensor(self.orientation[self.is_turning])
         achieved = quat_exp(torch.as_tensor(self.turn[self.is_turning]))
         next_orientation = quat_multiply(orientation, achieved)
@@ -273,7 +273,7 @@ class CommandedMotion:
                 readings[name] = command * torch.tensor([1.0, *signs])  # of w, x, y and z
         errors = {name: quat_distance(quats, achieved).numpy() for name, quats in readings.items()}
         for variant in EULER_VARIANTS:
-            executed = torch.as_tensor(apply_variant(command.numpy(), variant))
+            executed = torch.as_tensor(apply_euler_variant(command.numpy(), variant))
             errors[f"{COMMANDS} {variant}"] = quat_distance(executed, achieved).numpy()
         for variant in (*QUATERNION_VARIANTS, *EULER_VARIANTS):
             start_quats = torch.as_tensor(undo_variant(orientation.numpy(), variant))
@@ -370,7 +370,7 @@ class CommandedMotion:
     @cached_property
     def command_turn(self) -> Array:
         """[N, 3] commanded rotation vector of the executed actions, end-effector frame, rad."""
-        quats = torch.as_tensor(self.turn_quats[:, self._assumed_count - 1])
+        quats = torch.as_tensor(self.turn_quats[:, self._assumed_executed - 1])
         return quat_log(quat_canonical(quats)).numpy()
 
     @cached_property
@@ -389,7 +389,7 @@ class CommandedMotion:
             "inverse tool": quat_rotate(quat_conjugate(orientation), command).numpy(),
         }
         predictions = {}
-        angle_rad = self._base_angle
+        angle_rad = self._base_angle_rad
         if abs(angle_rad) > MIN_BASE_ANGLE_RAD:
             cos = np.cos(angle_rad)
             sin = np.sin(angle_rad)
@@ -403,7 +403,7 @@ class CommandedMotion:
         return predictions
 
     @property
-    def _base_angle(self) -> float:
+    def _base_angle_rad(self) -> float:
         """The angle about the vertical axis that turns commands best into free moves, rad."""
         x, y = self.command[self.is_free, :2].T
         moved_x, moved_y = self.achieved[self.is_free, :2].T
@@ -416,18 +416,22 @@ class CommandedMotion:
         return self.achieved[self.is_free], self._predictions[reading][self.is_free]
 
 
-def is_surely_better(plain: Array, better: Array, lengths: Array, min_advantage: float) -> bool:
-    """Return whether errors are surely smaller, by a share of the motion.
+def is_surely_better(
+    plain_errors: Array, other_errors: Array, lengths: Array, min_advantage: float
+) -> bool:
+    """Return whether the other errors are surely smaller, by a share of the motion.
 
     Args:
-        plain: [N] error of each move by the plain reading.
-        better: [N] error of each move by the other reading.
+        plain_errors: [N] error of each move by the plain reading.
+        other_errors: [N] error of each move by the other reading.
         lengths: [N] size of each move.
         min_advantage: the share of the motion by which the errors must differ, in 95 % of the draws
             of a bootstrap over moves.
     """
     draws = np.random.default_rng(0).integers(0, len(lengths), (NUM_RESAMPLES, len(lengths)))
-    advantages = (plain - better)[draws].sum(1) / np.maximum(lengths[draws].sum(1), 1e-9)
+    advantages = (plain_errors - other_errors)[draws].sum(1) / np.maximum(
+        lengths[draws].sum(1), 1e-9
+    )
     return bool(np.quantile(advantages, SMALL_QUANTILE) > min_advantage)
 
 

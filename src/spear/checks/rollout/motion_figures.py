@@ -17,8 +17,8 @@ def describe_reading(reading: Reading) -> str:
     return f"{name} with signs {reading.signs}"
 
 
-def compare_readings(motion: CommandedMotion, reading: Reading) -> Figure:
-    """Draw what each reading leaves unexplained: the plain one, the best one, and some others."""
+def draw_reading_errors(motion: CommandedMotion) -> Figure:
+    """Draw the share of the motion that the best readings, and the plain one, do not explain."""
     bars = []
     for fit in motion.fits[:6]:
         bars.append((describe_reading(fit.reading), fit.error, f"{fit.error:.0%}"))
@@ -39,7 +39,7 @@ def draw_step_gains(motion: CommandedMotion) -> Figure:
     )
 
 
-def compare_turn_readings(motion: CommandedMotion) -> Figure:
+def draw_turn_reading_errors(motion: CommandedMotion) -> Figure:
     """Draw how far the rotations are off by each reading, the nearest first."""
     means = {name: float(np.degrees(e.mean())) for name, e in motion.turn_errors.items()}
     nearest = sorted(means, key=lambda name: means[name])[:6]

@@ -98,8 +98,8 @@ def undo_variant(rotation: Array, variant: str) -> Array:
     return quats.numpy()
 
 
-def apply_variant(rotation: Array, variant: str) -> Array:
-    """Return what rotations [T, 4] become by a mistake with angles, one of `EULER_VARIANTS`."""
+def apply_euler_variant(rotation: Array, variant: str) -> Array:
+    """Return rotations [T, 4] as a mistake with angles, one of `EULER_VARIANTS`, changes them."""
     euler_variant = EULER_VARIANTS[variant]
     angles = quat_to_euler(torch.as_tensor(np.asarray(rotation)), euler_variant.written)
     if euler_variant.is_reversed:

@@ -7,11 +7,11 @@ import numpy as np
 from spear.checks.rollout.action_frame import ROBOT_FILE
 from spear.checks.rollout.case import Case, Doubt, Figure, Finding, Result
 from spear.checks.rollout.motion import COMMANDS, STATES
-from spear.checks.rollout.motion_figures import compare_turn_readings
+from spear.checks.rollout.motion_figures import draw_turn_reading_errors
 from spear.checks.rollout.orientation import find_likely_variant, fit_orientations
 
 
-def find_orientation_variant(case: Case, variants: Collection[str], cure: str) -> Result:
+def examine_orientation_variants(case: Case, variants: Collection[str], cure: str) -> Result:
     """Look for orientations that were sent in one of some other variants."""
     fits = fit_orientations(case.rollout, case.demonstrations)
     if not fits:
@@ -38,7 +38,7 @@ def find_orientation_variant(case: Case, variants: Collection[str], cure: str) -
     )
 
 
-def find_turn_variant(case: Case, variants: Collection[str], cure: str) -> Finding | None:
+def examine_turn_variants(case: Case, variants: Collection[str], cure: str) -> Finding | None:
     """Look for moves that rotate as commanded, if orientations are in one of some variants."""
     motion = case.motion
     reading = motion.better_turn_reading
@@ -60,5 +60,5 @@ def find_turn_variant(case: Case, variants: Collection[str], cure: str) -> Findi
         ),
         cure=cure,
         file=f"observe in your robot's file, and {ROBOT_FILE}",
-        figure=compare_turn_readings(motion),
+        figure=draw_turn_reading_errors(motion),
     )

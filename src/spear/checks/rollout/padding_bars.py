@@ -1,7 +1,7 @@
 """Pictures have black bars that those of training do not have."""
 
 from collections.abc import Sequence
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 import numpy as np
 
@@ -35,12 +35,13 @@ class PaddingBarsCheck(RolloutCheck):
             extra_shares = measure_extra_bars(np.concatenate(pictures), np.concatenate(training))
             if extra_shares is None:
                 continue
-            extra_height, extra_width = extra_shares
-            sides = "left and right" if extra_width > extra_height else "top and bottom"
+            are_at_sides = extra_shares.of_width > extra_shares.of_height
+            sides = "left and right" if are_at_sides else "top and bottom"
+            extra_share = max(extra_shares)
             return Finding(
                 confidence=0.96,
                 evidence=(
-                    f"camera {camera} has black bars at {sides}, {extra_shares.max():.0%} of the "
+                    f"camera {camera} has black bars at {sides}, {extra_share:.0%} of the "
                     "picture; training has none there"
                 ),
                 cure="send pictures without bars, in the aspect of training",
@@ -55,30 +56,42 @@ def _collect_pictures(episodes: Sequence[RecordedEpisode], camera: str) -> list[
     return [episode.pictures[camera].small for episode in episodes if camera in episode.pictures]
 
 
-def measure_extra_bars(pictures: Array, training_pictures: Array) -> Array | None:
+class BarShares(NamedTuple):
+    """Which share of a picture black bars take.
+
+    of_height  share of the height that bars take at top and bottom.
+    of_width   share of the width that bars take at the left and right.
+    """
+
+    of_height: float
+    of_width: float
+
+
+def measure_extra_bars(pictures: Array, training_pictures: Array) -> BarShares | None:
     """Measure the bars that pictures [N, h, w, 3] have and those of training have not.
 
     Returns:
-        [2] share of the height and of the width, as `measure_bars`; None if there are no such bars.
+        By how much the shares of the bars exceed those of training; None if there are no such bars.
     """
-    extra_shares = measure_bars(pictures) - measure_bars(training_pictures)
+    shares = measure_bar_shares(pictures)
+    training_shares = measure_bar_shares(training_pictures)
+    extra_shares = BarShares(
+        of_height=shares.of_height - training_shares.of_height,
+        of_width=shares.of_width - training_shares.of_width,
+    )
     is_all_black = pictures.max() < MAX_BAR_LEVEL
-    if is_all_black or extra_shares.max() < MIN_EXTRA_SHARE:
+    if is_all_black or max(extra_shares) < MIN_EXTRA_SHARE:
         return None
     return extra_shares
 
 
-def measure_bars(pictures: Array) -> Array:
+def measure_bar_shares(pictures: Array) -> BarShares:
     """Measure which share of the height, and which of the width, black bars take.
 
     A row or column belongs to a bar if it is black in every picture.
 
     Args:
         pictures: [N, h, w, 3], 0 … 255.
-
-    Returns:
-        [2] share of the height that bars take at top and bottom, and share of the width that they
-        take at the left and right.
     """
     brightest = pictures.max(axis=(0, 3))  # [h, w]
     brightest_of_rows = brightest.max(axis=1)
@@ -92,4 +105,5 @@ def measure_bars(pictures: Array) -> Array:
         num_black_before = int(is_lit.argmax())  # before the first lit row or column
         num_black_after = int(is_lit[::-1].argmax())
         shares.append((num_black_before + num_black_after) / len(levels))
-    return np.array(shares)
+    of_height, of_width = shares
+    return BarShares(of_height, of_width)

@@ -183,8 +183,10 @@ class _VersionModel:
         low, high = np.quantile(states, STATE_QUANTILES, axis=0)
         return _VersionModel(coefficients, precision, low, high)
 
-    def score(self, states: Array, features: Array, versions: Iterable[str]) -> dict[str, float]:
-        """Return the mean log likelihood of an episode's pictures by some versions."""
+    def score_versions(
+        self, states: Array, features: Array, versions: Iterable[str]
+    ) -> dict[str, float]:
+        """Return version → mean log likelihood of an episode's pictures by it."""
         # Outside of training, the linear function would lead to impossible pictures.
         states = np.clip(states, self.low, self.high)
         scores = {}
@@ -258,23 +260,25 @@ class VersionReference:
         changed_scores: dict[str, list[dict[str, float]]] = {name: [] for name in versions[1:]}
         for episode in training[1::2]:
             episode_states = _extract_state_features(episode)
-            plain_scores.append(model.score(episode_states, read(episode, "plain"), versions))
+            plain_scores.append(
+                model.score_versions(episode_states, read(episode, "plain"), versions)
+            )
             for version, scores in changed_scores.items():
                 changed_features = read(episode, version)
                 pair = ("plain", version)
-                scores.append(model.score(episode_states, changed_features, pair))
+                scores.append(model.score_versions(episode_states, changed_features, pair))
         return VersionReference(camera, kind, height, model, plain_scores, changed_scores)
 
-    def score(self, episode: RecordedEpisode) -> dict[str, float]:
-        """Return the mean log likelihood of an episode's pictures by each version."""
+    def score_versions(self, episode: RecordedEpisode) -> dict[str, float]:
+        """Return version → mean log likelihood of an episode's pictures by it, of all versions."""
         pictures = _read_pictures(episode, self.camera, self.height)
         features = _extract_features(self.kind, pictures)
         states = _extract_state_features(episode)
-        return self.model.score(states, features, self.model.coefficients)
+        return self.model.score_versions(states, features, self.model.coefficients)
 
     def compute_odds(self, rollout: Sequence[RecordedEpisode]) -> list[VersionOdds]:
         """Return the odds of each version of a rollout's pictures, the best one first."""
-        scores = [self.score(episode) for episode in rollout]
+        scores = [self.score_versions(episode) for episode in rollout]
         return compute_odds(scores, self.plain_scores, self.changed_scores)
 
 

@@ -6,11 +6,11 @@ import numpy as np
 
 from spear.checks.rollout.action_frame import ROBOT_FILE
 from spear.checks.rollout.case import Case, Finding, Material, Result, RolloutCheck
-from spear.checks.rollout.motion_figures import compare_turn_readings
+from spear.checks.rollout.motion_figures import draw_turn_reading_errors
 from spear.checks.rollout.orientation import QUATERNION_VARIANTS
 from spear.checks.rollout.orientation_finding import (
-    find_orientation_variant,
-    find_turn_variant,
+    examine_orientation_variants,
+    examine_turn_variants,
 )
 
 CURE = "send the orientation as w x y z, with the scalar first"
@@ -45,7 +45,7 @@ class QuaternionOrderCheck(RolloutCheck):
                 ),
                 cure="our quaternions are w x y z: reorder them for your robot",
                 file=ROBOT_FILE,
-                figure=compare_turn_readings(motion),
+                figure=draw_turn_reading_errors(motion),
             )
-        by_moves = find_turn_variant(case, QUATERNION_VARIANTS, CURE)
-        return by_moves or find_orientation_variant(case, QUATERNION_VARIANTS, CURE)
+        by_moves = examine_turn_variants(case, QUATERNION_VARIANTS, CURE)
+        return by_moves or examine_orientation_variants(case, QUATERNION_VARIANTS, CURE)

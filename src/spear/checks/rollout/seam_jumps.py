@@ -50,7 +50,7 @@ class SeamJumpsCheck(RolloutCheck):
         # names that fault, and a fit of the right reading would mean nothing.
         if motion.num_moving < MIN_MOVES or motion.better_reading is not None:
             return None
-        best_return = find_return(motion)
+        best_return = find_return_at_seams(motion)
         if best_return is None:
             return None
         return Finding(
@@ -130,8 +130,11 @@ class ReturnFit(NamedTuple):
     plain_error: float
 
 
-def find_return(motion: CommandedMotion) -> ReturnFit | None:
-    """Find the return that surely explains the moves better than the chunks alone, if any."""
+def find_return_at_seams(motion: CommandedMotion) -> ReturnFit | None:
+    """Find how the arm goes back at the beginning of each chunk; None if it surely does not.
+
+    A return must explain the moves surely better than the chunks alone.
+    """
     num_executed = motion.typical_executed
     # Compare each move with the chunk of the move before it, in the same episode: M pairs.
     is_pair = motion.episode[1:] == motion.episode[:-1]
@@ -142,7 +145,7 @@ def find_return(motion: CommandedMotion) -> ReturnFit | None:
     # [M, H, 3] displacement of the first 1, 2, … H actions of the chunk before
     previous = motion.commanded[:-1][is_pair]
     lengths_m = np.linalg.norm(achieved, axis=1)
-    _, plain_m = _fit_factors(achieved, [commanded])
+    _, plain_m = _fit_factors_and_errors(achieved, [commanded])
     best = None
     for num_actions in range(1, num_executed + 1):
         # The displacement of the last `num_actions` executed actions: that of all executed ones,
@@ -151,7 +154,7 @@ def find_return(motion: CommandedMotion) -> ReturnFit | None:
         num_earlier = num_executed - num_actions
         if num_earlier > 0:
             last_actions = last_actions - previous[:, num_earlier - 1]
-        (gain, factor), errors_m = _fit_factors(achieved, [commanded, last_actions])
+        (gain, factor), errors_m = _fit_factors_and_errors(achieved, [commanded, last_actions])
         error = float(errors_m.mean() / max(lengths_m.mean(), 1e-9))
         if best is not None and error >= best.error:
             continue
@@ -162,8 +165,12 @@ def find_return(motion: CommandedMotion) -> ReturnFit | None:
     return best
 
 
-def _fit_factors(achieved: Array, components: Sequence[Array]) -> tuple[Array, Array]:
-    """Fit factors on the components [N, 3] of a motion [N, 3]; return them and errors [N]."""
+def _fit_factors_and_errors(achieved: Array, components: Sequence[Array]) -> tuple[Array, Array]:
+    """Fit one factor to each component [N, 3] of a motion [N, 3].
+
+    Returns:
+        The factors, and [N] the distances between the fitted and the achieved motion.
+    """
     columns = np.stack([component.ravel() for component in components], axis=1)
     factors = np.linalg.lstsq(columns, achieved.ravel(), rcond=None)[0]
     errors = np.linalg.norm(achieved - (columns @ factors).reshape(-1, 3), axis=1)

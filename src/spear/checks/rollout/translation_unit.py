@@ -10,7 +10,7 @@ from spear.checks.rollout.case import Case, Finding, Result
 from spear.checks.rollout.motion import MAX_READING_ERROR, CommandedMotion
 from spear.checks.rollout.motion_check import MotionCheck
 from spear.checks.rollout.motion_figures import draw_step_gains
-from spear.checks.states import find_implausible_positions
+from spear.checks.states import explain_implausible_positions
 
 # Factors between commanded and achieved displacements. In rollouts of nano they are 0.98 to 1.03.
 MIN_UNIT_GAIN = 2.6  # actions that are executed twice have 2
@@ -40,7 +40,7 @@ class TranslationUnitCheck(MotionCheck):
         result = super().examine(case)
         if not isinstance(result, Finding):
             return result
-        remark = find_implausible_positions([episode.position for episode in case.rollout])
+        remark = explain_implausible_positions([episode.position for episode in case.rollout])
         if remark is None:
             return result
         return replace(

@@ -31,10 +31,10 @@ from spear.checks.gripper import (
     check_gripper,
     check_range,
 )
-from spear.checks.instructions import find_doubtful_instruction
+from spear.checks.instructions import explain_doubtful_instruction
 from spear.checks.recording import Recording
 from spear.checks.result import Check
-from spear.checks.states import find_implausible_states
+from spear.checks.states import find_state_problems
 from spear.data.actions import ACTION_RULES_VERSION, add_actions, resample_episode
 from spear.data.frames import (
     hash_layout,
@@ -403,9 +403,9 @@ def _notice_implausible_values(store: EpisodeStore, path: Path) -> None:
         path: The dataset, for the notices.
     """
     episodes = _read_first_episodes_without_images(store)
-    for remark in find_implausible_states(episodes):
+    for remark in find_state_problems(episodes):
         notice(f"In {path}, {remark}.")
-    doubt = find_doubtful_instruction([episode.instruction for episode in episodes])
+    doubt = explain_doubtful_instruction([episode.instruction for episode in episodes])
     if doubt:
         notice(f"In {path}, {doubt}")
 
@@ -452,7 +452,7 @@ def _find_wrong_gripper(episodes: Sequence[Episode], has_commands: bool) -> list
     compared_commands = commands if has_clear_motion else ()
     check = check_range(openings, compared_commands)
     if check is None:
-        check = check_command_timing(list(zip(openings, commands, strict=True)))
+        check = check_command_timing(openings, commands)
     return [] if check is None else [check]
 
 

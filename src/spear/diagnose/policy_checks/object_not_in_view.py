@@ -10,7 +10,7 @@ from spear.checks.rollout.odds import PRIOR
 from spear.data.store.episode_store import EpisodeStore
 from spear.diagnose.picture_repair import CAMERA, find_picture_repair
 from spear.diagnose.policy_case import PolicyCase
-from spear.diagnose.sight import find_missed_names, list_names
+from spear.diagnose.sight import are_names_missed, list_names
 from spear.errors import suppress_notices
 from spear.evaluate.vqa.calibration import Trust
 from spear.policy import VlmBundle
@@ -45,7 +45,7 @@ class ObjectNotInViewCheck(RolloutCheck):
         for index, names in names_by_episode.items():
             episodes = [(store, index)] * len(names)
             with suppress_notices():
-                is_missed = find_missed_names(_get_vlm(case), episodes, names, repair)
+                is_missed = are_names_missed(_get_vlm(case), names, episodes, repair)
             missed_by_episode[index] = [
                 name for name, missed in zip(names, is_missed, strict=True) if missed
             ]
