@@ -15,7 +15,9 @@ class ControlRateCheck(MotionCheck):
 
     fault = "control-rate"
     title = "the robot executes actions at another rate than in training"
-    causes: ClassVar[frozenset[str]] = frozenset({"actions-repeated", "controller-short"})
+    causes: ClassVar[frozenset[str]] = frozenset(
+        {"actions-repeated", "controller-short", "gripper-late"}
+    )
 
     def examine_motion(self, motion: CommandedMotion) -> Result:
         if not np.isfinite(motion.seconds).all():

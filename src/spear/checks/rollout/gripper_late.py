@@ -35,7 +35,7 @@ class GripperLateCheck(RolloutCheck):
         if extra_s < MIN_EXTRA_DELAY_S:
             return None
         return Finding(
-            confidence=0.85,
+            confidence=0.8,  # a robot that is late as a whole is seen better by other checks
             evidence=(
                 f"the opening follows its command {delay_s:.1f} s later (correlation "
                 f"{following.correlation:.2f}), in training {usual_s:.1f} s"

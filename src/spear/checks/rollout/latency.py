@@ -20,8 +20,10 @@ from spear.types import CONTROL_RATE_HZ
 
 MIN_ANSWERS = 10
 STEP_S = 1 / CONTROL_RATE_HZ
-# Latency in control steps: above one, the robot stands still or acts on an old observation.
+# Latency in control steps: above one, the robot stands still or acts on an old observation. An arm
+# that goes on with its last answer acts on an old observation from nearly one step on.
 MIN_LATENCY_STEPS = 1.0
+MIN_MOVING_LATENCY_STEPS = 0.8
 CERTAIN_LATENCY_STEPS = 2.0
 MIN_SPREAD_STEPS = 1.0  # between the median and the slowest 10 % of the answers
 CERTAIN_SPREAD_STEPS = 2.5
@@ -50,17 +52,19 @@ class LatencyCheck(RolloutCheck):
             return Doubt("the rollout has too few answers")
         median_s, slow_s = np.quantile(seconds, [0.5, 0.9])
         spread_s = slow_s - median_s
+        waits_for_answers = _waits_for_answers(served)
+        min_steps = MIN_LATENCY_STEPS if waits_for_answers else MIN_MOVING_LATENCY_STEPS
         confidence = max(
-            confidence_of_margin(median_s / STEP_S, MIN_LATENCY_STEPS, CERTAIN_LATENCY_STEPS),
+            confidence_of_margin(median_s / STEP_S, min_steps, CERTAIN_LATENCY_STEPS),
             confidence_of_margin(spread_s / STEP_S, MIN_SPREAD_STEPS, CERTAIN_SPREAD_STEPS),
         )
-        if median_s < MIN_LATENCY_STEPS * STEP_S and spread_s < MIN_SPREAD_STEPS * STEP_S:
+        if median_s < min_steps * STEP_S and spread_s < MIN_SPREAD_STEPS * STEP_S:
             return None
         evidence = (
             f"answers take {1000 * median_s:.0f} ms (median), one in ten longer than "
             f"{1000 * slow_s:.0f} ms; an action lasts {1000 * STEP_S:.0f} ms"
         )
-        if _waits_for_answers(served):
+        if waits_for_answers:
             confidence = min(confidence, MAX_WAITING_CONFIDENCE)
             evidence += (
                 ". The arm waits for each answer, so this makes it slow; it hardly explains why it "

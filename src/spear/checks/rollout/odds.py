@@ -48,6 +48,19 @@ def select_likely(odds: list[VersionOdds] | None) -> VersionOdds | None:
     return best
 
 
+def combine_odds(odds: Sequence[VersionOdds]) -> VersionOdds:
+    """Return the odds of one version for several cameras together; margins are means."""
+    log_ratio = sum(entry.log_ratio for entry in odds)
+    return VersionOdds(
+        version=odds[0].version,
+        log_odds=log_ratio + float(np.log(PRIOR)),
+        log_ratio=log_ratio,
+        margin=float(np.mean([entry.margin for entry in odds])),
+        expected=float(np.mean([entry.expected for entry in odds])),
+        plain=float(np.mean([entry.plain for entry in odds])),
+    )
+
+
 def compute_odds(
     rollout: Sequence[Mapping[str, float]],
     plain: Sequence[Mapping[str, float]],

@@ -26,9 +26,11 @@ from spear.checks.rollout.episode import (
     average_cells,
 )
 from spear.checks.rollout.flow import FLOW_SIGNS, FlowReference, compute_flow_odds
-from spear.checks.rollout.odds import VersionOdds, compute_odds, select_likely
+from spear.checks.rollout.odds import VersionOdds, combine_odds, compute_odds, select_likely
 from spear.types import Array
 
+# A version that all cameras have is at least ten times as likely as plain pictures for each of them.
+MIN_COMMON_LOG_RATIO = float(np.log(10))
 PICTURE_WIDTH_PX = 32  # width to which pictures are reduced
 FEATURE_WIDTH = 16  # columns of cells that the model sees; as many rows as the aspect makes
 STATE_QUANTILES = (0.02, 0.98)  # of the state features of training, to which others are clipped
@@ -386,7 +388,9 @@ class PictureComparison:
         if by_content is None:
             return by_flow
         if by_content.version not in FLOW_SIGNS:
-            return by_content  # the motion cannot tell such a version
+            # The motion cannot tell such a version, but another one may be likelier by it.
+            is_flow_surer = by_flow is not None and by_flow.log_odds > by_content.log_odds
+            return by_flow if is_flow_surer else by_content
         if by_flow is not None:
             return by_flow
         # The content speaks for a change, the motion for unchanged pictures. Which one is surer?
@@ -397,8 +401,37 @@ class PictureComparison:
         return by_content._replace(log_odds=total) if total > 0 else None
 
     def best_color(self, camera: str) -> VersionOdds | None:
-        """Return the version of `color_odds` that fits best, if it is likelier than plain."""
-        return select_likely(self.color_odds(camera))
+        """Return the version of the colors that fits best, if it is likelier than plain.
+
+        A program mostly converts the pictures of all its cameras in the same way. So a version that
+        each camera speaks for may be likely although one camera alone does not show it surely.
+        """
+        best = select_likely(self.color_odds(camera))
+        common = self.common_color
+        if common is not None and (best is None or common.log_odds > best.log_odds):
+            return common
+        return best
+
+    @cached_property
+    def common_color(self) -> VersionOdds | None:
+        """The likeliest version of the colors of all cameras together, if it is likely.
+
+        The evidence of the cameras adds up, and the small prior probability of a version counts
+        once. Margins are means over the cameras. It is None if there is one camera only.
+        """
+        odds_by_camera: list[dict[str, VersionOdds]] = []
+        for camera in self.references.training_cameras:
+            all_odds = self.color_odds(camera)
+            if all_odds is not None:
+                odds_by_camera.append({odds.version: odds for odds in all_odds})
+        if len(odds_by_camera) < 2:
+            return None
+        common = []
+        for version in odds_by_camera[0]:
+            odds = [of_camera[version] for of_camera in odds_by_camera]
+            if all(entry.log_ratio >= MIN_COMMON_LOG_RATIO for entry in odds):
+                common.append(combine_odds(odds))
+        return select_likely(sorted(common, key=lambda entry: -entry.log_odds))
 
     def shape_odds(self, camera: str) -> list[VersionOdds] | None:
         """Return the odds of `SHAPE_VERSIONS` and of an exchange; None without enough pictures."""
