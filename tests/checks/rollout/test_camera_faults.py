@@ -21,6 +21,7 @@ from spear.checks.rollout.camera_turned import CameraTurnedCheck
 from spear.checks.rollout.cameras_exchanged import CamerasExchangedCheck
 from spear.checks.rollout.case import Case, Finding, RolloutCheck
 from spear.checks.rollout.episode import RecordedEpisode
+from spear.checks.rollout.odds import PRIOR, VersionOdds
 from spear.checks.rollout.padding_bars import PaddingBarsCheck
 from spear.types import Array
 
@@ -219,3 +220,34 @@ def test_a_camera_whose_colors_contradict_another_camera_sends_bgr(is_exchanged:
     assert isinstance(result, Finding) == is_exchanged
     if isinstance(result, Finding):
         assert "different colors of the same scene" in result.evidence
+
+
+def make_odds(log_ratio: float) -> list[VersionOdds]:
+    """Odds of red and blue exchanged; log_ratio: how much likelier it is than plain pictures."""
+    log_odds = log_ratio + float(np.log(PRIOR))
+    return [VersionOdds("with red and blue exchanged", log_odds, log_ratio, 1.0, 2.0, -2.0)]
+
+
+@pytest.mark.parametrize(
+    ("of_external", "of_wrist", "is_likely"),
+    [
+        (2.9, 3.2, True),  # 18 and 25 times as likely; a prior of 1/50 counts once
+        (2.9, 1.8, False),  # not surely the same in both
+        (2.9, -1.0, False),
+    ],
+)
+def test_colors_may_be_exchanged_in_both_cameras(
+    of_external: float, of_wrist: float, is_likely: bool
+) -> None:
+    references = learn_pictures()
+    comparison = picture_versions.PictureComparison(
+        make_case().rollout,
+        references,
+        {("external", "color"): make_odds(of_external), ("wrist", "color"): make_odds(of_wrist)},
+    )
+
+    best = comparison.best_color("external")
+
+    assert (best is not None) == is_likely
+    if best is not None:
+        assert best.log_ratio == pytest.approx(of_external + of_wrist)

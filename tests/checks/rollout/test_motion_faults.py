@@ -205,3 +205,15 @@ def test_slow_answers_are_a_sure_fault_only_of_an_arm_that_moves_while_it_waits(
     assert isinstance(result, Finding)
     assert result.confidence == most_confidence
     assert ("The arm waits" in result.evidence) == (action_s == 0.2)
+
+
+@pytest.mark.parametrize(("action_s", "is_late"), [(0.2, False), (0.01, True)])
+def test_nearly_a_step_is_late_only_for_an_arm_that_moves_meanwhile(
+    action_s: float, is_late: bool
+) -> None:
+    """An arm observes again right after each answer if it goes on with its last actions."""
+    robot = MadeRobot(answer_s=lambda step: 0.18, action_s=action_s)
+
+    result = LatencyCheck().examine(make_case(robot))
+
+    assert isinstance(result, Finding) == is_late

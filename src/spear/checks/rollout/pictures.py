@@ -29,7 +29,7 @@ from spear.checks.rollout.flow import FLOW_SIGNS, FlowReference, compute_flow_od
 from spear.checks.rollout.odds import VersionOdds, combine_odds, compute_odds, select_likely
 from spear.types import Array
 
-# A version that all cameras have is at least ten times as likely as plain pictures for each of them.
+# A version that all cameras have must be ten times as likely as plain pictures for each of them.
 MIN_COMMON_LOG_RATIO = float(np.log(10))
 PICTURE_WIDTH_PX = 32  # width to which pictures are reduced
 FEATURE_WIDTH = 16  # columns of cells that the model sees; as many rows as the aspect makes
