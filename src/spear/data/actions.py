@@ -12,7 +12,7 @@ known if it would have to be derived from a next state.
 
 import dataclasses
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -35,6 +35,18 @@ ACTION_RULES_VERSION = 4
 actions. Datasets that were prepared with an earlier number are then prepared again."""
 TIME_TOLERANCE_STEPS = 1e-6  # larger than the rounding error of times in resampling
 OPENING_TOLERANCE = 1e-3  # how far an opening may be outside 0 … 1
+
+
+class MaskedActions(NamedTuple):
+    """Canonical actions, of an episode or of a chunk, and a mask that says which of them count.
+
+    Attributes:
+        actions: [N, 8] float32.
+        mask: [N] bool, False for actions that are not known.
+    """
+
+    actions: Array
+    mask: Array
 
 
 def derive_actions(position: Array, rotation: Array, command: Array) -> Array:
@@ -62,20 +74,17 @@ def derive_actions(position: Array, rotation: Array, command: Array) -> Array:
     return actions
 
 
-def get_or_derive_actions(episode: Episode) -> tuple[Array, Array]:
+def get_or_derive_actions(episode: Episode) -> MaskedActions:
     """Get the canonical actions of an episode, at its own rate, and which of them are known.
 
     If the episode has no actions, they are derived: motions from its states, and gripper commands
     from the motion of its gripper (`infer_commands_from_motion`). Then the last action is unknown.
-
-    Returns:
-        Actions [T, 8], and a mask [T] bool that says which of them are known.
     """
     is_known = episode.action_mask
     if is_known is None:
         is_known = np.ones(len(episode), bool)
     if episode.action is not None:
-        return episode.action, is_known
+        return MaskedActions(episode.action, is_known)
 
     # After the last step, the opening is taken to stay, so that every step has a command.
     openings = np.append(episode.gripper, episode.gripper[-1])  # [T + 1]
@@ -83,7 +92,7 @@ def get_or_derive_actions(episode: Episode) -> tuple[Array, Array]:
     last_step = len(episode) - 1
     has_next_state = np.arange(len(episode)) < last_step  # [T]
     actions = derive_actions(episode.position, episode.rotation, command)
-    return actions, is_known & has_next_state
+    return MaskedActions(actions, is_known & has_next_state)
 
 
 def compose_action_groups(action_groups: Array) -> Array:
@@ -114,7 +123,7 @@ def add_actions(episode: Episode) -> Episode:
 
 def extract_chunk(
     actions: Array, is_known: Array, step: int, horizon: int = HORIZON
-) -> tuple[Array, Array]:
+) -> MaskedActions:
     """Extract the action chunk that starts at a step.
 
     The chunk has the known actions from `step` on, up to the episode's end or the first unknown
@@ -128,7 +137,7 @@ def extract_chunk(
         horizon: H, the number of actions in the chunk.
 
     Returns:
-        Actions [H, 8] float32, and a mask [H] bool that says which of them are training targets.
+        Actions [H, 8], and a mask [H] that says which of them are training targets.
     """
     is_known_in_chunk = is_known[step : step + horizon]  # fewer than H at the episode's end
     if is_known_in_chunk.all():
@@ -143,7 +152,7 @@ def extract_chunk(
     last_target_step = step + max(num_targets, 1) - 1
     chunk[num_targets:, 7] = actions[last_target_step, 7]
     is_target = np.arange(horizon) < num_targets  # [H]
-    return chunk, is_target
+    return MaskedActions(chunk, is_target)
 
 
 def resample_episode(episode: Episode, rate_hz: float = CONTROL_RATE_HZ) -> Episode:

@@ -142,7 +142,7 @@ class EpisodeStore:
             self.path,
             files,
             "copy those that are missing, with the same command as the others",
-            self._read_num_shards(),
+            self._read_num_expected_shards(),
         )
 
         self._shards = [open_shard(file) for file in files]
@@ -158,7 +158,7 @@ class EpisodeStore:
         )
         self.rates_hz: Array = np.concatenate([shard.rates_hz for shard in self._shards])
 
-    def _read_num_shards(self) -> int:
+    def _read_num_expected_shards(self) -> int:
         """Read how many shards a prepared folder should have; 0 for a recorded folder."""
         return int(self._read_request().get("shards", 0))
 

@@ -22,6 +22,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from spear.data.actions import add_actions, validate_episode
+from spear.data.frames import FrameVersions
 from spear.data.readers.dataset_layout import LAYOUT_FILE
 from spear.data.readers.video import VideoWriter
 from spear.data.store.stats import (
@@ -74,7 +75,7 @@ def write_lerobot(
     episodes: Iterable[Episode],
     folder: str | Path,
     images: Literal["image", "video"] = "image",
-    frames: Mapping[str, int] | None = None,
+    frames: FrameVersions | None = None,
 ) -> int:
     """Check episodes, and write them as a LeRobot v3.0 dataset.
 

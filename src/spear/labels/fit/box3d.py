@@ -651,16 +651,17 @@ SYMMETRIES = _list_vertex_relabelings()
 permuted vertices describe the same box."""
 
 
-def compute_vertex_error(a: Array, b: Array) -> float:
-    """The mean distance between corresponding vertices of two boxes.
+def compute_vertex_error(vertices: Array, other_vertices: Array) -> float:
+    """The mean distance between corresponding vertices of two boxes, in their unit.
 
     Which vertices correspond is decided by that one of a box's 48 symmetries for which the mean
     distance is smallest.
 
     Args:
-        a: [8, 3] vertices in the order of `order_vertices`.
-        b: [8, 3] vertices in the order of `order_vertices`.
+        vertices: [8, 3] of a box, in the order of `order_vertices`.
+        other_vertices: [8, 3] of the other box, in the same order.
     """
-    difference = np.asarray(a, np.float64)[SYMMETRIES] - np.asarray(b, np.float64)
+    relabeled_vertices = np.asarray(vertices, np.float64)[SYMMETRIES]  # [48, 8, 3]
+    difference = relabeled_vertices - np.asarray(other_vertices, np.float64)
     distances = np.linalg.norm(difference, axis=-1)
     return float(distances.mean(axis=1).min())

@@ -61,7 +61,9 @@ Random = np.random.Generator
 Drafter = Callable[[QuestionScene, Random], Draft | None]
 """Draws what to ask about in a scene; None if the scene does not allow the question that was
 drawn."""
-MeasureAnswer = Callable[[Question, Segments, LabeledImage], dict[str, float]]
+MeasureValues = dict[str, float]
+"""Name of a measure, such as "relative" → its value for one answer."""
+MeasureAnswer = Callable[[Question, Segments, LabeledImage], MeasureValues]
 """Computes measure → value for an answer with the right grammar, from the question with its true
 answer, the answer, and the label of the image."""
 ComputeErrorScales = Callable[[Question, LabeledImage], Array]

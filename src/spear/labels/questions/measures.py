@@ -10,6 +10,7 @@ pixels    mean distance of image locations, in pixels of the labeled image.
 
 import numpy as np
 
+from spear.labels.questions.interface import MeasureValues
 from spear.types import Array, LabeledImage, Pixel, Question, Segments
 
 MM_PER_M = 1000
@@ -33,7 +34,7 @@ def compute_error_scales_of_distances(question: Question, label: LabeledImage) -
 
 def measure_distance_errors(
     question: Question, answer: Segments, label: LabeledImage
-) -> dict[str, float]:
+) -> MeasureValues:
     """Measure the mean absolute error of one or more distances from the camera."""
     difference = np.abs(extract_numbers(answer) - extract_numbers(question.segments))
     scales = compute_error_scales_of_distances(question, label)
@@ -45,7 +46,7 @@ def measure_distance_errors(
 
 def measure_mean_point_error(
     question: Question, answer: Segments, label: LabeledImage, distance: float
-) -> dict[str, float]:
+) -> MeasureValues:
     """Measure how far the mean of the answer's points is from the mean of the true points.
 
     Args:
@@ -65,7 +66,7 @@ def measure_mean_point_error(
 
 def measure_image_point_errors(
     question: Question, answer: Segments, label: LabeledImage
-) -> dict[str, float]:
+) -> MeasureValues:
     """Measure the mean distance of image locations from the true ones."""
     offset = extract_image_points(answer) - extract_image_points(question.segments)
     pixels = np.linalg.norm(offset * (label.width, label.height), axis=1)

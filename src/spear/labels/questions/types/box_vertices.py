@@ -7,7 +7,12 @@ The answer has 24 numbers: x, y and z of each of the box's eight vertices, in th
 import numpy as np
 
 from spear.labels.fit.box3d import compute_iou_3d, fit_nearest_box
-from spear.labels.questions.interface import Measure, QuestionType, about_one_object
+from spear.labels.questions.interface import (
+    Measure,
+    MeasureValues,
+    QuestionType,
+    about_one_object,
+)
 from spear.labels.questions.measures import MM_PER_M, extract_numbers, measure_mean_point_error
 from spear.labels.questions.positions import get_box
 from spear.types import Array, LabeledImage, LabeledObject, Question, Segments
@@ -41,7 +46,7 @@ def _compute_error_scales(question: Question, label: LabeledImage) -> Array:
     return np.full(24, np.linalg.norm(center))
 
 
-def _measure(question: Question, answer: Segments, label: LabeledImage) -> dict[str, float]:
+def _measure(question: Question, answer: Segments, label: LabeledImage) -> MeasureValues:
     """Measure the errors of a box's center (the mean of the vertices), vertices and extent.
 
     vertex_relative  mean distance of the vertices, each from the true vertex with the same number,

@@ -11,6 +11,7 @@ import numpy as np
 from spear.labels.questions.interface import (
     MIN_RELATIVE_GAP,
     Measure,
+    MeasureValues,
     QuestionType,
     about_two_objects,
 )
@@ -57,7 +58,7 @@ def _answer(a: LabeledObject, b: LabeledObject, label: LabeledImage) -> Segments
     ]
 
 
-def _measure(question: Question, answer: Segments, label: LabeledImage) -> dict[str, float]:
+def _measure(question: Question, answer: Segments, label: LabeledImage) -> MeasureValues:
     """Measure the two distances, and the words that name the closer object.
 
     closer      whether the words name the right object as the closer one.

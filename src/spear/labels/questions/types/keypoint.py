@@ -8,6 +8,7 @@ import numpy as np
 
 from spear.labels.questions.interface import (
     Draft,
+    MeasureValues,
     QuestionScene,
     QuestionType,
     Random,
@@ -43,7 +44,7 @@ def _compute_error_scales(question: Question, label: LabeledImage) -> Array:
     return np.full(3, np.linalg.norm(extract_numbers(question.segments)))
 
 
-def _measure(question: Question, answer: Segments, label: LabeledImage) -> dict[str, float]:
+def _measure(question: Question, answer: Segments, label: LabeledImage) -> MeasureValues:
     """Measure the distance between the answered and the true point."""
     distance = float(_compute_error_scales(question, label)[0])  # the same for all numbers
     return measure_mean_point_error(question, answer, label, distance)

@@ -6,7 +6,7 @@ The answer has 3 numbers: the center of the second object minus the center of th
 
 import numpy as np
 
-from spear.labels.questions.interface import QuestionType, about_two_objects
+from spear.labels.questions.interface import MeasureValues, QuestionType, about_two_objects
 from spear.labels.questions.measures import measure_mean_point_error
 from spear.labels.questions.positions import compute_distance, get_box
 from spear.types import Array, LabeledImage, LabeledObject, Question, Segments
@@ -31,7 +31,7 @@ def _compute_error_scales(question: Question, label: LabeledImage) -> Array:
     return np.full(3, np.mean([distances[name] for name in question.objects]))
 
 
-def _measure(question: Question, answer: Segments, label: LabeledImage) -> dict[str, float]:
+def _measure(question: Question, answer: Segments, label: LabeledImage) -> MeasureValues:
     """Measure the distance between the ends of the answered and the true displacement."""
     distance = float(_compute_error_scales(question, label)[0])  # the same for all numbers
     return measure_mean_point_error(question, answer, label, distance)
