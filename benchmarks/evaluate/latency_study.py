@@ -11,12 +11,14 @@ tick of 200 ms, wherever another chunk takes over or the robot stops or starts a
 infers at every tick without latency (sync/1 at 0 ms) has seams everywhere: it is the baseline for
 smoothness.
 
-    python benchmarks/evaluate/latency_study.py [POLICY] [SCENES] [OUT] [--rows ROW …] [--guided]
+    python benchmarks/evaluate/latency_study.py [POLICY] [SCENES] [OUT] [--rows ROW …]
+        [--tasks FAMILY …] [--guided]
 
---rows runs these rows of the table alone (sync/5 async/1 …), for several processes side by side.
-Without it whatever is missing is run, and the table is printed. --guided adds a row with real-time
-chunking at inference (guidance.py), for policies of any training; it takes several times as long.
---quick tries the script on one scene of one family; its numbers say nothing.
+--tasks runs these task families alone. --rows runs these rows of the table alone (sync/5 async/1
+…), for several processes side by side. Without it whatever is missing is run, and the table is
+printed. --guided adds a row with real-time chunking at inference (guidance.py), for policies of any
+training; it takes several times as long. --quick tries the script on one scene of one family; its
+numbers say nothing.
 """
 
 from __future__ import annotations
@@ -247,13 +249,14 @@ def main(
     scenes: Positional[int] = 100,
     out: Positional[Path] = Path("runs/latency"),
     rows: tuple[str, ...] = (),
+    tasks: tuple[str, ...] = FAMILIES,
     guided: bool = False,
     quick: bool = False,
 ) -> None:
     """Run what is missing; print each cell as it is done and, at the end, tables in Markdown."""
-    families: tuple[str, ...] = FAMILIES
+    families = tasks
     if quick:
-        families = FAMILIES[:1]
+        families = tasks[:1]
         scenes = 1
         out = out / "quick"
     agent = load_agent(policy, device="cpu")

@@ -3,10 +3,11 @@
     python -m experiments.ablations.scores runs/ablations    # adds the finished scores of a run
 
 While a policy is being scored, its episodes are JSON lines in OUT/scores/KEY. This command copies
-those whose scenes have all ended into `results/scores.parquet`. A row is one episode. Its columns
-are the key of the scored training, the policy's name, the settings of the evaluation (JSON), the
-fields of `Outcome`, and two times: `seconds` is how long the episode ran, `wall` the time since the
-one before it ended. Older journals have no `wall`.
+those whose scenes have all ended into `results/scores.parquet`. A key may contain slashes: it is
+the path of the folder below OUT/scores. A row is one episode. Its columns are the key of the scored
+training, the policy's name, the settings of the evaluation (JSON), the fields of `Outcome`, and two
+times: `seconds` is how long the episode ran, `wall` the time since the one before it ended. Older
+journals have no `wall`.
 """
 
 import json
@@ -72,8 +73,8 @@ def find_key(prefix: str, path: Path = SCORES) -> str:
     return keys[0]
 
 
-def read_rows(folder: Path) -> Iterator[dict[str, Any]]:
-    """The rows of a finished scoring, OUT/scores/KEY, in the order of its journals."""
+def read_rows(folder: Path, key: str) -> Iterator[dict[str, Any]]:
+    """The rows of a finished scoring in the folder OUT/scores/KEY, in the order of its journals."""
     for journal in find_journals(folder):
         lines = [json.loads(line) for line in journal.read_text("utf-8").splitlines()]
         header = lines[0]
@@ -81,7 +82,7 @@ def read_rows(folder: Path) -> Iterator[dict[str, Any]]:
         for line in lines[1:]:
             if "scenes" in line:  # which scenes were to be run: here all of them
                 continue
-            yield {"key": folder.name, "policy": header["policy"], "settings": settings, **line}
+            yield {"key": key, "policy": header["policy"], "settings": settings, **line}
 
 
 def is_finished(folder: Path) -> bool:
@@ -97,18 +98,22 @@ def add_scores(out: Positional[Path], scores: Path = SCORES) -> None:
         out: folder of `python -m experiments.ablations`.
         scores: the file; scores of the same keys in it are replaced.
     """
-    folders = [folder for folder in sorted(out.glob("scores/*")) if is_finished(folder)]
-    rows = [row for folder in folders for row in read_rows(folder)]
+    rows: list[dict[str, Any]] = []
+    added_keys = []
+    for folder in sorted((out / "scores").rglob("*")):
+        if folder.is_dir() and is_finished(folder):
+            key = folder.relative_to(out / "scores").as_posix()
+            rows += read_rows(folder, key)
+            added_keys.append(key)
     table = pa.Table.from_pylist(rows, schema=SCHEMA)
     if scores.is_file():
         earlier = pq.read_table(scores)
-        keys = pa.array([folder.name for folder in folders], pa.string())
-        is_replaced = pc.is_in(earlier["key"], value_set=keys)
+        is_replaced = pc.is_in(earlier["key"], value_set=pa.array(added_keys, pa.string()))
         table = pa.concat_tables([earlier.filter(pc.invert(is_replaced)), table])
 
     scores.parent.mkdir(parents=True, exist_ok=True)
     pq.write_table(table.sort_by("key"), scores, compression="zstd", compression_level=19)
-    print(f"{scores}: {len(folders)} scores added, {table.num_rows} episodes in all")
+    print(f"{scores}: {len(added_keys)} scores added, {table.num_rows} episodes in all")
 
 
 if __name__ == "__main__":
