@@ -13,7 +13,7 @@ SEEDS=${SEEDS:-0 1 2}
 export OMP_NUM_THREADS=1
 TASKS="put_on put_in_basket spoon_on_towel"
 STEPS=${STEPS:-2000}
-SCENES=${SCENES:-40}  # of each task
+SCENES=${SCENES:-30}  # of each task
 
 train_policy() {  # REFERENCE SEED; the settings are those of experiments/ablations/rows.toml
     "$BIN/spear" train nano-vla --episodes "$RUNS/episodes" --init nano-vlm --seed "$2" \
