@@ -221,7 +221,7 @@ def test_a_policy_with_one_camera_is_served_to_a_robot_that_has_two() -> None:
     request = {**robot.example(), "seed": 1}
     service = Service(policy, robot, robot="droid")
 
-    assert service.warm_up() > 0
+    assert service.warm_up_and_count_rows() > 0
     (answer,) = service.answer([request])
 
     assert list(service.metadata["image_sizes"]) == ["external"]

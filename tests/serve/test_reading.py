@@ -80,8 +80,8 @@ def test_connections_that_wait_are_let_in_one_after_the_other() -> None:
         for number in range(4)
     ]
 
-    # The first one uses the burst. Each of the others waits until what was sent before is paid,
-    # and the turns of those who wait already: a second for each.
+    # A turn takes a second, and the burst pays for the first one. Each client that waits reserves
+    # its next turn, so the waits are 1, 2 + 1 and 3 + 2 seconds: turns sent and turns reserved.
     assert waits_s == [0, pytest.approx(1), pytest.approx(3), pytest.approx(5)]
 
 

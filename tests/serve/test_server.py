@@ -464,7 +464,7 @@ def test_rows_that_take_another_time_than_their_actions_bring_a_notice(
     service = Service(HomingPolicy(), dataclasses.replace(GENERIC, controls={"mine": control}))
 
     with no_warning() if is_right else pytest.warns(Notice, match="rate_hz"):
-        num_rows = service.warm_up()
+        num_rows = service.warm_up_and_count_rows()
 
     assert num_rows == 5 * rows_per_action
 

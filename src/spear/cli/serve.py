@@ -163,7 +163,7 @@ def _load_and_warm_up(options: ServeOptions) -> "tuple[Spear1Policy, Service]":
         quantize=options.quantize,
     )
     service = Service(policy, robot, options.policy, options.robot, options.control)
-    num_rows = service.warm_up()  # returns the number of commands in one answer
+    num_rows = service.warm_up_and_count_rows()  # returns the number of commands in one answer
     if options.protocol == "vla-eval":
         check_replan_interval(options.replan_steps, num_rows)
     policy.reset()

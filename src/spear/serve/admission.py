@@ -15,6 +15,7 @@ Connection = TypeVar("Connection")
 # Addresses with the same first 64 bits count as one, because a provider gives each customer at
 # least a network of that size.
 IPV6_NETWORK_BITS = 64
+WaitSeconds = float  # how long to wait until something is allowed
 MAX_BUCKETS = 1024  # when this many addresses have buckets, full buckets are forgotten
 
 
@@ -68,7 +69,7 @@ class TokenBucket:
         """Take the token of an event that `has_token` allowed."""
         self.num_tokens -= 1
 
-    def spend(self, num_tokens: float, now_s: float) -> float:
+    def spend(self, num_tokens: float, now_s: float) -> WaitSeconds:
         """Count what took many tokens; return the seconds until the bucket has no debt."""
         self._refill(now_s)
         self.num_tokens -= num_tokens

@@ -56,7 +56,7 @@ class RemotePolicy:
         self._greeting = b""
         self._connections: list[ClientConnection] = []
         self._lock = threading.Lock()  # one call at a time
-        self._open_connections(1)
+        self._ensure_connections(1)
 
     def infer(self, observation: Mapping[str, Any]) -> dict[str, Any]:
         """Infer the actions for one observation.
@@ -114,7 +114,7 @@ class RemotePolicy:
         """Send messages, one per connection, and receive their replies."""
         deadline = time.monotonic() + MAX_BUSY_S
         try:
-            self._open_connections(len(messages))
+            self._ensure_connections(len(messages))
             connections = self._connections[: len(messages)]
             for connection, message in zip(connections, messages, strict=True):
                 connection.send(message)
@@ -139,18 +139,18 @@ class RemotePolicy:
         """Make the error for a connection that was lost."""
         close_frame = getattr(error, "rcvd", None)
         if close_frame and close_frame.code == CloseCode.MESSAGE_TOO_BIG:
-            limit = _format_limit(close_frame.reason)
+            limit = _format_size_limit(close_frame.reason)
             return SpearError(
                 f"the observation is larger than the server takes{limit}."
                 " Send smaller images, or start the server with a larger --max-message-mib."
             )
         return SpearError(f"the server {self.url} has gone ({error}). Start it again.")
 
-    def _open_connections(self, num_connections: int) -> None:
+    def _ensure_connections(self, num_connections: int) -> None:
         """Connect until there are that many connections."""
         while len(self._connections) < num_connections:
             try:
-                greeting = self._open_connection()
+                greeting = self._connect_and_read_greeting()
             except InvalidStatus as error:
                 reason = (error.response.body or b"").decode(errors="replace").strip()
                 status = error.response.status_code
@@ -172,8 +172,8 @@ class RemotePolicy:
                 ) from error
             self._check_same_server(greeting)
 
-    def _open_connection(self) -> Any:
-        """Open one connection, and read the policy's properties from the server's greeting.
+    def _connect_and_read_greeting(self) -> Any:
+        """Open one more connection, and set the policy's properties from the server's greeting.
 
         Returns:
             The greeting as it was received.
@@ -208,13 +208,13 @@ class RemotePolicy:
             )
 
 
-def _format_limit(reason: str) -> str:
-    """Return the size limit that a server's reason names, in parentheses; "" if it names none.
+def _format_size_limit(close_reason: str) -> str:
+    """Return the size limit that a server's reason to close names, in parentheses; else "".
 
-    >>> _format_limit("frame with 400000 bytes exceeds limit of 300000 bytes")
+    >>> _format_size_limit("frame with 400000 bytes exceeds limit of 300000 bytes")
     ' (at most 300000 bytes)'
     """
-    limit = re.search(r"limit of (\d+) bytes", reason)
+    limit = re.search(r"limit of (\d+) bytes", close_reason)
     return f" (at most {limit[1]} bytes)" if limit else ""
 
 

@@ -113,13 +113,13 @@ class LimitedConnection(ServerConnection):
         self.unanswered_bytes = max(0, self.unanswered_bytes - self._current_message_bytes)
         self._current_message_bytes = 0
         message = await super().recv(decode)
-        self._release_message()
+        self._free_message_frames()
         data = message if isinstance(message, bytes) else message.encode()
         self._current_message_bytes = FRAME_HEADER_BYTES + len(data)
         return message
 
-    def _release_message(self) -> None:
-        """Take the data out of the frames of the next message.
+    def _free_message_frames(self) -> None:
+        """Free the data of the oldest message in `_unread_frames`.
 
         The parser keeps its last frame, so the frame's data would otherwise stay in memory until
         the client sends another frame.
@@ -155,7 +155,7 @@ class LimitedConnection(ServerConnection):
         # The connection itself stays until Python collects its cycles of references.
         self.protocol.reader.buffer.clear()
         while self._unread_frames:
-            self._release_message()
+            self._free_message_frames()
 
     def data_received(self, data: bytes) -> None:
         """Read data that has arrived, and check the limits in bytes."""

@@ -173,8 +173,8 @@ class LimitedListener(socket.socket):
         return False
 
 
-async def open_listeners(host: str, port: int) -> list[socket.socket]:
-    """Bind a socket to each address of a host, as asyncio does for its servers.
+async def bind_listeners(host: str, port: int) -> list[socket.socket]:
+    """Bind a socket to each address of a host, as asyncio does; the sockets do not listen yet.
 
     Raises:
         OSError: an address is taken or does not exist.

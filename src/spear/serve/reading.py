@@ -10,7 +10,7 @@ import math
 from collections.abc import Hashable
 from dataclasses import dataclass
 
-from spear.serve.admission import TokenBucket
+from spear.serve.admission import TokenBucket, WaitSeconds
 
 MIB = 2**20
 MAX_ADDRESSES = 1024  # when this many addresses are remembered, those without a debt are forgotten
@@ -62,7 +62,9 @@ class ReadingBudgets:
         self._budget_by_address: dict[str, TokenBucket] = {}
         self._senders: dict[Hashable, _Sender] = {}
 
-    def spend(self, connection: Hashable, address: str, num_bytes: int, now_s: float) -> float:
+    def spend(
+        self, connection: Hashable, address: str, num_bytes: int, now_s: float
+    ) -> WaitSeconds:
         """Count bytes that were read from a connection.
 
         Args:
@@ -83,7 +85,9 @@ class ReadingBudgets:
         address_wait_s = self._find_budget(address).spend(num_bytes, now_s)
         shared_wait_s = self._shared.spend(num_bytes - sender.num_reserved_bytes, now_s)
         sender.num_reserved_bytes = 0
-        if shared_wait_s == 0 or sender.rate_bytes_per_s <= self._compute_equal_share(now_s):
+        if shared_wait_s == 0 or sender.rate_bytes_per_s <= self._compute_equal_share_bytes_per_s(
+            now_s
+        ):
             return address_wait_s
         # Its turn comes when all is paid that was read or reserved before. Whoever waits next has
         # to wait for this turn, too.
@@ -97,7 +101,7 @@ class ReadingBudgets:
         if sender is not None:
             self._shared.spend(-sender.num_reserved_bytes, now_s)
 
-    def _compute_equal_share(self, now_s: float) -> float:
+    def _compute_equal_share_bytes_per_s(self, now_s: float) -> float:
         """Return the bytes per second for each connection if all active ones get the same."""
         num_active = sum(now_s - sender.updated_s < ACTIVE_S for sender in self._senders.values())
         return self._limits.bytes_per_s / num_active

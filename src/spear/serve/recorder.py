@@ -199,7 +199,7 @@ class RecordingWriter:
             if SHARD_NAME.fullmatch(path.name):
                 num_bytes = path.stat().st_size
                 num_image_bytes = path.with_suffix(".images").stat().st_size
-                self._sizes[path.name] = round_up_file_sizes(num_bytes, num_image_bytes)
+                self._sizes[path.name] = sum_disk_bytes(num_bytes, num_image_bytes)
 
     def add(self, exchange: Exchange) -> None:
         """Append an exchange to the episode of its client, or begin an episode with it."""
@@ -264,9 +264,7 @@ class RecordingWriter:
     def _update_size(self, episode: "_OpenEpisode") -> None:
         """Set the size of an episode's files in `_sizes`."""
         shard = episode.shard
-        self._sizes[shard.path.name] = round_up_file_sizes(
-            shard.num_table_bytes, shard.num_image_bytes
-        )
+        self._sizes[shard.path.name] = sum_disk_bytes(shard.num_table_bytes, shard.num_image_bytes)
 
     def _delete_oldest(self) -> None:
         """Delete the oldest episodes, also open ones, until the folder is within its bounds."""
@@ -320,7 +318,7 @@ class _OpenEpisode:
 
     def save(self, note: Mapping[str, str], is_complete: bool) -> None:
         """Write all steps up to now."""
-        episode = make_episode(self.exchanges, self._source)
+        episode = make_episode_without_images(self.exchanges, self._source)
         self.shard.save(episode, collect_answer_columns(self.exchanges), note, is_complete)
         self.has_unsaved_steps = False
         self.last_saved_s = time.monotonic()
@@ -332,7 +330,7 @@ def _get_episode_key(exchange: Exchange) -> tuple[Any, ...]:
     return exchange.observation[PROMPT_KEY], cameras, exchange.actions.shape, exchange.rows.shape
 
 
-def make_episode(exchanges: Sequence[Exchange], source: str) -> Episode:
+def make_episode_without_images(exchanges: Sequence[Exchange], source: str) -> Episode:
     """Make an episode without images of T exchanges.
 
     The action of a step is what the robot executed until its next observation: the first action of
@@ -411,8 +409,8 @@ def format_shard_name(start_time: datetime) -> str:
     return f"episodes-{start_time:%Y%m%dT%H%M%S}-{start_time:%f}Z.arrow"
 
 
-def round_up_file_sizes(*file_sizes: int) -> int:
-    """Add the sizes of files, each rounded up to whole blocks of a disk, at least one."""
+def sum_disk_bytes(*file_sizes: int) -> int:
+    """Return the bytes that files take on a disk: each its size, rounded up to whole blocks."""
     num_blocks = sum(max(1, math.ceil(num_bytes / FILE_BLOCK_BYTES)) for num_bytes in file_sizes)
     return num_blocks * FILE_BLOCK_BYTES
 

@@ -36,7 +36,7 @@ from spear.serve.access import (
 from spear.serve.batcher import Batcher, ClientGoneError, ServerBusyError
 from spear.serve.connection import ConnectionLimits, LimitedConnection
 from spear.serve.exchange import Exchange, Recorder
-from spear.serve.listener import LimitedListener, has_gone, open_listeners
+from spear.serve.listener import LimitedListener, bind_listeners, has_gone
 from spear.serve.memory import trim_memory_regularly
 from spear.serve.metrics import Metrics
 from spear.serve.options import ServeOptions
@@ -88,7 +88,7 @@ class PolicyServer:
         )
         self._metrics = Metrics(lambda: len(self._batcher), self._count_clients)
         if recorder:
-            self._metrics.count_unrecorded(lambda: recorder.num_dropped)
+            self._metrics.add_unrecorded_gauge(lambda: recorder.num_dropped)
         self._stop = asyncio.Event()
         self._is_draining = False
         self._num_unanswered = 0
@@ -146,7 +146,7 @@ class PolicyServer:
         """
         try:
             listener = LimitedListener(
-                await open_listeners(self.options.host, self.options.port),
+                await bind_listeners(self.options.host, self.options.port),
                 self.limits.admission,
                 self._answer_plain_request,
             )

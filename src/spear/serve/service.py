@@ -139,7 +139,7 @@ class Service:
                 result["policy_timing"] = timing
         return results
 
-    def warm_up(self) -> int:
+    def warm_up_and_count_rows(self) -> int:
         """Answer the embodiment's example, so that the first client does not have to wait.
 
         Prints a notice if the rows of the answer last for another time than the actions that they

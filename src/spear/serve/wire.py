@@ -109,11 +109,11 @@ def _decode_value(value: Any, path: str, depth: int = 0) -> Any:
     if isinstance(value, list):
         return [_decode_value(entry, path, depth + 1) for entry in value]
     if isinstance(value, memoryview):
-        return _decode_binary(value, path)
+        return _copy_small_binary(value, path)
     return value
 
 
-def _decode_binary(view: memoryview, path: str) -> bytes:
+def _copy_small_binary(view: memoryview, path: str) -> bytes:
     """Copy a binary that is not an array, so it has to be small."""
     if len(view) > MAX_BINARY_BYTES:
         raise SpearError(
