@@ -86,7 +86,7 @@ def test_a_known_mistake_is_measured(
 ) -> None:
     policy = ReplayPolicy(held_out, error_m)
 
-    summary = score_policy("replay", policy, held_out).summarize()
+    summary = score_policy("replay", policy, held_out).average_over_steps()
 
     error_mm = 1000 * error_m
     chunk_end_mm = 5 * error_mm  # the errors of the five actions of a chunk add up
@@ -148,11 +148,11 @@ def test_the_mean_action_is_that_of_the_training_episodes(
     first_prediction = baseline.predicted[0][0]
     np.testing.assert_allclose(first_prediction[:3], mean_translation, rtol=1e-5)
     # Steps have a standard deviation of 10 mm along each axis, so no constant comes near them all.
-    assert baseline.summarize()["translation_mm"].value > 5
+    assert baseline.average_over_steps()["translation_mm"].value > 5
 
 
 def test_two_episodes_have_no_interval(stores: tuple[EpisodeStore, EpisodeStore]) -> None:
-    summary = score_mean_action(*stores).summarize()
+    summary = score_mean_action(*stores).average_over_steps()
 
     assert np.isnan(summary["rotation_deg"].low)
 

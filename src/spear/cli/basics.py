@@ -271,11 +271,11 @@ def _load_intervening_policy(name: str | None) -> "InterveningPolicy | None":
     """Return the policy that takes turns with the expert; None if the user named none."""
     if name is None:
         return None
-    from spear.evaluate.agents import predict_next_action
+    from spear.evaluate.agents import predict_first_action
     from spear.policy import locate
     from spear.sim.record import InterveningPolicy
 
-    return InterveningPolicy(locate(name), predict_next_action)
+    return InterveningPolicy(locate(name), predict_first_action)
 
 
 class DemoOptions(Options):

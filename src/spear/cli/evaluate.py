@@ -162,7 +162,7 @@ def evaluate_libero(options: EvaluateLiberoOptions) -> None:
     from spear.evaluate.libero import environment
 
     if options.setup:
-        print(f"LIBERO is ready in {environment.install()}")
+        print(f"LIBERO is ready in {environment.install_in_folder()}")
         return
     environment.find_python()  # a missing one is reported before weights are loaded
 
@@ -324,7 +324,7 @@ def _read_learned_fingerprints(model: str) -> set[str]:
 
 def _print_open_loop_errors(scores: "Sequence[OpenLoopErrors]", num_episodes: int) -> None:
     """Print a table: a row per kind of error, a column per policy."""
-    summaries = [score.summarize() for score in scores]
+    summaries = [score.average_over_steps() for score in scores]
     # A column has 28 characters. Long names are paths of policies, which differ at their ends.
     names = [score.name[-26:] for score in scores]
     rows = [(format_count(num_episodes, "held-out episodes"), names)]

@@ -36,7 +36,8 @@ class Agent(Protocol):
                    or if a server does not send the identity.
     needs_images   whether `act` uses the cameras; if not, no images are rendered for it.
     image_sizes    camera → (width, height) of its images in the embedded simulator, px.
-    max_committed  longest committed prefix that the agent can continue.
+    max_committed  longest committed prefix, the actions of the running chunk with which the agent's
+                   next chunk can begin.
     """
 
     name: str
@@ -99,7 +100,7 @@ def _load_agent_on_one_thread(folder: Path) -> PolicyAgent:
     return PolicyAgent(Spear1Policy.load(folder), folder.name)
 
 
-def predict_next_action(
+def predict_first_action(
     folder: Path, observation: Mapping[str, Any], seed: int, step: int
 ) -> Array:
     """Predict the first action [8] of a policy's chunk, for the recording of corrections.

@@ -18,7 +18,7 @@ from spear.evaluate.agents import Agent
 from spear.evaluate.noise import NOISE_LEVELS, degrade_observation
 from spear.evaluate.options import TabletopOptions
 from spear.evaluate.results import Outcome, Results
-from spear.evaluate.runner import Film, run_evaluation
+from spear.evaluate.runner import Film, HasEnded, run_evaluation
 from spear.sim.env import MAX_STEPS, TabletopEnv
 from spear.sim.render import get_thread_renderer
 from spear.sim.scene import FAMILIES, SceneSpec, held_out_seeds, sample_scene
@@ -211,7 +211,7 @@ def count_latency_steps(latency_ms: float) -> int:
     return math.ceil(latency_steps - 1e-9)  # so that a rounding error adds no step
 
 
-def _step_until_inference_or_end(scene: _RunningScene) -> bool:
+def _step_until_inference_or_end(scene: _RunningScene) -> HasEnded:
     """Step a scene until its executor needs the next chunk, or until the episode ends.
 
     Returns:

@@ -43,7 +43,7 @@ class OpenLoopErrors:
     predicted: Sequence[Array]
     truth: Sequence[Array]
 
-    def summarize(self) -> dict[str, Estimate]:
+    def average_over_steps(self) -> dict[str, Estimate]:
         """Average each error over all steps.
 
         The intervals come from a bootstrap over whole episodes, because the steps of one episode

@@ -58,8 +58,8 @@ class EpisodeOptions(Options):
     """Replan interval: number of predicted actions that are executed before the next inference.
     Fewer react sooner and cost more inferences."""
     videos: Annotated[Films, Range(0)] = 0
-    """Number of successes and of failures per task to film; or failures, for a film of every
-    failure; or all."""
+    """Number of successes and of failures per task to film; or "failures", for a film of every
+    failure; or "all"."""
     out: OptionalFolder = None
     """Folder for the results. Outcomes are written as they come; episodes that it contains are not
     run again."""

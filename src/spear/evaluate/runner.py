@@ -22,6 +22,7 @@ from spear.util.progress import ProgressBar
 from spear.util.run_lock import acquire_run_lock
 
 Track = TypeVar("Track")
+HasEnded = bool  # whether an episode has ended
 
 
 @dataclass(frozen=True)
@@ -185,7 +186,7 @@ class _Evaluation(Generic[Track]):
         return films > 0 and self.simulator.has_cheap_tracks
 
     @property
-    def films_at_once(self) -> bool:
+    def makes_films_at_once(self) -> bool:
         """Whether each film is made when its episode ends, so that its track can be deleted.
 
         This is possible if `videos` is "all" or "failures", because an episode's outcome then says
@@ -209,7 +210,7 @@ class _Evaluation(Generic[Track]):
         with ProgressBar(title, len(seeds), "scenes", num_done_before=len(outcomes)) as bar:
             tracks = self._run_episodes(family, seeds, outcomes, bar)
             ended = [outcomes[seed] for seed in seeds]
-            seeds_without_track = self._make_films(ended, tracks)
+            seeds_without_track = self._make_films_and_list_seeds_without_track(ended, tracks)
             self._film_again(family, seeds, seeds_without_track, outcomes, bar)
         return ended
 
@@ -240,8 +241,8 @@ class _Evaluation(Generic[Track]):
                 # show the outcome that is in the journal.
                 if self.records_tracks and outcome == outcomes[outcome.seed]:
                     tracks[outcome.seed] = track
-                if self.films_at_once:
-                    self._make_films([outcomes[outcome.seed]], tracks)
+                if self.makes_films_at_once:
+                    self._make_films_and_list_seeds_without_track([outcomes[outcome.seed]], tracks)
                     tracks.clear()
                 num_successes = sum(outcome.success for outcome in outcomes.values())
                 bar.update(len(outcomes), f"{num_successes} succeeded")
@@ -268,13 +269,15 @@ class _Evaluation(Generic[Track]):
                 if outcome.seed not in seeds_to_film:
                     continue
                 if outcome == outcomes[outcome.seed]:
-                    self._make_films([outcome], {outcome.seed: track})
+                    self._make_films_and_list_seeds_without_track([outcome], {outcome.seed: track})
                 else:
                     bar.print_line(
                         f"no film of {family} {outcome.seed}: it ended differently when run again"
                     )
 
-    def _make_films(self, ended: Sequence[Outcome], tracks: Mapping[int, Track]) -> list[int]:
+    def _make_films_and_list_seeds_without_track(
+        self, ended: Sequence[Outcome], tracks: Mapping[int, Track]
+    ) -> list[int]:
         """Make the missing films of those episodes that the options select.
 
         Args:

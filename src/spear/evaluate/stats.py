@@ -225,7 +225,7 @@ def estimate_mean_over_seeds(success_by_family: Sequence[Array]) -> Estimate:
         success_by_family: For each task family: success [seeds, scenes] bool.
     """
     tables = _to_success_tables(success_by_family)
-    mean, half_width = _compute_crossed_interval(tables)
+    mean, half_width = _compute_crossed_mean_and_half_width(tables)
     counts = [(int(table.sum()), table.size) for table in tables]
     independent = estimate_mean_proportion(counts)  # as if all runs were independent
     return _widen_to_at_least(mean, half_width, narrowest=independent, min_value=0.0)
@@ -251,7 +251,7 @@ def estimate_difference_over_seeds(first: Sequence[Array], second: Sequence[Arra
     for first_table, second_table in zip(first_tables, second_tables, strict=True):
         differences.append(first_table.astype(float) - second_table)
         pairs.append((first_table.ravel().tolist(), second_table.ravel().tolist()))
-    mean, half_width = _compute_crossed_interval(differences)
+    mean, half_width = _compute_crossed_mean_and_half_width(differences)
     independent, _ = estimate_paired_difference(pairs)  # as if all runs were independent
     return _widen_to_at_least(mean, half_width, narrowest=independent, min_value=-1.0)
 
@@ -294,6 +294,8 @@ def _compute_clustered_wilson_interval(rate: float, units: Sequence[Array]) -> t
 
     # For each unit: the square of the sum of its samples' deviations from the rate.
     squared_deviations = sum((unit - rate).sum() ** 2 for unit in units)
+    # If all units have the same rate, such as 0, they do not show how dependent their samples are.
+    # Then each unit counts as one sample.
     effective_n: float = num_units
     if squared_deviations:
         # The mean of dependent samples has the variance squared_deviations · num_units /
@@ -353,8 +355,8 @@ def _is_success_table(table: Array, num_seeds: int) -> bool:
     return table.dtype == bool and table.ndim == 2 and table.size > 0 and len(table) == num_seeds
 
 
-def _compute_crossed_interval(tables: Sequence[Array]) -> tuple[float, float]:
-    """Estimate the mean of a crossed design (see the beginning of this file).
+def _compute_crossed_mean_and_half_width(tables: Sequence[Array]) -> tuple[float, float]:
+    """Estimate the mean of a crossed design and its interval (see the beginning of this file).
 
     Args:
         tables: [seeds, scenes] of each task family, with the same number of seeds.

@@ -288,9 +288,9 @@ def _tabulate_open_loop_errors(case: PolicyCase) -> list[tuple[str, str, str]]:
     sample = case.training.subset(np.unique(spread).tolist())
     try:
         with suppress_notices():
-            policy_errors = score_policy("policy", case.policy, sample).summarize()
+            policy_errors = score_policy("policy", case.policy, sample).average_over_steps()
             horizon = int(case.policy.model.config.horizon)
-            baseline_errors = score_mean_action(case.training, sample, horizon).summarize()
+            baseline_errors = score_mean_action(case.training, sample, horizon).average_over_steps()
     except SpearError:  # no episode is as long as a chunk
         return []
     rows = []

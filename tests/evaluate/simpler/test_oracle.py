@@ -133,7 +133,9 @@ class IdealRobot:
         offset = self.object_position - self.ee_position
         if np.linalg.norm(offset) < MAX_HELD_OFFSET_M:
             self.held_offset = offset
-            finger_axis = (self.link_rotation * DOWN.inv()).as_matrix()[:, 1]
+            # The fingers close along the y axis of the end-effector frame.
+            ee_rotation = self.link_rotation * DOWN.inv()
+            finger_axis = ee_rotation.as_matrix()[:, 1]
             long_axis = self.object_rotation.as_matrix()[:, 0]
             self.grasp_alignment = abs(float(finger_axis @ long_axis))
 

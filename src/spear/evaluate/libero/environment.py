@@ -39,8 +39,8 @@ def find_python() -> Path:
     return python
 
 
-def install() -> Path:
-    """Make the environment, or complete one whose installation was stopped.
+def install_in_folder() -> Path:
+    """Make the environment in `find_folder()`, or complete one whose installation was stopped.
 
     Returns:
         Its folder.

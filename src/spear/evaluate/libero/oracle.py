@@ -175,7 +175,7 @@ class Outline:
         inside = np.minimum(-self.measure_distance_to_sides(points), 0)
         return self.measure_distance(points) + inside
 
-    def find_way_out(self, point: Array) -> Array:
+    def find_exit_direction(self, point: Array) -> Array:
         """The direction [2] in which a point leaves the box soonest."""
         side = int(np.argmax(self._measure_excess(point)))
         axis = self.axes[:, side]
@@ -210,7 +210,7 @@ def is_fulfilled(condition: Sequence[str], moment: LiberoMoment) -> bool:
     if predicate == "turnon":
         return moment.joints[f"{name}_button"] > ON_ANGLE_RAD
     if predicate == "open":
-        joint, _ = _find_drawer(name)
+        joint, _ = _find_joint_and_cabinet(name)
         return moment.joints[joint] < -OPEN_DRAWER_M
     if predicate not in ("on", "in"):
         return False  # the oracle knows no other conditions, and waits
@@ -246,7 +246,7 @@ def _prepare_drawer(region: str, moment: LiberoMoment) -> Array | None:
     Returns:
         The next action; None when both is done.
     """
-    joint, cabinet = _find_drawer(region)
+    joint, cabinet = _find_joint_and_cabinet(region)
     if moment.joints[joint] > -ENOUGH_DRAWER_M:
         return _open_drawer(region, moment, FILLED_DRAWER_M)
     offset = moment.pose[:3] - _find_handle(region, moment)
@@ -463,9 +463,9 @@ def _carry(name: str, target_position: Array, moment: LiberoMoment) -> Array:
     facing = _face_down(_measure_yaw(moment.commanded))
     if _measure_angle_between(facing, moment.commanded[3:]) > MAX_UPRIGHT_RAD:
         facing = moment.commanded[3:]  # the object would be turned, too
-    way_out = _find_way_out(box, moment)
-    if way_out is not None:
-        return _move_posed(moment, moment.pose[:3] + way_out, facing, is_open=False)
+    move_out = _compute_move_from_under_drawer(box, moment)
+    if move_out is not None:
+        return _move_posed(moment, moment.pose[:3] + move_out, facing, is_open=False)
     offset = target_position[:2] - box.pose[:2]
     distance = float(np.linalg.norm(offset))
     goal = moment.pose[:3].copy()
@@ -484,8 +484,8 @@ def _carry(name: str, target_position: Array, moment: LiberoMoment) -> Array:
     return _move_posed(moment, goal, facing, is_open=should_open)
 
 
-def _find_way_out(box: Box, moment: LiberoMoment) -> Array | None:
-    """How a held object moves out from under an open drawer, [3] m; None if there is none above."""
+def _compute_move_from_under_drawer(box: Box, moment: LiberoMoment) -> Array | None:
+    """The next move [3] of a held object out from under a drawer, m; None if none is above."""
     outline = _make_outline(box)
     radius = float(outline.half_size.max())
     for cover in _list_open_drawers(moment):
@@ -494,7 +494,7 @@ def _find_way_out(box: Box, moment: LiberoMoment) -> Array | None:
         if room_above < 0 or is_beside:
             continue
         lift = float(np.clip(room_above - COVER_MARGIN_M, 0, MAX_STEP_M / 2))
-        return np.append(MAX_STEP_M * cover.find_way_out(outline.center), lift)
+        return np.append(MAX_STEP_M * cover.find_exit_direction(outline.center), lift)
     return None
 
 
@@ -546,7 +546,7 @@ def _turn_on(name: str, moment: LiberoMoment) -> Array:
 
 def _open_drawer(region: str, moment: LiberoMoment, target_m: float = math.inf) -> Array:
     """Take a drawer by its handle, from in front, and pull until it is open by `target_m`."""
-    joint, cabinet = _find_drawer(region)
+    joint, cabinet = _find_joint_and_cabinet(region)
     outward = _find_outward(moment.objects[cabinet])
     handle = _find_handle(region, moment)
     facing = _face_sideways(math.atan2(outward[1], outward[0]), moment)
@@ -589,7 +589,7 @@ def _open_drawer(region: str, moment: LiberoMoment, target_m: float = math.inf) 
 
 
 def _is_drawer(place_name: str, moment: LiberoMoment) -> bool:
-    return place_name in moment.regions and _find_drawer(place_name)[0] in moment.joints
+    return place_name in moment.regions and _find_joint_and_cabinet(place_name)[0] in moment.joints
 
 
 def _find_outward(cabinet: Box) -> Array:
@@ -600,20 +600,20 @@ def _find_outward(cabinet: Box) -> Array:
 
 def _find_handle(region: str, moment: LiberoMoment) -> Array:
     """Compute the middle of a drawer's handle [3]."""
-    _, cabinet = _find_drawer(region)
+    _, cabinet = _find_joint_and_cabinet(region)
     middle = moment.regions[region].pose[:3]
     handle = middle + HANDLE_DISTANCE_M * _find_outward(moment.objects[cabinet])
     return handle + np.array([0, 0, HANDLE_HEIGHT_M])
 
 
-def _find_drawer(region: str) -> tuple[str, str]:
+def _find_joint_and_cabinet(drawer_region: str) -> tuple[str, str]:
     """Return the names of the joint and of the cabinet of a drawer's region.
 
     Example:
-        >>> _find_drawer("wooden_cabinet_1_middle_region")
+        >>> _find_joint_and_cabinet("wooden_cabinet_1_middle_region")
         ('wooden_cabinet_1_middle_level', 'wooden_cabinet_1')
     """
-    drawer = region.removesuffix("_region")
+    drawer = drawer_region.removesuffix("_region")
     cabinet = drawer.rsplit("_", 1)[0]
     return f"{drawer}_level", cabinet
 
@@ -635,8 +635,9 @@ def _face_sideways(yaw: float, moment: LiberoMoment) -> Array:
     return min(candidates, key=lambda facing: _measure_angle_between(facing, moment.commanded[3:]))
 
 
-def _measure_angle_between(first: Array, second: Array) -> float:
-    return float(quat_distance(torch.from_numpy(first), torch.from_numpy(second)))
+def _measure_angle_between(first_quat: Array, second_quat: Array) -> float:
+    """Measure the angle of the rotation between two orientations [4], rad."""
+    return float(quat_distance(torch.from_numpy(first_quat), torch.from_numpy(second_quat)))
 
 
 def _retreat(moment: LiberoMoment) -> Array:
@@ -686,7 +687,7 @@ def _list_obstacles(moment: LiberoMoment, ignored: Sequence[str]) -> list[Outlin
     for region in moment.regions:
         if not _is_drawer(region, moment):
             continue
-        _, cabinet = _find_drawer(region)
+        _, cabinet = _find_joint_and_cabinet(region)
         box = moment.objects[cabinet]
         drawers.append(_find_drawer_box(region, moment))
         # The cabinet's box includes the handles of closed drawers. They move with the drawers.
@@ -701,7 +702,7 @@ def _list_open_drawers(moment: LiberoMoment) -> list[Outline]:
     for region in moment.regions:
         if not _is_drawer(region, moment):
             continue
-        joint, _ = _find_drawer(region)
+        joint, _ = _find_joint_and_cabinet(region)
         if moment.joints[joint] < -MIN_COVER_M:
             box = _find_drawer_box(region, moment)
             without_handle = box.low + np.array([0, HANDLE_DEPTH_M, 0])
@@ -711,7 +712,7 @@ def _list_open_drawers(moment: LiberoMoment) -> list[Outline]:
 
 def _find_drawer_box(region: str, moment: LiberoMoment) -> Box:
     """The box from a drawer's handle, wherever that is, to the back of its cabinet."""
-    joint, cabinet = _find_drawer(region)
+    joint, cabinet = _find_joint_and_cabinet(region)
     box = moment.objects[cabinet]
     height = moment.regions[region].pose[2] - box.pose[2]
     # A drawer slides along the cabinet's -y axis, and its joint is negative when it is open.

@@ -40,7 +40,7 @@ from spear.evaluate.libero.suites import (
 )
 from spear.evaluate.options import LiberoOptions
 from spear.evaluate.results import Outcome, Results
-from spear.evaluate.runner import Film, run_evaluation
+from spear.evaluate.runner import Film, HasEnded, run_evaluation
 from spear.evaluate.stats import Estimate, estimate_mean_proportion
 from spear.types import Array
 
@@ -292,7 +292,7 @@ class Libero:
         chunk: Array,
         observation: CheckedObservation,
         needs_pictures: bool,
-    ) -> bool:
+    ) -> HasEnded:
         """Step one scene until the next inference is due. Returns True if its episode has ended."""
         check_replan_interval(self._options.replan_steps, len(chunk))
         suite, _ = parse_task(scene.task)

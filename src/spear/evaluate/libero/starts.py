@@ -74,7 +74,7 @@ def sample_start(official: Mapping[str, Array], seed: int, attempt: int = 0) -> 
             if heights[is_member].min() > RAISED_M:
                 shifts[is_member] *= MAX_RAISED_SHIFT_M / MAX_SHIFT_M
         new_positions = old_positions[:, :2] + shifts
-        is_new = measure_margin(positions[:, :, :2], new_positions) > MARGIN_M
+        is_new = measure_distance_from_official(positions[:, :, :2], new_positions) > MARGIN_M
         if is_new and _has_gaps(old_positions[:, :2], new_positions, group_of_object):
             joints = rng.uniform(-MAX_JOINT_TURN_RAD, MAX_JOINT_TURN_RAD, 7)
             objects = {}
@@ -87,17 +87,17 @@ def sample_start(official: Mapping[str, Array], seed: int, attempt: int = 0) -> 
     )
 
 
-def measure_margin(official: Array, start: Array) -> float:
+def measure_distance_from_official(official_positions: Array, start_positions: Array) -> float:
     """Measure how much a start differs from the most similar official state, m.
 
     The difference of two states is the distance between the two positions of the object that is
     moved most.
 
     Args:
-        official: [S, objects, 2] positions in all official states, m.
-        start: [objects, 2] positions in the start, m.
+        official_positions: [S, objects, 2] positions in all official states, m.
+        start_positions: [objects, 2] positions in the start, m.
     """
-    distances = np.linalg.norm(official - start, axis=-1)  # [S, objects]
+    distances = np.linalg.norm(official_positions - start_positions, axis=-1)  # [S, objects]
     return float(distances.max(axis=1).min())
 
 

@@ -58,8 +58,8 @@ class LiberoTask:
         task_index: number of the task in its suite, from 0.
         seed: seed of the environment. It draws where the cabinet and the stove stand, which the
             official states do not contain.
-        fast_rendering: whether pictures are rendered without multisampling and without reflections,
-            and of meshes with fewer triangles.
+        fast_rendering: whether pictures are rendered without multisampling, without reflections
+            and from meshes with fewer triangles.
     """
 
     def __init__(self, suite: str, task_index: int, seed: int, fast_rendering: bool) -> None:
@@ -114,7 +114,7 @@ class LiberoTask:
         Loose objects are those that are not part of the room's furniture.
         """
         if not self._is_prepared:
-            self._reset_environment()
+            self._soft_reset_environment()
         model = self._env.sim.model
         positions = {}
         for name, loose_object in self._env.env.objects_dict.items():
@@ -146,7 +146,7 @@ class LiberoTask:
             self._env.seed(self._seed)
             self._num_resets = 0
         while self._num_resets < num_resets:
-            self._reset_environment()
+            self._soft_reset_environment()
         self._env.set_init_state(self._states[state_index])
         if changes is not None:
             self._change_state(changes)
@@ -326,7 +326,7 @@ class LiberoTask:
                     instances[geoms == geom] = number
         return instances, names
 
-    def _reset_environment(self) -> None:
+    def _soft_reset_environment(self) -> None:
         """Reset robosuite's environment.
 
         A hard reset would build the model again. A soft one gives the same to the bit, and takes a
@@ -338,7 +338,7 @@ class LiberoTask:
         self._env.env.robots[0].gripper.current_action[:] = 0
         if not self._is_prepared:
             self._is_prepared = True
-            self._boxes = self._measure_boxes()
+            self._boxes = self._measure_low_and_high_corners()
 
     def _step(self, command: Sequence[float] | Array) -> bool:
         """Execute one command of the controller. Returns whether the task is fulfilled.
@@ -504,8 +504,11 @@ class LiberoTask:
             "steps": self._num_steps,
         }
 
-    def _measure_boxes(self) -> dict[str, tuple[Array, Array]]:
-        """The box of every object and fixture around its shapes, in the frame of its body."""
+    def _measure_low_and_high_corners(self) -> dict[str, tuple[Array, Array]]:
+        """Name of each object and fixture → the smallest and the largest x, y and z of its shapes.
+
+        Both are [3], in the frame of its body, m.
+        """
         environment = self._env.env
         boxes = {}
         for name in (*environment.objects_dict, *environment.fixtures_dict):
