@@ -15,7 +15,7 @@ from spear.labels.fit.box3d import fit_nearest_box
 from spear.policy import Spear1Policy, VlmBundle, load_vlm
 from spear.report.draw import draw_label
 from spear.sim.env import MAX_STEPS, TabletopEnv
-from spear.sim.render import get_thread_renderer, intrinsics
+from spear.sim.render import compute_intrinsics, get_thread_renderer
 from spear.sim.scene import SOURCE_INDEX, TARGET_INDEX
 from spear.types import Array, LabeledImage, LabeledObject
 from spear.util.images import encode_jpeg
@@ -53,13 +53,13 @@ def predict_boxes(env: TabletopEnv, vlm: VlmBundle) -> list[LabeledObject]:
 
 def show(env: TabletopEnv, objects: list[LabeledObject]) -> Image.Image:
     """The external camera's view, larger than the policy's, with boxes."""
-    (pixels,) = get_thread_renderer().images(env.world, [("external", SHOWN_SIZE_PX)])
+    (pixels,) = get_thread_renderer().render_images(env.world, [("external", SHOWN_SIZE_PX)])
     width, height = SHOWN_SIZE_PX
     label = LabeledImage(
         image=encode_jpeg(pixels),
         width=width,
         height=height,
-        intrinsics=intrinsics(env.world, "external", SHOWN_SIZE_PX),
+        intrinsics=compute_intrinsics(env.world, "external", SHOWN_SIZE_PX),
         objects=objects,
         unit="metre",
         source="film",

@@ -39,7 +39,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 import torch
 
-from spear.embodiments.actions import measure_lengths, validate_chunk
+from spear.embodiments.actions import measure_lengths_and_angles, validate_chunk
 from spear.errors import SpearError, check_known, notice
 from spear.geometry import (
     action_between_poses,
@@ -294,7 +294,9 @@ class ChunkExecutor:
         actions = _join_to_executed(chunk.actions, executed_actions, num_executed, gripper_change)
 
         # The largest translation (m) and rotation (rad) of an action before joining, [2].
-        max_lengths = measure_lengths(np.stack([*chunk.actions, *executed_actions])).max(axis=0)
+        max_lengths = measure_lengths_and_angles(np.stack([*chunk.actions, *executed_actions])).max(
+            axis=0
+        )
         max_lengths = np.maximum(max_lengths, (MIN_LONGEST_STEP_M, MIN_LONGEST_TURN_RAD))
 
         steps = []
@@ -308,7 +310,7 @@ class ChunkExecutor:
             num_ticks = 1
             if gripper_change is not None and 0 < gripper_change - index <= NUM_SLOW_ACTIONS:
                 num_ticks = max(1, round(fraction * (1 + chunk.delay_ticks)))
-            relative_length = (measure_lengths(action) / max_lengths).max()
+            relative_length = (measure_lengths_and_angles(action) / max_lengths).max()
             # Rounding errors of up to a thousandth do not cost a tick.
             num_ticks = max(num_ticks, math.ceil(relative_length - 1e-3))
 

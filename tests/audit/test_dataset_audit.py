@@ -35,7 +35,7 @@ from spear.data.options import Conversion
 from spear.data.readers.dataset_layout import REGISTRY
 from spear.data.store.episode_store import append_episodes
 from spear.data.store.prepare import prepare
-from spear.embodiments.kinematics import compute_franka_pose
+from spear.embodiments.kinematics import compute_franka_ee_poses
 from spear.report.audit import advise, conclude, format_report, write_audit_page
 
 RATE_HZ = 10.0
@@ -712,7 +712,7 @@ def test_poses_logged_by_a_franka_are_compared_with_the_frame_of_its_hand() -> N
         frequency = rng.uniform(1, 4, 7)
         phase = rng.uniform(0, 6, 7)
         joints = center + 0.25 * np.sin(frequency * time_s + phase)
-        position, orientation = compute_franka_pose(joints)
+        position, orientation = compute_franka_ee_poses(joints)
         half_turn = Rotation.from_euler("x", np.pi)
         hand = Rotation.from_quat(orientation, scalar_first=True) * half_turn
         z_of_hand_in_base = hand.as_matrix()[:, 2, 2]

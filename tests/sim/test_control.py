@@ -21,7 +21,7 @@ from spear.embodiments.inverse_kinematics import (
     compute_ee_pose,
     solve_joints,
 )
-from spear.embodiments.kinematics import compute_franka_pose
+from spear.embodiments.kinematics import compute_franka_ee_poses
 from spear.sim.control import (
     MIN_EE_HEIGHT_M,
     PHYSICS_STEPS_PER_CONTROL_STEP,
@@ -45,7 +45,7 @@ def to_rotation(quaternion: np.ndarray) -> Rotation:
 
 def test_forward_kinematics_equal_the_published_parameters() -> None:
     joints = np.random.default_rng(0).uniform(JOINT_LOWER_RAD, JOINT_UPPER_RAD, (50, 7))
-    expected_positions, expected_rotations = compute_franka_pose(joints)
+    expected_positions, expected_rotations = compute_franka_ee_poses(joints)
 
     for i in range(len(joints)):
         position, rotation = compute_ee_pose(joints[i])

@@ -82,7 +82,7 @@ def test_an_object_seen_whole_fills_its_box() -> None:
 def test_the_table_is_flat_at_zero_height(renderer: Renderer) -> None:
     world = World(sample_scene("stack_cube", 5))
     frame = render_frame(world, "external", SIZE)
-    _, _, geom_ids = renderer.render_layers(world, "external", SIZE)
+    _, _, geom_ids = renderer.render_image_depth_and_geom_ids(world, "external", SIZE)
     is_table = geom_ids.ravel() == world.model.geom("table").id
 
     # From the camera frame to the base frame.
@@ -106,7 +106,7 @@ def test_the_gripper_is_an_instance() -> None:
 def test_images_and_labeled_frames_show_the_same(renderer: Renderer, size: tuple[int, int]) -> None:
     world = World(sample_scene("put_on", 6))
 
-    image, wrist_image = renderer.images(world, [("external", size), ("wrist", (60, 90))])
+    image, wrist_image = renderer.render_images(world, [("external", size), ("wrist", (60, 90))])
 
     np.testing.assert_array_equal(image, render_frame(world, "external", size).image)
     # The images are not empty, also not in their last rows.

@@ -12,7 +12,7 @@ from spear.sim.objects import TASK_FREE_KINDS
 from spear.sim.render import render_frame
 from spear.sim.scene import sample_clutter_scene, sample_scene
 from spear.sim.world import GRIPPER_NAME, World
-from spear.sim.worlds import CameraOrbit, lab_of_scene, place_in_world, without_robot
+from spear.sim.worlds import CameraOrbit, lab_of_scene, place_in_world, with_invisible_robot
 
 
 @pytest.mark.parametrize("world", ["wild", "varied", "colorful", "lab:3", "colorful-lab:3"])
@@ -114,7 +114,7 @@ def test_pictures_without_the_robot_do_not_show_it() -> None:
     scene = place_in_world(sample_clutter_scene(10_004), "wild")
 
     rendered = render_frame(World(scene), "external", (168, 126))
-    hidden = render_frame(World(without_robot(scene)), "external", (168, 126))
+    hidden = render_frame(World(with_invisible_robot(scene)), "external", (168, 126))
 
     assert GRIPPER_NAME in rendered.names.values()
     assert GRIPPER_NAME not in hidden.names.values()

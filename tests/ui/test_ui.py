@@ -47,7 +47,7 @@ pytest.importorskip("mujoco")
 
 from spear.evaluate import closed_loop
 from spear.sim.env import TabletopEnv
-from spear.sim.render import camera_pose, compute_object_boxes
+from spear.sim.render import compute_camera_pose, compute_object_boxes
 from spear.ui import episodes
 from spear.ui import page as pages
 from spear.ui.episodes import EpisodeFolder
@@ -671,7 +671,7 @@ def test_boxes_are_those_of_spear_vlm_with_their_true_errors(
 
     boxes = tab.ask("boxes", objects=names)["boxes"]
 
-    pose = camera_pose(env.world, "external")  # [4, 4] in the base frame
+    pose = compute_camera_pose(env.world, "external")  # [4, 4] in the base frame
     for number, (box, answer) in enumerate(zip(boxes, answers, strict=True), start=1):
         vertices = np.reshape(answer.values, (8, 3))  # in the camera frame
         np.testing.assert_allclose(box["vertices"], vertices)

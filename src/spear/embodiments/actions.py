@@ -51,7 +51,7 @@ def validate_chunk(actions: Array) -> Array:
             "--embodiment generic."
         )
     # [2] the length (m) and the turn (rad) of the longest actions
-    max_length_m, max_turn_rad = measure_lengths(actions).max(axis=0, initial=0)
+    max_length_m, max_turn_rad = measure_lengths_and_angles(actions).max(axis=0, initial=0)
     if max_length_m > MAX_ACTION_LENGTH_M or max_turn_rad > MAX_ACTION_TURN_RAD:
         raise SpearError(
             f"the policy wants to go {max_length_m:.2g} m, or turn by {max_turn_rad:.2g} rad, "
@@ -61,7 +61,7 @@ def validate_chunk(actions: Array) -> Array:
     return actions
 
 
-def measure_lengths(actions: Array) -> Array:
+def measure_lengths_and_angles(actions: Array) -> Array:
     """Measure the length of the translation (m) and the angle of the rotation (rad) of actions.
 
     Args:

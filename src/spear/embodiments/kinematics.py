@@ -47,7 +47,7 @@ _LINKS = (
 """Franka's published parameters: https://frankaemika.github.io/docs/control_parameters.html."""
 
 
-def compute_franka_pose(joints: Array, source: str = "") -> tuple[Array, Array]:
+def compute_franka_ee_poses(joints: Array, source: str = "") -> tuple[Array, Array]:
     """Compute the end-effector poses of a Franka from its joint angles.
 
     The pose is that of our end-effector frame: between the finger tips of Franka's own hand, and
@@ -66,7 +66,7 @@ def compute_franka_pose(joints: Array, source: str = "") -> tuple[Array, Array]:
 
     Example:
         >>> joints = np.array([[0, -0.785, 0, -2.356, 0, 1.571, 0.785]])
-        >>> position, rotation = compute_franka_pose(joints)
+        >>> position, rotation = compute_franka_ee_poses(joints)
         >>> position.round(2) + 0.0
         array([[0.31, 0.  , 0.49]])
     """

@@ -85,7 +85,7 @@ def observe(observation: Observation) -> dict[str, Any]:
 
     hand_rotation = quat_exp(torch.from_numpy(np.float64(vector)))
     rotation = quat_multiply(hand_rotation, quat_conjugate(HAND_ROTATION)).numpy()
-    base_position = _read_base_position(observation, position)
+    base_position = _read_or_guess_base_position(observation, position)
     state = make_state(position - base_position, rotation, opening, f"{OBSERVED_STATE_KEY}[3:6]")
 
     images = {}
@@ -94,8 +94,8 @@ def observe(observation: Observation) -> dict[str, Any]:
     return {**images, STATE_KEY: state, PROMPT_KEY: read_prompt(observation)}
 
 
-def _read_base_position(observation: Observation, ee_position: Array) -> Array:
-    """Return the position of the robot's base [3] in the world.
+def _read_or_guess_base_position(observation: Observation, ee_position: Array) -> Array:
+    """Return the position of the robot's base [3] in the world, or the likely one.
 
     openpi's client does not send this position. If it is missing, the height of the end-effector
     (`ee_position`, [3] in the world) says in which kind of scene the robot is.

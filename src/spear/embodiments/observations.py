@@ -390,7 +390,7 @@ def read_arm(
     image_key: str = IMAGE_KEY,
     prompt_key: str = PROMPT_KEY,
 ) -> dict[str, Any]:
-    """Read the observation of a robot with one camera.
+    """Convert the observation of a robot with one camera to one of `spear.types.Policy`.
 
     Args:
         observation: the robot's observation.

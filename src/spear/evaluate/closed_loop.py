@@ -196,7 +196,7 @@ class _Tabletop:
             world.data.qpos[:] = joint_positions
             mujoco.mj_forward(world.model, world.data)
             is_last = step == len(track) - 1
-            external, wrist = get_thread_renderer().images(world, views)
+            external, wrist = get_thread_renderer().render_images(world, views)
             yield film.compose_frame(
                 external,
                 wrist,

@@ -50,6 +50,8 @@ MIN_EE_HEIGHT_M = 0.004  # the target is never lower above the table than this
 REACHED_TOLERANCE_M = 0.004
 REACHED_TOLERANCE_RAD = np.deg2rad(2.0)
 
+IsOutOfReach = bool  # whether an action asks for a pose that the arm cannot reach
+
 
 class Servo:
     """Moves the arm of one world. Poses are in meters, quaternions (w, x, y, z), base frame."""
@@ -92,7 +94,7 @@ class Servo:
         mujoco.mj_kinematics(self._model, self._data)
         self._target_position, self._target_rotation = compute_ee_pose(self._joint_command)
 
-    def move(self, translation: Floats, rotation: Floats, opening: float) -> bool:
+    def move(self, translation: Floats, rotation: Floats, opening: float) -> IsOutOfReach:
         """Move the target, and run the physics for one control step.
 
         Args:
@@ -104,7 +106,9 @@ class Servo:
             Whether the target was out of reach.
         """
         # The new target, and joint angles with which the arm reaches the target.
-        target_position, target_rotation, is_too_low = self._add_to_target(translation, rotation)
+        target_position, target_rotation, is_too_low = self._compute_next_target(
+            translation, rotation
+        )
         joints = solve_joints(self._joint_command, target_position, target_rotation)
         reached_position, reached_rotation = compute_ee_pose(joints)
         is_missed = _is_target_missed(
@@ -142,7 +146,9 @@ class Servo:
         self._joint_command = joints
         return bool(is_missed or is_too_low)
 
-    def _add_to_target(self, translation: Floats, rotation: Floats) -> tuple[Floats, Floats, bool]:
+    def _compute_next_target(
+        self, translation: Floats, rotation: Floats
+    ) -> tuple[Floats, Floats, bool]:
         """Return the target after an action, without changing the stored target.
 
         Returns:

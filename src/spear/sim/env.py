@@ -143,7 +143,7 @@ class TabletopEnv(gymnasium.Env[Observation, NDArray[np.floating]]):
             "prompt": self.world.spec.instruction,
         }
         if self.images:
-            images = get_thread_renderer().images(self.world, list(self.image_sizes.items()))
+            images = get_thread_renderer().render_images(self.world, list(self.image_sizes.items()))
             for camera, image in zip(self.image_sizes, images, strict=True):
                 observation[camera_key(camera)] = image
         return observation
@@ -156,7 +156,7 @@ class TabletopEnv(gymnasium.Env[Observation, NDArray[np.floating]]):
     def render(self) -> NDArray[np.uint8]:
         """Return the external camera's image."""
         view = ("external", self.image_sizes["external"])
-        return get_thread_renderer().images(self.world, [view])[0]
+        return get_thread_renderer().render_images(self.world, [view])[0]
 
     def _update_info(self, is_unreachable: bool) -> dict[str, Any]:
         """Measure the milestones, add them to those so far, and return `info` with both."""

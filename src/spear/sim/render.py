@@ -80,7 +80,7 @@ class Renderer:
         self._camera.type = mujoco.mjtCamera.mjCAMERA_FIXED
         self._perturbation = mujoco.MjvPerturb()  # MuJoCo requires one; this one moves nothing
 
-    def images(
+    def render_images(
         self, world: World, views: Sequence[tuple[str, ImageSize]]
     ) -> list[NDArray[np.uint8]]:
         """Render one image [h, w, 3] uint8 per (camera name, size), in the order of the views."""
@@ -105,7 +105,7 @@ class Renderer:
             images.append(np.ascontiguousarray(view[::-1]))  # OpenGL's rows go from the bottom up
         return images
 
-    def render_layers(
+    def render_image_depth_and_geom_ids(
         self, world: World, camera: str, size: ImageSize
     ) -> tuple[NDArray[np.uint8], NDArray[np.float32], NDArray[np.int32]]:
         """Render what one camera sees.
@@ -230,7 +230,9 @@ def render_frame(world: World, camera: str, size: ImageSize) -> Frame:
         size: (width, height), pixels.
     """
     check_known("camera", list_cameras(), camera)
-    image, depth_m, geom_ids = get_thread_renderer().render_layers(world, camera, size)
+    image, depth_m, geom_ids = get_thread_renderer().render_image_depth_and_geom_ids(
+        world, camera, size
+    )
     instances = world.instance_of_geom[geom_ids]  # [h, w]; geom id -1 is the last entry, 0
     ids, num_pixels = np.unique(instances, return_counts=True)
     visible = []
@@ -241,7 +243,7 @@ def render_frame(world: World, camera: str, size: ImageSize) -> Frame:
 
     # Boxes in the camera frame. Multiplying row vectors by the rotation from camera to base turns
     # them from base to camera, because the inverse of a rotation is its transpose.
-    pose = camera_pose(world, camera)
+    pose = compute_camera_pose(world, camera)
     camera_position = pose[:3, 3]
     camera_to_base = pose[:3, :3]
     base_boxes = compute_object_boxes(world)
@@ -253,7 +255,7 @@ def render_frame(world: World, camera: str, size: ImageSize) -> Frame:
         depth=depth_m,
         instances=instances,
         names={instance: _get_instance_name(world, instance) for instance in visible},
-        intrinsics=intrinsics(world, camera, size),
+        intrinsics=compute_intrinsics(world, camera, size),
         extrinsics=pose,
         boxes=boxes,
         source=f"sim/{world.spec.family}/{world.spec.seed}/{camera}",
@@ -272,7 +274,7 @@ def _get_instance_name(world: World, instance: int) -> str:
     return GRIPPER_NAME
 
 
-def intrinsics(world: World, camera: str, size: ImageSize) -> NDArray[np.float64]:
+def compute_intrinsics(world: World, camera: str, size: ImageSize) -> NDArray[np.float64]:
     """The camera's pinhole matrix [3, 3], in pixels; pixel centers are at integer + 0.5.
 
     Pixels are square, and the principal point is in the middle of the image.
@@ -283,7 +285,7 @@ def intrinsics(world: World, camera: str, size: ImageSize) -> NDArray[np.float64
     return np.array([[focal_px, 0, width / 2], [0, focal_px, height / 2], [0, 0, 1.0]])
 
 
-def camera_pose(world: World, camera: str) -> NDArray[np.float64]:
+def compute_camera_pose(world: World, camera: str) -> NDArray[np.float64]:
     """The camera's pose [4, 4] in the base frame; its axes are x right, y down, z forward."""
     index = world.model.camera(camera).id
     pose = np.eye(4)

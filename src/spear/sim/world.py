@@ -103,7 +103,7 @@ class World:
     def _make_body(self, index: int, kind_name: str) -> Body:
         """Return what the world keeps about object `index`."""
         kind = OBJECT_KINDS[kind_name]
-        low, high = _measure_extent(kind)
+        low, high = _measure_lower_and_upper_corner(kind)
         return Body(kind, self.model.body(f"object{index}").id, low, high)
 
     def _number_instances(self) -> NDArray[np.int32]:
@@ -253,7 +253,7 @@ def is_source_on_target(world: World) -> bool:
 # --- Extents ---
 
 
-def _measure_extent(kind: ObjectKind) -> tuple[Floats, Floats]:
+def _measure_lower_and_upper_corner(kind: ObjectKind) -> tuple[Floats, Floats]:
     """Return the lower and upper corner [3] of the box around an object's visible parts.
 
     The box is aligned with the axes of the object's frame.
@@ -380,7 +380,7 @@ def _compile_model(scene: SceneSpec) -> mujoco.MjModel:
     """Compile the model of a scene."""
     appearance = scene.appearance
     spec = build_base_spec().copy()
-    _furnish(spec, appearance)
+    _set_surfaces_and_lights(spec, appearance)
     # Several geoms may belong to a surface; "wall_left", for example, is of the surface "wall".
     for geom in spec.worldbody.geoms:
         surface = geom.name.partition("_")[0]
@@ -391,7 +391,7 @@ def _compile_model(scene: SceneSpec) -> mujoco.MjModel:
         _add_object(spec, f"object{index}", scene_object)
 
     model = spec.compile()
-    _set_camera(model, appearance)
+    _point_external_camera(model, appearance)
     light = model.light("light")
     light.dir = appearance.light
     light.diffuse = appearance.diffuse
@@ -401,7 +401,7 @@ def _compile_model(scene: SceneSpec) -> mujoco.MjModel:
     return model
 
 
-def _furnish(spec: mujoco.MjSpec, appearance: SceneAppearance) -> None:
+def _set_surfaces_and_lights(spec: mujoco.MjSpec, appearance: SceneAppearance) -> None:
     """Change table, floor, walls and lights if the scene's differ from the usual ones."""
     if appearance.table_half_size_m is not None:
         half_x, half_y = appearance.table_half_size_m
@@ -461,7 +461,7 @@ def _add_part(
     geom.conaffinity = 1 | 2 if primitive.solid else 0
 
 
-def _set_camera(model: mujoco.MjModel, appearance: SceneAppearance) -> None:
+def _point_external_camera(model: mujoco.MjModel, appearance: SceneAppearance) -> None:
     """Point the external camera at its target, so that "up" in the image is up in the scene."""
     # The camera's axes in the base frame: x right, y up, z back (MuJoCo's convention).
     back = np.array(appearance.camera) - appearance.target

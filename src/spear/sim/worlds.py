@@ -171,8 +171,8 @@ def place_in_world(scene: SceneSpec, name: str) -> SceneSpec:
     return dataclasses.replace(scene, appearance=appearance, objects=objects)
 
 
-def without_robot(scene: SceneSpec) -> SceneSpec:
-    """Return the same scene with a robot that images do not show."""
+def with_invisible_robot(scene: SceneSpec) -> SceneSpec:
+    """Return a copy of the scene, whose robot images do not show."""
     return dataclasses.replace(
         scene, appearance=dataclasses.replace(scene.appearance, is_robot_visible=False)
     )

@@ -252,7 +252,7 @@ def label_scene_jobs(
         # Label the scenes of these jobs.
         num_finished = num_scenes - _count_scenes(job for _, job in open_jobs)
         bar = ProgressBar("labeling", num_scenes, "scenes", num_done_before=num_finished)
-        label_job = partial(_label_job, out, simulator.render, label_frames)
+        label_job = partial(_label_job_and_count_scenes, out, simulator.render, label_frames)
         num_processes = workers if workers > 1 else 0  # with 0, this process labels
         with (
             bar,
@@ -300,7 +300,7 @@ def _is_finished(out: Path, views: Sequence[str], index: int, job: SceneJob) -> 
     return True
 
 
-def _label_job(
+def _label_job_and_count_scenes(
     out: Path, render: RenderScenes, label_frames: LabelFrames, numbered_job: tuple[int, SceneJob]
 ) -> int:
     """Label the scenes of a job, and write its shards.
@@ -347,12 +347,12 @@ def _render_clutter(
     from spear.sim.render import render_frame
     from spear.sim.scene import sample_clutter_scene
     from spear.sim.world import World
-    from spear.sim.worlds import place_in_world, without_robot
+    from spear.sim.worlds import place_in_world, with_invisible_robot
 
     _, seeds = job
     worlds = []
     for seed in seeds:
         scene = place_in_world(sample_clutter_scene(seed), world)
-        worlds.append(World(scene if shows_robot else without_robot(scene)))
+        worlds.append(World(scene if shows_robot else with_invisible_robot(scene)))
     for view, size in sizes.items():
         yield view, [render_frame(world, view, size) for world in worlds]

@@ -32,7 +32,12 @@ from spear.evaluate.results import MILESTONES, Outcome
 from spear.labels.fit.box3d import order_vertices
 from spear.policy import Spear1Policy
 from spear.sim.env import MAX_STEPS, TabletopEnv
-from spear.sim.render import camera_pose, compute_object_boxes, get_thread_renderer, intrinsics
+from spear.sim.render import (
+    compute_camera_pose,
+    compute_intrinsics,
+    compute_object_boxes,
+    get_thread_renderer,
+)
 from spear.types import CONTROL_RATE_HZ, Array
 from spear.util.images import decode_image, to_jpeg_data_uri
 
@@ -154,14 +159,14 @@ class SimulatedEpisode:
         """Return what the page shows of the scene in its present state."""
         world = self._env.world
         shown_sizes = self._get_shown_sizes()
-        images = get_thread_renderer().images(world, list(shown_sizes.items()))
+        images = get_thread_renderer().render_images(world, list(shown_sizes.items()))
         encoded_images = [_to_shown_data_uri(image) for image in images]
         shown_images = dict(zip(shown_sizes, encoded_images, strict=True))
 
         width, height = shown_sizes["external"]
-        camera_matrix = intrinsics(world, "external", (width, height))  # [3, 3]
+        camera_matrix = compute_intrinsics(world, "external", (width, height))  # [3, 3]
         focal = float(camera_matrix[1, 1]) / height  # in heights of the image
-        pose = camera_pose(world, "external")  # [4, 4] in the base frame
+        pose = compute_camera_pose(world, "external")  # [4, 4] in the base frame
         outcome = self._find_outcome(info)
         return {
             "images": {

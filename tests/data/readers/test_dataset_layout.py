@@ -28,7 +28,7 @@ from spear.data.readers.dataset_layout import (
     find_missing_fields,
     read_layout_file,
 )
-from spear.embodiments.kinematics import compute_franka_pose
+from spear.embodiments.kinematics import compute_franka_ee_poses
 from spear.util.images import encode_jpeg
 
 MIXTURE = {name: layout for name, layout in REGISTRY.items() if layout.weight is not None}
@@ -110,7 +110,7 @@ def compute_layout_pose(layout: DatasetLayout) -> tuple[np.ndarray, Rotation]:
     positions = POSITIONS
     rotations = ROTATIONS
     if layout.rotation_format == "franka_joints":
-        positions, quaternions = compute_franka_pose(JOINTS)
+        positions, quaternions = compute_franka_ee_poses(JOINTS)
         rotations = Rotation.from_quat(quaternions, scalar_first=True)
 
     base_rotation = Rotation.from_quat(layout.base_rotation, scalar_first=True)
@@ -336,7 +336,7 @@ def test_the_tips_of_a_droid_gripper_are_those_of_a_robotiq() -> None:
     """They are 0.1548 m below the flange, and those of Franka's own hand would be 0.1034 m."""
     position, _ = convert_pose("droid", {"observation/joint_position": DROID_RESET_JOINTS})
 
-    hand_position, _ = compute_franka_pose(DROID_RESET_JOINTS[None])
+    hand_position, _ = compute_franka_ee_poses(DROID_RESET_JOINTS[None])
     np.testing.assert_allclose(hand_position[0] - position, [0, 0, 0.1548 - 0.1034], atol=1e-6)
 
 

@@ -11,7 +11,7 @@ from rotation_writers import ROTATION_WRITERS
 from spear.audit.hypotheses import TESTED_FORMATS
 from spear.data.readers.dataset_layout import ANGLE_FORMATS, RECORDED_ONLY, RotationFormat
 from spear.data.readers.rotation_formats import ROTATION_FORMATS, to_quaternion
-from spear.embodiments.kinematics import compute_franka_pose
+from spear.embodiments.kinematics import compute_franka_ee_poses
 
 
 @pytest.mark.parametrize("rotation_format", ROTATION_WRITERS)
@@ -76,11 +76,11 @@ def test_another_number_of_components_is_refused() -> None:
 def test_another_number_of_joints_is_refused() -> None:
     refuses(
         r"joint angles of mine have the shape \(2, 6\)",
-        compute_franka_pose,
+        compute_franka_ee_poses,
         np.zeros((2, 6)),
         "mine",
     )
 
 
 def test_joint_angles_in_degrees_are_refused() -> None:
-    refuses(r"joint angle of mine is 45", compute_franka_pose, np.full((2, 7), 45.0), "mine")
+    refuses(r"joint angle of mine is 45", compute_franka_ee_poses, np.full((2, 7), 45.0), "mine")

@@ -43,7 +43,7 @@ from spear.data.readers.dataset_layout import (
 )
 from spear.data.readers.joint_angles import compute_tip_poses
 from spear.data.readers.rotation_formats import mark_rotations, to_quaternion
-from spear.embodiments.kinematics import compute_franka_pose
+from spear.embodiments.kinematics import compute_franka_ee_poses
 from spear.errors import SpearError
 from spear.geometry import quat_canonical, quat_multiply, quat_rotate
 from spear.gripper import binarize_commands, choose_observed_openings
@@ -277,7 +277,7 @@ def read_recorded_poses(steps: Steps, layout: DatasetLayout, source: str) -> Rec
     recorded = read_numbers(steps, layout.position, source)
     if layout.rotation_format == "franka_joints":
         joint_angles_rad = recorded * radians_per_unit  # [T, 7]
-        position_m, quaternion = compute_franka_pose(joint_angles_rad, source)
+        position_m, quaternion = compute_franka_ee_poses(joint_angles_rad, source)
         return RecordedPoses(position_m, quaternion, "quat_wxyz")
     if layout.rotation_format == "urdf_joints":
         # `compute_tip_poses` converts the units itself: prismatic joints are not in radians.

@@ -54,7 +54,7 @@ frame with other axes, and rotations alone cannot decide between the two.
 
 euler_zxy        angles about the fixed axes z, x, y in that order (R = Ry Rx Rz).
 franka_joints    a Franka's seven joint angles, in one column for positions and rotations
-                 (`compute_franka_pose`).
+                 (`compute_franka_ee_poses`).
 urdf_joints      joint angles of an arm that a URDF describes, in one column for positions and
                  rotations (`spear.data.readers.joint_angles`). Logged targets may be joint angles
                  of the same arm, too.

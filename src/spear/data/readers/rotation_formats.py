@@ -87,7 +87,7 @@ ROTATION_FORMATS: Mapping[str, RotationEncoding] = {
     "matrix4_columns": RotationEncoding(16, _make_quaternion_conversion("matrix4_columns")),
     "matrix4_rows": RotationEncoding(16, _make_quaternion_conversion("matrix4_rows")),
 }
-"""Format → its encoding. The joint angles are missing: `compute_franka_pose` and
+"""Format → its encoding. The joint angles are missing: `compute_franka_ee_poses` and
 `compute_tip_poses` convert them."""
 
 
