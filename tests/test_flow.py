@@ -179,7 +179,7 @@ def test_the_same_generator_draws_the_same_times() -> None:
 
 
 def test_the_committed_actions_are_the_first_of_a_chunk() -> None:
-    is_committed = flow.sample_committed(
+    is_committed = flow.sample_committed_mask(
         (20_000, 2, 5), max_committed=3, generator=make_generator()
     )
 
@@ -188,7 +188,7 @@ def test_the_committed_actions_are_the_first_of_a_chunk() -> None:
 
 
 def test_committed_prefixes_of_every_length_are_equally_frequent() -> None:
-    is_committed = flow.sample_committed(
+    is_committed = flow.sample_committed_mask(
         (20_000, 2, 5), max_committed=3, generator=make_generator()
     )
 
@@ -200,7 +200,7 @@ def test_committed_prefixes_of_every_length_are_equally_frequent() -> None:
 
 
 def test_a_maximum_of_0_commits_no_action() -> None:
-    assert not flow.sample_committed((4, 5), max_committed=0, generator=make_generator()).any()
+    assert not flow.sample_committed_mask((4, 5), max_committed=0, generator=make_generator()).any()
 
 
 # Perturbed committed actions
@@ -212,7 +212,7 @@ def draw_perturbed() -> tuple[Action, Action, Tensor]:
     """Demonstrated chunks, the same chunks with errors added by `perturb_committed`, and the mask
     [4000, 5] of the committed actions (at most 3 per chunk)."""
     data = draw_data(PERTURBED_SHAPE)
-    is_committed = flow.sample_committed(
+    is_committed = flow.sample_committed_mask(
         PERTURBED_SHAPE, max_committed=3, generator=make_generator(5)
     )
     perturbed = flow.perturb_committed(data, is_committed, "previous", make_generator(6))
@@ -744,7 +744,7 @@ def test_equal_times_of_all_actions_are_as_one_time_of_the_chunk(config: FlowCon
 def test_integrating_does_not_change_committed_actions(config: FlowConfig) -> None:
     noise, data, _ = draw_pair(config)
     committed_actions = draw_data((64, 5), seed=9)
-    is_committed = flow.sample_committed((64, 5), max_committed=3, generator=make_generator())
+    is_committed = flow.sample_committed_mask((64, 5), max_committed=3, generator=make_generator())
     states: list[Action] = []
     taus: list[Tensor] = []
 

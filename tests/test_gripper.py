@@ -11,7 +11,7 @@ from spear.data.readers.formats import read_episodes
 from spear.gripper import (
     binarize_commands,
     binarize_gripper,
-    choose_observed_openings,
+    delay_measured_if_commanded,
     infer_commands_from_motion,
 )
 
@@ -118,7 +118,7 @@ def test_openings_that_are_the_commands_are_observed_one_step_later() -> None:
     command = np.array([1.0, 0.0, 0.5])
     recorded_openings = command + 1e-4
 
-    observed = choose_observed_openings(recorded_openings, command)
+    observed = delay_measured_if_commanded(recorded_openings, command)
 
     np.testing.assert_array_equal(observed, [1.0001, 1.0001, 1e-4])
 
@@ -127,4 +127,4 @@ def test_measured_openings_are_observed_at_once() -> None:
     measured = np.array([1.0, 0.8, 0.5])
     command = np.array([1.0, 0, 0])
 
-    np.testing.assert_array_equal(choose_observed_openings(measured, command), measured)
+    np.testing.assert_array_equal(delay_measured_if_commanded(measured, command), measured)

@@ -129,7 +129,7 @@ def measure_memory_mb(pids: list[int]) -> float:
 
 def watch_memory(task: OurTask, num_samples: int) -> None:
     """Print the memory of the loader's processes over many samples."""
-    source = loop.load_batches(cast(loop.Task, task), 0, MAX_STEPS, workers=NUM_CORES)
+    source = loop.load_pieces(cast(loop.Task, task), 0, MAX_STEPS, workers=NUM_CORES)
     num_batches = num_samples // task.batch_size
     interval = max(1, num_batches // 10)
     measured_mb: list[float] = []

@@ -144,7 +144,7 @@ class VideoTask:
 
 def load_with_processes(task: Any) -> Iterator[int]:
     """Load batches with two loader processes; yields the number of samples in each."""
-    for _ in loop.load_batches(task, 0, 10**5, workers=NUM_CORES):
+    for _ in loop.load_pieces(task, 0, 10**5, workers=NUM_CORES):
         yield task.batch_size
 
 

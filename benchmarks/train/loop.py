@@ -130,7 +130,7 @@ def main(
     waiting: list[float] = []
     steps_per_round = NUM_UNMEASURED_STEPS + steps
     with tempfile.TemporaryDirectory() as folder:
-        loader = loop.load_batches(task, 0, 10**5, workers=1)
+        loader = loop.load_pieces(task, 0, 10**5, workers=1)
         with Logger(Path(folder), first_step=0, num_steps=steps_per_round * rounds) as logger:
             next(loader)  # starts the loader process
             (process,) = multiprocessing.active_children()

@@ -16,10 +16,11 @@ async   The robot observes while it still has actions of the running chunk, cont
         measured in docs/results/latency.md). First, the `NUM_SLOW_ACTIONS` actions before the
         gripper acts are slowed down. Second, a chunk is dropped if it was predicted before the
         gripper acted but arrives afterwards, since it would undo the gripper's action.
-rtc     Real-time chunking, for policies that were trained for it (`spear.flow.sample_committed`).
-        As async, but the policy gets the committed prefix: the actions that the robot will execute
-        until the new chunk arrives. The new chunk begins with the committed prefix, so the robot
-        is where the new chunk expects it to be, and none of async's measures are needed.
+rtc     Real-time chunking, for policies that were trained for it
+        (`spear.flow.sample_committed_mask`). As async, but the policy gets the committed prefix:
+        the actions that the robot will execute until the new chunk arrives. The new chunk begins
+        with the committed prefix, so the robot is where the new chunk expects it to be, and none of
+        async's measures are needed.
 
 A *step* in this file is what the robot executes in one tick: an action of a chunk, or a part of an
 action that was spread over several ticks.
@@ -291,7 +292,9 @@ class ChunkExecutor:
         gripper_change = None
         if self.mode == "async":
             gripper_change = self._find_gripper_change(chunk.actions[num_finished:])
-        actions = _join_to_executed(chunk.actions, executed_actions, num_executed, gripper_change)
+        actions = _join_remaining_to_executed(
+            chunk.actions, executed_actions, num_executed, gripper_change
+        )
 
         # The largest translation (m) and rotation (rad) of an action before joining, [2].
         max_lengths = measure_lengths_and_angles(np.stack([*chunk.actions, *executed_actions])).max(
@@ -509,7 +512,7 @@ def check_replan_interval(replan_interval: int, horizon: int | None = None) -> N
     )
 
 
-def _join_to_executed(
+def _join_remaining_to_executed(
     actions: Array, executed: Sequence[Array], num_executed: float, gripper_change: int | None
 ) -> Array:
     """Return a chunk's remaining actions, joined to those executed since the chunk's observation.

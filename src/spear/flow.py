@@ -89,8 +89,8 @@ class CommittedPrefix:
     actions: Action
     is_committed: Tensor
 
-    def write_into(self, chunk: Action) -> Action:
-        """The chunk, in which the committed actions are replaced by those of `self.actions`."""
+    def write_into_copy(self, chunk: Action) -> Action:
+        """A copy of the chunk, with those of `self.actions` in place of the committed actions."""
         vector = torch.where(
             self.is_committed[..., None], self.actions.to_vector(), chunk.to_vector()
         )
@@ -155,7 +155,7 @@ def sample_time(
     return config.time_scale * one_minus_u
 
 
-def sample_committed(
+def sample_committed_mask(
     shape: Sequence[int],
     max_committed: int,
     generator: torch.Generator | None = None,
@@ -200,7 +200,7 @@ def perturb_committed(
 
     Args:
         data: demonstrated chunks [..., H, ·].
-        is_committed: [..., H] bool, see `sample_committed`.
+        is_committed: [..., H] bool, see `sample_committed_mask`.
         reference: from which pose actions are measured (`spear.data.action_reference`).
         generator: source of the random numbers.
         is_valid: [..., H] bool, the actions from which the standard deviation of translations is
@@ -220,7 +220,7 @@ def perturb_committed(
 
     if is_valid is None:
         is_valid = torch.ones_like(is_committed)
-    translation_std = _compute_standard_deviation(data.translation, is_valid)
+    translation_std = _compute_std_per_component(data.translation, is_valid)
     if reference == "observed":
         # Each action leads from the observed pose to a pose of its own, so it has the errors of all
         # committed actions up to it. Actions that are not committed have none.
@@ -423,12 +423,12 @@ def compute_loss(
         q_hat = _integrate_rotation(state.rotation, predicted_target.rotation, delta, config)
         q = _integrate_rotation(state.rotation, target.rotation, delta, config)
 
-    translation_errors = _compute_squared_error(predicted_target.translation, target.translation)
-    gripper_errors = _compute_squared_error(predicted_target.gripper, target.gripper)
+    translation_errors = _compute_mse_per_action(predicted_target.translation, target.translation)
+    gripper_errors = _compute_mse_per_action(predicted_target.gripper, target.gripper)
     losses = {
         "translation": _average(translation_errors, mask),
         "rotation": _average(rotation_errors, mask),
-        "geodesic": _average(_compute_chord(q_hat, q), mask),
+        "geodesic": _average(_compute_shorter_chord(q_hat, q), mask),
         "gripper": _average(gripper_errors, mask),
     }
     total = (
@@ -480,7 +480,7 @@ def integrate(
         steps: number of steps.
         config: says what the network predicts, and whether rotations are on S³ or in R⁴.
         committed: actions that are not changed. They stay at τ = 1, as in training with
-            `sample_committed`.
+            `sample_committed_mask`.
         advance: `euler_step`, or a function that computes the same, for example compiled.
 
     Returns:
@@ -500,18 +500,18 @@ def integrate(
     if steps < 1:
         raise SpearError(f"{steps} are no integration steps. Give at least 1.")
 
-    state = noise if committed is None else committed.write_into(noise)
+    state = noise if committed is None else committed.write_into_copy(noise)
     for k in range(steps):
         tau = torch.full_like(noise.translation[..., 0, 0], k / steps)  # [...], one per chunk
         if committed is not None:
             tau = torch.where(committed.is_committed, 1.0, tau[..., None])  # [..., H]
         state = advance(state, predict(state, tau), tau, k, steps, config)
         if committed is not None:
-            state = committed.write_into(state)
+            state = committed.write_into_copy(state)
 
     rotation = quat_canonical(quat_normalize(state.rotation))
     chunk = Action(state.translation, rotation, state.gripper)
-    return chunk if committed is None else committed.write_into(chunk)
+    return chunk if committed is None else committed.write_into_copy(chunk)
 
 
 def _broadcast_time(tau: Tensor, chunk: Action) -> Tensor:
@@ -580,7 +580,7 @@ def _compute_rotation_vector_error(v: Tensor, u: Tensor, config: FlowConfig) -> 
     loss still has a bounded gradient.
     """
     if config.rotation_loss == "mse":
-        return _compute_squared_error(v, u)
+        return _compute_mse_per_action(v, u)
     if config.rotation_loss == "cosine":
         v_norm = torch.linalg.vector_norm(v, dim=-1)
         u_norm = torch.linalg.vector_norm(u, dim=-1)
@@ -590,20 +590,20 @@ def _compute_rotation_vector_error(v: Tensor, u: Tensor, config: FlowConfig) -> 
     assert_never(config.rotation_loss)
 
 
-def _compute_squared_error(a: Tensor, b: Tensor) -> Tensor:
+def _compute_mse_per_action(a: Tensor, b: Tensor) -> Tensor:
     """Average (a - b)² over the components, [..., H]. For the 4 components of a rotation it is
     ‖a - b‖² / 4."""
     return (a - b).square().mean(-1)
 
 
-def _compute_chord(a: Tensor, b: Tensor) -> Tensor:
+def _compute_shorter_chord(a: Tensor, b: Tensor) -> Tensor:
     """Compute min(‖a - b‖, ‖a + b‖), [..., H], because b and -b are the same rotation."""
     distance = torch.linalg.vector_norm(a - b, dim=-1)
     antipodal_distance = torch.linalg.vector_norm(a + b, dim=-1)
     return torch.minimum(distance, antipodal_distance)
 
 
-def _compute_standard_deviation(values: Tensor, is_valid: Tensor) -> Tensor:
+def _compute_std_per_component(values: Tensor, is_valid: Tensor) -> Tensor:
     """Compute the standard deviation per component of the valid values.
 
     Args:

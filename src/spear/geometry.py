@@ -131,7 +131,7 @@ def quat_log(q: Tensor) -> Tensor:
         >>> quat_log(torch.tensor([0.7071, 0.0, 0.0, 0.7071]))
         tensor([0.0000, 0.0000, 1.5708])
     """
-    return _log(quat_canonical(q))
+    return _double_log(quat_canonical(q))
 
 
 def quat_slerp(q0: Tensor, q1: Tensor, t: Tensor | float) -> Tensor:
@@ -253,7 +253,7 @@ def sphere_angular_velocity(q: Tensor, target: Tensor) -> Tensor:
     The norm of ω is in [0, 2π] rad. The arc ends at `target` itself, while the rotation vector
     `quat_log(q* ⊗ target)`, of norm ≤ π, may lead to -target.
     """
-    return _log(quat_multiply(quat_conjugate(q), target))
+    return _double_log(quat_multiply(quat_conjugate(q), target))
 
 
 # Conversion to and from rotation matrices, Euler angles, and the 6D form.
@@ -452,7 +452,7 @@ def _cos_sinc(square: Tensor) -> tuple[Tensor, Tensor]:
     return cos, sinc
 
 
-def _log(q: Tensor) -> Tensor:
+def _double_log(q: Tensor) -> Tensor:
     """2 log(q) of a unit quaternion, [..., 3], of norm in [0, 2π].
 
     At q = -1 every vector of norm 2π is right, and the result is (2π, 0, 0). As in `_cos_sinc`, the

@@ -124,7 +124,7 @@ def _find_strokes(opening: Array) -> list[_Stroke]:
                 bottom = current_opening
                 last_step_at_top = step
                 last_step_at_bottom = step
-                break  # the other stroke was measured before this one began
+                break  # the other stroke's size is relative to the old top and bottom
     return strokes
 
 
@@ -203,8 +203,8 @@ def _compute_change(opening: Array, window_steps: int, lag_steps: int) -> Array:
     return opening[np.maximum(end_steps, 0)] - opening[np.maximum(start_steps, 0)]
 
 
-def choose_observed_openings(measured: Array, command: Array) -> Array:
-    """Return the openings that a policy may observe at each step.
+def delay_measured_if_commanded(measured: Array, command: Array) -> Array:
+    """Return measured openings, one step later if they are commands: what a policy may observe.
 
     If measured and commanded openings agree but for rounding, the dataset logged its commands as
     measurements. The observed opening of a step is then the command of the step before. Otherwise

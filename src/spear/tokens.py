@@ -230,7 +230,7 @@ def _check_bins(edges: Array, centers: Array, unit: str) -> None:
         raise ValueError("finite edges must increase, with one value between each two")
 
 
-def extend_tokenizer(tokenizer: Any, bins: int = NUM_BINS) -> int:
+def extend_tokenizer(tokenizer: Any, bins: int = NUM_BINS) -> range:
     """Add the 3D tokens to a Hugging Face tokenizer, unless it has them already.
 
     The 3D tokens are ordinary tokens, so that decoding with `skip_special_tokens` keeps them.
@@ -240,7 +240,7 @@ def extend_tokenizer(tokenizer: Any, bins: int = NUM_BINS) -> int:
         bins: number of 3D tokens.
 
     Returns:
-        The id of the first 3D token. The other 3D tokens have the ids that follow.
+        The ids of the 3D tokens.
 
     Raises:
         SpearError: the tokenizer knows some of the tokens under ids that are not consecutive.
@@ -249,18 +249,19 @@ def extend_tokenizer(tokenizer: Any, bins: int = NUM_BINS) -> int:
     tokenizer.add_tokens(names)
     ids = tokenizer.convert_tokens_to_ids(names)
     first_id = int(ids[0])
-    if list(ids) != list(range(first_id, first_id + bins)):
+    consecutive_ids = range(first_id, first_id + bins)
+    if list(ids) != list(consecutive_ids):
         raise SpearError(
             f"the 3D tokens of the tokenizer are not the {bins} ids from {first_id}. Take a "
             "tokenizer without them."
         )
-    return first_id
+    return consecutive_ids
 
 
-def init_new_embeddings(
+def draw_new_embeddings(
     existing: Tensor, count: int, generator: torch.Generator | None = None, smooth: bool = False
 ) -> Tensor:
-    """Draw embeddings of new tokens from N(mean, covariance) of the existing ones (the paper).
+    """Draw embeddings for new tokens from N(mean, covariance) of the existing ones (the paper).
 
     The covariance may be singular (few tokens, unused dimensions), because its symmetric square
     root is computed from its eigenvectors. The random numbers are drawn on the CPU, even if the

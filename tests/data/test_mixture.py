@@ -306,7 +306,7 @@ def test_loader_processes_change_nothing(mixture: Mixture) -> None:
     stand_in_task = SimpleNamespace(batch=lambda step: samples.batch(step, batch_size=3))
 
     def load_batches(first: int, end: int, num_workers: int) -> list[Any]:
-        return list(loop.load_batches(stand_in_task, first, end, num_workers))
+        return list(loop.load_pieces(stand_in_task, first, end, num_workers))
 
     without_workers = load_batches(2, 7, num_workers=0)
     with_one_worker = load_batches(2, 7, num_workers=1)

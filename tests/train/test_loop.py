@@ -26,7 +26,7 @@ from refusals import refuses
 from spear.errors import SpearError, notice
 from spear.train import log, optimize
 from spear.train.checkpoint import find_newest_checkpoint
-from spear.train.loop import load_batches
+from spear.train.loop import load_pieces
 from spear.train.options import Optimization
 from spear.util.run_lock import hold_lock
 from train_tiny import (
@@ -87,7 +87,7 @@ def test_one_of_all_processes_gives_the_notices(
     monkeypatch.setattr(warnings, "showwarning", show_warning)
     task = SimpleNamespace(batch=lambda step: {"is_given": notice(f"odd batch {step}")})
 
-    batches = list(load_batches(task, first_step=0, end_step=4, workers=workers))
+    batches = list(load_pieces(task, first_step=0, end_step=4, workers=workers))
 
     assert len(batches) == 4
     assert capfd.readouterr().err.count("odd batch") == num_notices

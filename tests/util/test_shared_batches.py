@@ -117,7 +117,7 @@ def test_batches_do_not_change_while_they_are_held(num_held: int) -> None:
     task = SimpleNamespace(batch=lambda step: {"deep": {"step": torch.full((100, 100), step)}})
     held_tensors: list[torch.Tensor] = []
 
-    for step, batch in enumerate(loop.load_batches(task, 0, 60, workers=2)):
+    for step, batch in enumerate(loop.load_pieces(task, 0, 60, workers=2)):
         held_tensors.append(batch["deep"]["step"])
         if len(held_tensors) > num_held + 1:
             held_tensors.pop(0)

@@ -173,8 +173,7 @@ class Processor:
     training_aspects: dict[str, list[float]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        first_id = extend_tokenizer(self.tokenizer, self.coordinates.num_bins)
-        self.coordinate_ids = range(first_id, first_id + self.coordinates.num_bins)
+        self.coordinate_ids = extend_tokenizer(self.tokenizer, self.coordinates.num_bins)
         validate_tokenizer(self.tokenizer)
         self.location_start = int(self.tokenizer.convert_tokens_to_ids(LOCATION_FORMAT.format(0)))
         self._token_cache: dict[str, list[int]] = {}  # text -> token ids

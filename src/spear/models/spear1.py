@@ -57,7 +57,7 @@ class Spear1Config(layers.PortableConfig):
     horizon        H, the number of actions per chunk (the paper: 5, at 5 Hz).
     flow           Fields of `spear.types.FlowConfig`.
     committed      In training, up to this many actions at the beginning of a chunk are committed
-                   (`spear.flow.sample_committed`). The paper has no committed actions, so the
+                   (`spear.flow.sample_committed_mask`). The paper has no committed actions, so the
                    default is 0.
     action_reference  From which pose actions are measured: "previous" or "observed"
                    (`spear.data.action_reference`). The normalizer converts actions. The network
@@ -279,7 +279,7 @@ class Spear1ForActionPrediction(PreTrainedModel):
             tau = flow.sample_time(num_draws, self.flow_config, generator, device=device)
             tau = tau.view(batch, -1)  # [B, K]
             if self.config.committed:
-                is_committed = flow.sample_committed(
+                is_committed = flow.sample_committed_mask(
                     (*tau.shape, horizon), self.config.committed, generator, device
                 )
                 tau = torch.where(is_committed, 1.0, tau[..., None])

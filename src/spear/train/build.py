@@ -43,7 +43,7 @@ from spear.models.weights import load as weights
 from spear.models.weights.folders import is_simulator_only
 from spear.monitor.distribution import TrainingDistribution
 from spear.question_types import QUESTION_TYPES_PIXEL
-from spear.tokens import CoordinateTokenizer, init_new_embeddings
+from spear.tokens import CoordinateTokenizer, draw_new_embeddings
 from spear.train import optimize, parallel, tasks
 from spear.train.optimize import Task
 from spear.train.options import Recipe, TrainingInputs, check_inputs
@@ -154,7 +154,7 @@ def _divide_batch(recipe: Recipe) -> Recipe:
     """
     pieces_per_process = recipe.optimization.accumulate
     sizes_per_piece = {
-        name: parallel.divide_into_pieces(getattr(recipe, name), name, pieces_per_process)
+        name: parallel.compute_piece_size(getattr(recipe, name), name, pieces_per_process)
         for name in ("batch_size", "question_images")
     }
     return recipe.with_changes(**sizes_per_piece)
@@ -413,7 +413,7 @@ def _load_initial_vlm(
     if fits_tokens or is_moge_new or learns_tokens_without_moge:
         _renew_coordinate_embeddings(model, processor, recipe, seed)
     if is_moge_new:
-        model = _add_moge(model, preset, inputs.init_depth_encoder)
+        model = _copy_vlm_with_moge(model, preset, inputs.init_depth_encoder)
     _set_coordinate_loss(model.config, recipe)
     return processor, model
 
@@ -533,7 +533,7 @@ def _merge_frame_versions(init: Path | None, datasets: Sequence[WeightedStore]) 
         recorded_frames = Normalizer.load(normalizer_file).frames
         init_frames = find_frame_versions_of_policy(recorded_frames, is_simulator_only(init))
         if init_frames is None:
-            _check_frames_are_old(init, sources)
+            _raise_if_frames_are_newer_than_policy(init, sources)
             init_frames = {}
         sources.append((str(init), init_frames))
 
@@ -548,16 +548,18 @@ def _merge_frame_versions(init: Path | None, datasets: Sequence[WeightedStore]) 
     return frames
 
 
-def _check_frames_are_old(init: Path, sources: Sequence[tuple[str, Mapping[str, int]]]) -> None:
+def _raise_if_frames_are_newer_than_policy(
+    init: Path, dataset_frames: Sequence[tuple[str, Mapping[str, int]]]
+) -> None:
     """Raise `SpearError` if demonstrations have frames that are newer than the policy in `init`.
 
     The policy records no versions of frames, so it was made when all of them had version 1.
 
     Args:
         init: the policy's folder.
-        sources: name of each dataset, and the versions of its frames.
+        dataset_frames: name of each dataset, and the versions of its frames.
     """
-    for source, frames in sources:
+    for source, frames in dataset_frames:
         for name, version in frames.items():
             if version > 1:
                 raise SpearError(
@@ -647,7 +649,7 @@ def _renew_coordinate_embeddings(
     old_rows = vlm.get_parameter(EMBEDDINGS_NAME).detach()
     word_rows = old_rows[: processor.location_start]
     generator = torch.Generator().manual_seed(seed)
-    new_rows = init_new_embeddings(word_rows, num_bins, generator, smooth=recipe.smooth_tokens)
+    new_rows = draw_new_embeddings(word_rows, num_bins, generator, smooth=recipe.smooth_tokens)
     rows = torch.cat([old_rows[:first_id], new_rows, old_rows[end_id:]])
 
     # Only the weight is replaced, not the module: Gemma's embedding module scales the rows that it
@@ -691,7 +693,7 @@ def _make_new_vlm(
     )
     with torch.no_grad():
         for first_id, count in number_tokens:
-            rows = init_new_embeddings(word_rows, count, generator, smooth=True)
+            rows = draw_new_embeddings(word_rows, count, generator, smooth=True)
             embeddings[first_id : first_id + count] = rows
     return processor, vlm
 
@@ -702,8 +704,8 @@ def _set_coordinate_loss(config: SpearVLMConfig, recipe: Recipe) -> None:
     config.coordinate_smoothing = recipe.questions.coordinate_smoothing
 
 
-def _add_moge(vlm: SpearVLM, preset: Preset, depth_encoder: Path | None) -> SpearVLM:
-    """Return the VLM with MoGe's encoder and a projection for it, added without changing outputs.
+def _copy_vlm_with_moge(vlm: SpearVLM, preset: Preset, depth_encoder: Path | None) -> SpearVLM:
+    """Copy the VLM, with MoGe's encoder and a projection for it, added without changing outputs.
 
     With MoGe a visual token is the average of two projections, SigLIP's and MoGe's. So that visual
     tokens stay what the language model already knows, SigLIP's projection is doubled and MoGe's

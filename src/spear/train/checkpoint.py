@@ -159,12 +159,13 @@ class Checkpoints:
                 "some space there; the same command continues from the checkpoint before."
             ) from error
 
-    def load(self, path: Path, counts: dict[str, float]) -> None:
+    def load(self, path: Path, update_counts: dict[str, float]) -> None:
         """Read the checkpoint in the folder `path` into the stepper's tensors.
 
         Args:
             path: the checkpoint's folder.
-            counts: the entry "counts" of the checkpoint's state.
+            update_counts: parameter name -> number of updates, the entry "counts" of the
+                checkpoint's state.
 
         Raises:
             SpearError: if the checkpoint cannot be read or belongs to another model.
@@ -172,7 +173,7 @@ class Checkpoints:
         try:
             reader = HuggingFaceStorageReader(str(path))
             stored_tensors = reader.read_metadata().state_dict_metadata
-            self._create_moments(counts)
+            self._create_moments(update_counts)
             tensors = self._collect_tensors()
             for key, tensor in tensors.items():
                 if key not in stored_tensors or stored_tensors[key].size != tensor.shape:  # type: ignore[union-attr]
@@ -273,16 +274,16 @@ class Checkpoints:
                     tensors[f"{kind}.{name}"] = moments[kind]
         return tensors
 
-    def _create_moments(self, counts: dict[str, float]) -> None:
+    def _create_moments(self, update_counts: dict[str, float]) -> None:
         """Create zero moments, to be read into, for each parameter that has been updated.
 
-        AdamW itself creates moments at a parameter's first update. `counts` has the number of
-        updates of each parameter that has moments in the checkpoint.
+        AdamW itself creates moments at a parameter's first update. `update_counts` has the number
+        of updates of each parameter that has moments in the checkpoint.
         """
         state = self._stepper.optimizer.state
         for parameter in self._stepper.trainable.values():
             state.pop(parameter, None)
-            count = counts.get(self._name_of[parameter])
+            count = update_counts.get(self._name_of[parameter])
             if count is not None:
                 moments = {kind: torch.zeros_like(parameter) for kind in _MOMENTS}
                 counter = torch.full((), count, device=parameter.device)

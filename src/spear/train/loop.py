@@ -90,7 +90,8 @@ def run(
             resumed, and so may `opt`.
 
     Returns:
-        The EMA weights by parameter name, or the plain weights when averaging is off.
+        The EMA weights of the parameters that learn, by name, or their plain weights when averaging
+        is off. The task's model is left in evaluation mode, with plain weights.
 
     Raises:
         SpearError: for a checkpoint of another seed, model or run, or of a later step than
@@ -132,14 +133,15 @@ def run(
             _train_steps(stepper, saver, logger, out)
 
     parallel.wait_for_all_processes()
-    return stepper.get_final_weights()
+    stepper.model.eval()
+    return stepper.get_trained_weights()
 
 
 def _train_steps(stepper: Stepper, saver: "_Saver", logger: Logger | None, out: Path) -> None:
     """Run the steps from the last checkpoint to the end: load, update, log, save."""
     opt = stepper.opt
     progress = saver.progress
-    loader = load_batches(
+    loader = load_pieces(
         stepper.task,
         progress.first_step,
         opt.steps,
@@ -178,8 +180,10 @@ def _train_steps(stepper: Stepper, saver: "_Saver", logger: Logger | None, out: 
             # Save when it is time, or when a signal tells a process to stop. All processes have to
             # save in the same step, so each takes the maximum over the processes.
             own_signal = signals[0] if signals else 0  # 0 stands for no signal
-            is_overdue, stop_signal = parallel.max_over_processes([saver.is_overdue(), own_signal])
-            if is_overdue or stop_signal or saver.is_due(step):
+            is_due_by_time, stop_signal = parallel.max_over_processes(
+                [saver.is_due_by_time(), own_signal]
+            )
+            if is_due_by_time or stop_signal or saver.is_due_by_step(step):
                 saver.save(step)
             if stop_signal:
                 saver.checkpoints.wait()
@@ -240,7 +244,7 @@ class _Saver:
         """Count the time to the first checkpoint from now on."""
         self._last_save_time = time.monotonic()
 
-    def is_due(self, step: int) -> bool:
+    def is_due_by_step(self, step: int) -> bool:
         """Return whether the step's number (from 0) demands a checkpoint after this step.
 
         These are every `save_every`-th step, and the last one.
@@ -248,7 +252,7 @@ class _Saver:
         num_done = step + 1
         return num_done % self.options.save_every == 0 or num_done == self._num_steps
 
-    def is_overdue(self) -> bool:
+    def is_due_by_time(self) -> bool:
         """Return whether the time since the last checkpoint demands a new one."""
         requested_interval_s = 60 * self.options.save_minutes
         # More frequent checkpoints would take more than `MAX_SAVING_SHARE` of the time.
@@ -271,7 +275,7 @@ class _Saver:
         self._last_save_duration_s = self._last_save_time - save_start
 
 
-def load_batches(
+def load_pieces(
     task: Task,
     first_step: int,
     end_step: int,
@@ -303,7 +307,7 @@ def load_batches(
     loader: Any = torch.utils.data.DataLoader(
         piece_numbers,  # type: ignore[arg-type]  # PyTorch accepts a list as a dataset
         batch_size=None,
-        collate_fn=functools.partial(_make_batch, task, slots),
+        collate_fn=functools.partial(_make_piece, task, slots),
         num_workers=workers,
         prefetch_factor=NUM_BATCHES_AHEAD if workers else None,
         # Forked workers share the training data in memory. Spawned ones would copy them.
@@ -317,7 +321,7 @@ def load_batches(
         yield slots.take(batch) if isinstance(batch, SlottedBatch) else batch
 
 
-def _make_batch(
+def _make_piece(
     task: Task, slots: SharedBatchSlots, number: int
 ) -> Batch | SlottedBatch | SpearError:
     """Make a piece of a batch. In a worker process, put it into a slot of shared memory.

@@ -107,7 +107,7 @@ def measure_training(recipe: Recipe, with_gpu_layers: bool = True) -> MemoryEsti
         )
     preset = get_preset(recipe.preset)
     opt = recipe.optimization
-    piece_size = parallel.divide_into_pieces(recipe.batch_size, "batch_size", opt.accumulate)
+    piece_size = parallel.compute_piece_size(recipe.batch_size, "batch_size", opt.accumulate)
     model = _build_model(recipe, preset, with_gpu_layers)
     set_gradient_checkpointing(model, opt.gradient_checkpointing)
 
@@ -224,7 +224,7 @@ def _compute_loss(model: Any, recipe: Recipe, preset: Preset, piece_size: int) -
     observation = _make_observation(preset, piece_size)
     total = model(**observation, actions=actions, flow_samples=recipe.flow_samples).loss
     if recipe.question_images:
-        num_images = parallel.divide_into_pieces(
+        num_images = parallel.compute_piece_size(
             recipe.question_images, "question_images", recipe.optimization.accumulate
         )
         question_loss = _compute_question_loss(model.vlm, recipe, preset, num_images)

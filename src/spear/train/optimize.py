@@ -45,11 +45,11 @@ class Task(Protocol):
     @property
     def model(self) -> torch.nn.Module: ...
 
-    def batch(self, step: int) -> Batch:
-        """Return one piece of a batch, which depends only on the task and the number `step`.
+    def batch(self, piece_number: int, /) -> Batch:
+        """Return one piece of a batch, which depends only on the task and the piece's number.
 
-        Worker processes call this. If batches consist of one piece each, `step` is the step's
-        number, otherwise the piece's number in the run.
+        Worker processes call this. Pieces are numbered through the whole run, so if batches consist
+        of one piece each, a piece's number is the step's number.
         """
 
     def loss(self, batch: Batch, generator: torch.Generator) -> Loss:
@@ -178,10 +178,10 @@ def _find_rate_factor(name: str, opt: Optimization) -> float:
 
 
 def make_step_generator(
-    seed: int, number: int, device: torch.device | str = "cpu"
+    seed: int, piece_number: int, device: torch.device | str = "cpu"
 ) -> torch.Generator:
     """Return the random number generator of the piece with this number in a run with this seed."""
-    return torch.Generator(device).manual_seed((seed * SEED_STRIDE + number) % SEED_LIMIT)
+    return torch.Generator(device).manual_seed((seed * SEED_STRIDE + piece_number) % SEED_LIMIT)
 
 
 class Stepper:
@@ -292,7 +292,7 @@ class Stepper:
 
         # `tolist` makes the process wait for its GPU. This happens here alone, once in a step, and
         # in the loss of questions, which looks for the answers' tokens.
-        means = parallel.average_over_processes(torch.stack(piece_values).mean(0))
+        means = parallel.average_over_processes_in_place(torch.stack(piece_values).mean(0))
         grad_norm = parallel.gather(grad_norm).float().reshape(1)
         mean_values = torch.cat([means, grad_norm]).tolist()
         step_values = dict(zip([*names, "grad_norm"], mean_values, strict=True))
@@ -303,7 +303,9 @@ class Stepper:
         self._update_ema(step)
         return step_values
 
-    def _run_piece(self, piece: Batch, number: int, num_pieces: int) -> dict[str, torch.Tensor]:
+    def _run_piece(
+        self, piece: Batch, piece_number: int, num_pieces: int
+    ) -> dict[str, torch.Tensor]:
         """Add a piece's gradient, divided by `num_pieces`, to the parameters' gradients.
 
         Returns:
@@ -319,7 +321,7 @@ class Stepper:
             # The cache would keep a bfloat16 copy of every weight until the forward pass ends.
             cache_enabled=not self.opt.gradient_checkpointing,
         ):
-            generator = make_step_generator(self.seed, number, self.device)
+            generator = make_step_generator(self.seed, piece_number, self.device)
             loss, parts = self.task.loss(piece_on_device, generator)
         (loss / num_pieces).backward()
         return {"loss": loss.detach(), **parts}
@@ -349,12 +351,11 @@ class Stepper:
         weights = [self.trainable[name].detach() for name in self.ema]
         torch._foreach_lerp_(list(self.ema.values()), weights, 1 - decay)
 
-    def get_final_weights(self) -> dict[str, torch.Tensor]:
-        """Return the EMA weights by name, or the plain weights when averaging is off.
+    def get_trained_weights(self) -> dict[str, torch.Tensor]:
+        """Return the EMA weights of the parameters that learn, by name.
 
-        The model is put into evaluation mode.
+        When averaging is off, these are copies of the plain weights.
         """
-        self.model.eval()
         if self.ema:
             return self.ema
         return {name: parameter.detach().clone() for name, parameter in self.trainable.items()}

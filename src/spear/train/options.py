@@ -160,8 +160,8 @@ class Recipe:
                   (for an ablation).
     flow          fields of `spear.types.FlowConfig` that differ from the preset's or from `--init`.
     committed     the longest committed prefix to train with, in actions
-                  (`spear.flow.sample_committed`). None is 0 for a new policy, as in the paper, and
-                  the length of the initial policy with `--init`.
+                  (`spear.flow.sample_committed_mask`). None is 0 for a new policy, as in the paper,
+                  and the length of the initial policy with `--init`.
     lora_rank     if not 0, the language model also learns through LoRA matrices of this rank.
     lora_alpha    LoRA matrices are scaled by alpha / rank (`spear.train.optimize`).
     """
@@ -209,16 +209,16 @@ class Recipe:
         for key, value in changes.items():
             check_known("recipe key", _CLASS_OF_KEY, key, advice="`spear recipes NAME` lists them.")
             _check_value(_CLASS_OF_KEY[key], key, value)
-        return self.with_values(**changes)
+        return self.with_unchecked_changes(**changes)
 
-    def with_values(self, **values: Any) -> "Recipe":
+    def with_unchecked_changes(self, **changes: Any) -> "Recipe":
         """Return a copy of the recipe as `with_changes` does, without checking keys and values."""
         values_of_class: dict[type, dict[str, Any]] = {
             Recipe: {},
             Optimization: {},
             QuestionMix: {},
         }
-        for key, value in values.items():
+        for key, value in changes.items():
             values_of_class[_CLASS_OF_KEY[key]][key] = value
         return dataclasses.replace(
             self,

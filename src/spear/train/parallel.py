@@ -50,24 +50,24 @@ def get_world_size() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
-def divide_into_pieces(total: int, name: str, accumulate: int = 1) -> int:
+def compute_piece_size(num_items: int, recipe_key: str, accumulate: int = 1) -> int:
     """Return how many items each piece of a batch has.
 
     Args:
-        total: number of items in the batch.
-        name: the recipe key that sets this number, for the error.
+        num_items: number of items in the batch.
+        recipe_key: the recipe key that sets this number, for the error.
         accumulate: number of pieces per process.
 
     Raises:
         SpearError: if the batch does not divide into equal pieces.
     """
     num_pieces = get_world_size() * accumulate
-    if total % num_pieces:
+    if num_items % num_pieces:
         raise SpearError(
-            f"{name} {total} cannot be divided among {num_pieces} pieces (processes × accumulate). "
-            f"Use a multiple of {num_pieces}."
+            f"{recipe_key} {num_items} cannot be divided among {num_pieces} pieces "
+            f"(processes × accumulate). Use a multiple of {num_pieces}."
         )
-    return total // num_pieces
+    return num_items // num_pieces
 
 
 def get_piece_numbers(step: int, accumulate: int = 1) -> range:
@@ -81,7 +81,7 @@ def get_piece_numbers(step: int, accumulate: int = 1) -> range:
     return range(first, first + accumulate)
 
 
-def average_over_processes(values: torch.Tensor) -> torch.Tensor:
+def average_over_processes_in_place(values: torch.Tensor) -> torch.Tensor:
     """Replace a tensor that all processes have by its mean over the processes, and return it."""
     if get_world_size() > 1:
         dist.all_reduce(values)
@@ -142,7 +142,7 @@ def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
     for bucket in _fill_buckets(gradients):
         flat = torch.cat([gradient.reshape(-1) for gradient in bucket])
         lengths = [gradient.numel() for gradient in bucket]
-        means = average_over_processes(flat).split(lengths)
+        means = average_over_processes_in_place(flat).split(lengths)
         for gradient, mean in zip(bucket, means, strict=True):
             gradient.copy_(mean.view_as(gradient))
 

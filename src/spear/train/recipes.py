@@ -33,7 +33,7 @@ def _load_recipes() -> dict[str, Recipe]:
         for key, value in table.items():
             # TOML has lists, where recipes have tuples.
             values[key] = tuple(value) if isinstance(value, list) else value
-        recipes[name] = base.with_values(name=name, **values)
+        recipes[name] = base.with_unchecked_changes(name=name, **values)
     return recipes
 
 

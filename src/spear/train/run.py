@@ -116,7 +116,7 @@ def train(
     # Build and train.
     model, task, save = build.build(recipe, inputs, options.seed, is_checked=True)
     ema_weights = loop.run(task, opt, out, options, run_settings, changeable_settings)
-    _load_weights(model, ema_weights)
+    _load_weights_and_unshard(model, ema_weights)
 
     # Save the result.
     if parallel.get_rank() == 0:
@@ -306,7 +306,7 @@ def _note_settings_without_effect(recipe: Recipe, steps: int, options: RunOption
         notice("--parallel fsdp has no effect in a single process. Start several with torchrun.")
 
 
-def _load_weights(model: torch.nn.Module, weights: Mapping[str, torch.Tensor]) -> None:
+def _load_weights_and_unshard(model: torch.nn.Module, weights: Mapping[str, torch.Tensor]) -> None:
     """Copy weights (by parameter name) into the model, and make a sharded model whole.
 
     A whole model then exists on process 0 alone (`parallel.unshard`).

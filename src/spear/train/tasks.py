@@ -6,8 +6,8 @@ PatchTask  stage 0 (nano only): which objects each image patch shows. It stands 
 VlmTask    questions about labeled images.
 VlaTask    demonstrations, and 3D questions in addition.
 
-The classes follow the protocol `spear.train.optimize.Task`: `batch(step)` returns a batch that
-depends only on the task and the number `step`, and `loss` the loss of a batch. A *view* is a
+The classes follow the protocol `spear.train.optimize.Task`: `batch(piece_number)` returns a
+piece of a batch that depends only on the task and this number, and `loss` its loss. A *view* is a
 camera by name, "external" or "wrist". A batch of images has one view, because views differ in size.
 """
 
@@ -76,12 +76,12 @@ class DepthTask:
     batch_size: int
     seed: int
 
-    def batch(self, step: int) -> Batch:
+    def batch(self, piece_number: int) -> Batch:
         """Return uint8 pixels [B, 3, h, w] and float depth [B, h/4, w/4].
 
         Labels store only every fourth row and column of the depth.
         """
-        rng = np.random.default_rng((self.seed, step))
+        rng = np.random.default_rng((self.seed, piece_number))
         images = self.views[_draw_view(self.views, rng)]
         samples = [images[int(row)] for row in rng.integers(len(images), size=self.batch_size)]
         pixels = [torch.from_numpy(decode_image(image)).permute(2, 0, 1) for image, _ in samples]
@@ -124,9 +124,9 @@ class PatchTask:
     batch_size: int
     seed: int
 
-    def batch(self, step: int) -> Batch:
+    def batch(self, piece_number: int) -> Batch:
         """Return the arguments of `PatchClassification.forward`."""
-        rng = np.random.default_rng((self.seed, PATCH_STREAM, step))
+        rng = np.random.default_rng((self.seed, PATCH_STREAM, piece_number))
         view = _draw_view(self.views, rng)
         rows = rng.integers(len(self.views[view]), size=self.batch_size)
         samples = [self.views[view][int(row)] for row in rows]
@@ -344,7 +344,7 @@ def load_depth(
 
 @dataclass(frozen=True)
 class QuestionSamples:
-    """Batches of images with questions. A batch depends only on the seed and the step.
+    """Batches of images with questions. A batch depends only on the seed and its number.
 
     labels      view -> labeled images. A batch has the wrist's view with probability
                 `wrist_fraction`, otherwise the first view.
@@ -399,13 +399,13 @@ class QuestionSamples:
             return fraction_of_labels
         return self.mix.wrist
 
-    def batch(self, step: int) -> Batch:
-        """Return the arguments of `SpearVLMForConditionalGeneration.forward` for one step.
+    def batch(self, piece_number: int) -> Batch:
+        """Return the arguments of `SpearVLMForConditionalGeneration.forward` for one piece.
 
         The batch has `num_images` images of one view with their questions. Raises `SpearError` if
         hardly any image can be asked about.
         """
-        rng = np.random.default_rng((self.seed, QUESTION_STREAM, step))
+        rng = np.random.default_rng((self.seed, QUESTION_STREAM, piece_number))
         view = "wrist" if rng.random() < self.wrist_fraction else next(iter(self.labels))
         labels = self._select_asked_labels(view)
 
@@ -522,9 +522,9 @@ class VlmTask:
             ids = model.config.coordinate_ids
             self.trainable_rows["language_model.embed_tokens.weight"] = (ids.start, ids.stop)
 
-    def batch(self, step: int) -> Batch:
+    def batch(self, piece_number: int) -> Batch:
         """Return a batch of questions."""
-        return self.questions.batch(step)
+        return self.questions.batch(piece_number)
 
     def loss(self, batch: Batch, generator: torch.Generator) -> Loss:
         """Return the cross-entropy, in which 3D tokens have the weight λ, and its parts."""
@@ -543,16 +543,16 @@ class VlaTask:
     recipe: Recipe
     questions: QuestionSamples | None = None
 
-    def batch(self, step: int) -> Batch:
-        """Return the network's inputs of one step.
+    def batch(self, piece_number: int) -> Batch:
+        """Return the network's inputs of one piece.
 
-        The batch is what `encode_robot_batch` returns. If there are questions, it also has the
+        The piece is what `encode_robot_batch` returns. If there are questions, it also has the
         entry "questions", a batch of `QuestionSamples`.
         """
-        robot_samples = self.samples.batch(step, self.recipe.batch_size)
+        robot_samples = self.samples.batch(piece_number, self.recipe.batch_size)
         batch = encode_robot_batch(self.processor, self.normalizer, robot_samples)
         if self.questions is not None:
-            batch["questions"] = self.questions.batch(step)
+            batch["questions"] = self.questions.batch(piece_number)
         return batch
 
     def loss(self, batch: Batch, generator: torch.Generator) -> Loss:

@@ -39,7 +39,7 @@ from spear.models.weights.load import (
     make_zero_reader,
 )
 from spear.models.weights.name_rules import read_name_rules
-from spear.tokens import TOKEN_FORMAT, extend_tokenizer, init_new_embeddings
+from spear.tokens import TOKEN_FORMAT, draw_new_embeddings, extend_tokenizer
 
 # Our names of the token embeddings, and of the output head, which is a copy of them in some files.
 EMBEDDINGS = "language_model.embed_tokens.weight"
@@ -355,7 +355,7 @@ def _extend_tokenizer(folder: Path, num_rows: int, num_new_tokens: int) -> tuple
             f"the tokenizer in {folder} has {len(tokenizer)} tokens, its embeddings {num_rows} "
             "rows. Take both from the same checkpoint."
         )
-    return tokenizer, extend_tokenizer(tokenizer, num_new_tokens)
+    return tokenizer, extend_tokenizer(tokenizer, num_new_tokens).start
 
 
 def _make_vlm_config(
@@ -429,7 +429,7 @@ def _make_vocabulary_reader(
         checkpoint.read_into(vocabulary.name, embeddings[:num_rows])
         _check_head(checkpoint, vocabulary, embeddings[:num_rows])
         known_rows = embeddings[:num_known]
-        embeddings[num_known:end] = init_new_embeddings(known_rows, end - num_known, generator)
+        embeddings[num_known:end] = draw_new_embeddings(known_rows, end - num_known, generator)
         return {EMBEDDINGS: embeddings}
 
     return read

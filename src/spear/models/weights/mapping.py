@@ -272,7 +272,7 @@ def _load_tokenizer(name: Path | str, vlm_config: Any) -> Any:
     folder = find_tokenizer(name)
     tokenizer = load_tokenizer(folder)
     validate_tokenizer(tokenizer)
-    first_id = extend_tokenizer(tokenizer, vlm_config.coordinate_bins)
+    first_id = extend_tokenizer(tokenizer, vlm_config.coordinate_bins).start
     if first_id != vlm_config.coordinate_start:
         raise SpearError(
             f"the tokenizer in {folder} has {TOKEN_FORMAT.format(0)} as token {first_id}, the "
