@@ -349,6 +349,7 @@ def test_a_checkpoint_whose_state_lacks_a_key_is_named(trained: Path) -> None:
     path.write_text(json.dumps({"step": 4, "settings": {"seed": 0}}))
     refuses_to_continue("pieces", trained)
 
+    # The number of updates of a parameter has to be a number.
     path.write_text(json.dumps({**state, "counts": {"0.bias": None}}))
     refuses_to_continue("counts", trained)
 
