@@ -28,7 +28,7 @@ from torch.utils._pytree import tree_leaves
 from spear.errors import Notice
 from spear.models import decode, sampling
 from spear.models.fast import cuda_graphs, linear
-from spear.models.meter import allocate_storage
+from spear.models.meter import replace_meta_by_fake_tensors
 from spear.models.presets import PRESETS, Preset, build_spear1_config
 from spear.models.spear1 import NUM_STATE_FEATURES, Spear1ForActionPrediction
 from spear.types import ACTION_DIM
@@ -199,7 +199,7 @@ def empty_policy(request: pytest.FixtureRequest) -> Iterator[tuple[Preset, Any]]
         model = Spear1ForActionPrediction._from_config(config, dtype=dtype).eval()
     with FakeTensorMode() if device == "cuda" else contextlib.nullcontext():
         if device == "cuda":
-            allocate_storage(model, device)
+            replace_meta_by_fake_tensors(model, device)
         yield SIZES[name], model
 
 

@@ -14,7 +14,7 @@ from refusals import refuses
 from spear.errors import Notice
 from spear.models import processing
 from spear.models.presets import get_preset
-from spear.models.processing import Processor, describe_fit, map_pixel, visible_window
+from spear.models.processing import Processor, compute_visible_window, describe_fit, map_pixel
 from spear.models.vlm import IGNORE_LABEL
 from spear.tokens import CoordinateTokenizer
 from spear.types import Pixel, Question
@@ -68,7 +68,7 @@ class TestFitImage:
 
 def test_the_visible_window_includes_the_padding() -> None:
     """An image of 200 × 100 in a square gets padding above and below, each half of its height."""
-    window = visible_window(source=(200, 100), target=(100, 100))
+    window = compute_visible_window(source=(200, 100), target=(100, 100))
 
     assert window == (0, -50, 200, 200)  # left, top, width and height in pixels of the source
 

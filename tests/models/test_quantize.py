@@ -17,8 +17,8 @@ from spear.models.quantize import (
     QUANTIZATIONS,
     Quantization,
     QuantizedLinear,
+    can_multiply_int8_exactly,
     check_quantization,
-    multiplies_integers_exactly,
     quantize_model,
 )
 from spear.models.spear1 import Spear1ForActionPrediction
@@ -70,7 +70,7 @@ def test_weights_that_are_multiples_of_the_scale_are_exact_in_4_bits() -> None:
 
 
 needs_exact_integers = pytest.mark.skipif(
-    not multiplies_integers_exactly(), reason="this processor's 8-bit products overflow"
+    not can_multiply_int8_exactly(), reason="this processor's 8-bit products overflow"
 )
 
 

@@ -20,7 +20,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._pytree import tree_map_only
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
-from spear.models.meter import allocate_storage
+from spear.models.meter import replace_meta_by_fake_tensors
 from spear.train import optimize, parallel
 from spear.train.checkpoint import Checkpoints
 from spear.train.optimize import Stepper
@@ -71,7 +71,7 @@ def make_stepper(device: str, sharded: bool = False, **changes: Any) -> Stepper:
     last_tasks.append(task)
     opt = Optimization(**{"steps": 2, "lr": 1e-3, "ema": 0.9, "precision": "fp32", **changes})
     with FAKE:
-        allocate_storage(task.model, device)
+        replace_meta_by_fake_tensors(task.model, device)
         return Stepper(task, opt, seed=0, sharded=sharded)
 
 

@@ -21,7 +21,7 @@ from spear.models.fast.stack import (
     can_compile,
     get_layer_stack,
     prefill,
-    split_image_inputs,
+    select_image_inputs,
 )
 
 TokenRange = tuple[int, int]
@@ -204,7 +204,7 @@ def _decode(
 
         if step >= last_choice:
             continue  # the grammar determines the remaining tokens, so nothing is computed
-        if free_text is not None and free_text.has_ended():
+        if free_text is not None and free_text.have_all_ended():
             break
 
         # Run the chosen token through the layers, to predict the next one.
@@ -233,7 +233,7 @@ def _prefill_prompts(vlm: Any, layers: LayerStack, inputs: Inputs, room: int) ->
     Returns:
         The prefix, with a cache that `layers` can read and write.
     """
-    pixels, present = split_image_inputs(inputs)
+    pixels, present = select_image_inputs(inputs)
     # No image is missing, so the mask of missing images is not needed.
     features, _ = vlm.encode_images(pixels, present)
     text = vlm.embed_text(inputs["input_ids"])
@@ -253,7 +253,7 @@ def _prefill_prompts(vlm: Any, layers: LayerStack, inputs: Inputs, room: int) ->
         room=room,
     )
     if is_prompt_separate:
-        prefix = replace(prefix, cache=layers.adopt_cache(prefix.cache))
+        prefix = replace(prefix, cache=layers.convert_cache_if_needed(prefix.cache))
     return prefix
 
 
@@ -323,7 +323,7 @@ class _FreeTextState:
         allowed[:, self.end_token] |= can_end
         return ~allowed
 
-    def has_ended(self) -> bool:
+    def have_all_ended(self) -> bool:
         """Whether all answers have ended. On a GPU only every eighth step checks this."""
         is_on_cpu = self.is_done.device.type == "cpu"
         if not is_on_cpu and self.step % STEPS_BETWEEN_END_CHECKS:

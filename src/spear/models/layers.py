@@ -190,8 +190,8 @@ AttentionInterface.register(ATTENTION_NAME, grouped_attention)
 AttentionMaskInterface.register(ATTENTION_NAME, sdpa_mask)
 
 
-def choose_attention(config: PreTrainedConfig) -> PreTrainedConfig:
-    """Make a config choose `grouped_attention`, unless the user chose an attention."""
+def set_default_attention(config: PreTrainedConfig) -> PreTrainedConfig:
+    """Make a config choose `grouped_attention`, unless the user chose an attention; return it."""
     if config._attn_implementation is None:
         config._attn_implementation = ATTENTION_NAME
     return config

@@ -35,6 +35,7 @@ class MemoryMeter(TorchDispatchMode):
 
     def _count(self, tensor: Tensor) -> Tensor:
         """Count the tensor's storage once, and subtract it when the storage is freed."""
+        # PyTorch keeps one Python object per storage, which lives as long as the storage.
         storage = tensor.untyped_storage()
         key = storage._cdata  # an address, by which PyTorch identifies the storage
         if key not in self._counted_storages:
@@ -50,8 +51,8 @@ class MemoryMeter(TorchDispatchMode):
         self.live -= num_bytes
 
 
-def allocate_storage(model: torch.nn.Module, device: str = "cpu") -> None:
-    """Replace a model's meta tensors by fake tensors, whose storage has a size.
+def replace_meta_by_fake_tensors(model: torch.nn.Module, device: str = "cpu") -> None:
+    """Replace a model's meta tensors, in place, by fake tensors on `device` with sized storage.
 
     Call it inside a `FakeTensorMode`, in which `torch.empty` makes fake tensors.
     """

@@ -189,7 +189,7 @@ def get_preset(name: str) -> Preset:
 
 
 def build_vlm_config(
-    size: Preset,
+    preset: Preset,
     vocabulary_size: int | None = None,
     coordinate_start: int | None = None,
     networks: Mapping[str, Any] | None = None,
@@ -197,7 +197,7 @@ def build_vlm_config(
     """Build the SPEAR-VLM config of a preset.
 
     Args:
-        size: The preset.
+        preset: The preset.
         vocabulary_size: Number of tokens of the tokenizer, 3D tokens included.
         coordinate_start: The id of `<3d0000>`. By default the 3D tokens follow the preset's text
             vocabulary.
@@ -209,49 +209,52 @@ def build_vlm_config(
 
     if networks is None:
         moge = None
-        if size.moge is not None:
-            moge = {**size.moge, "stem": size.stem, "use_mask_token": False}
+        if preset.moge is not None:
+            moge = {**preset.moge, "stem": preset.stem, "use_mask_token": False}
         if not vocabulary_size:
-            vocabulary_size = size.vocabulary_size + size.bins
+            vocabulary_size = preset.vocabulary_size + preset.bins
         networks = {
-            "vision_config": {**size.vision, "stem": size.stem, "vision_use_head": False},
+            "vision_config": {**preset.vision, "stem": preset.stem, "vision_use_head": False},
             "moge_config": moge,
-            "text_config": {**size.text, "vocab_size": vocabulary_size, **SPECIAL_TOKEN_IDS},
+            "text_config": {**preset.text, "vocab_size": vocabulary_size, **SPECIAL_TOKEN_IDS},
         }
     if coordinate_start is None:
-        coordinate_start = size.vocabulary_size
+        coordinate_start = preset.vocabulary_size
     return SpearVLMConfig(
         **networks,
-        views=list(size.image_sizes),
+        views=list(preset.image_sizes),
         coordinate_start=coordinate_start,
-        coordinate_bins=size.bins,
-        coordinate_smoothing=size.coordinate_smoothing,
+        coordinate_bins=preset.bins,
+        coordinate_smoothing=preset.coordinate_smoothing,
     )
 
 
 def build_spear1_config(
-    size: Preset, vlm: "SpearVLMConfig | None" = None, expert: Mapping[str, Any] | None = None
+    preset: Preset,
+    vlm_config: "SpearVLMConfig | None" = None,
+    all_expert_fields: Mapping[str, Any] | None = None,
 ) -> "Spear1Config":
     """Build the SPEAR-1 config of a preset.
 
     Args:
-        size: The preset.
-        vlm: The config of the VLM inside SPEAR-1. By default it is the preset's.
-        expert: Config fields of an existing action expert. By default the action expert is as
-            wide as the preset's, and as deep as the VLM.
+        preset: The preset.
+        vlm_config: The config of the VLM inside SPEAR-1. By default it is the preset's.
+        all_expert_fields: Config fields of an existing action expert, which replace all of the
+            preset's. By default the action expert is as wide as the preset's, and as deep as the
+            VLM.
     """
     from spear.models.spear1 import SHARED_WITH_VLM, Spear1Config
 
-    if expert is None:
-        expert = dict(size.expert)
-        if vlm is not None:
+    if all_expert_fields is None:
+        all_expert_fields = dict(preset.expert)
+        if vlm_config is not None:
             for name in SHARED_WITH_VLM:
-                expert[name] = getattr(vlm.text_config, name)
+                all_expert_fields[name] = getattr(vlm_config.text_config, name)
     # The expert gets no text, so it has no special tokens and the smallest vocabulary.
     no_special_tokens = dict.fromkeys(SPECIAL_TOKEN_IDS)  # the id of each is None
     return Spear1Config(
-        vlm_config=vlm or build_vlm_config(size),
-        expert_config={**expert, "vocab_size": 1, **no_special_tokens},
-        horizon=size.horizon,
-        flow=dict(size.flow),
+        vlm_config=vlm_config or build_vlm_config(preset),
+        expert_config={**all_expert_fields, "vocab_size": 1, **no_special_tokens},
+        horizon=preset.horizon,
+        flow=dict(preset.flow),
     )

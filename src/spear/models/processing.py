@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -60,14 +60,20 @@ MIN_ENLARGEMENT = 1.25  # pixels of the fitted image per pixel of the source
 MAX_ASPECT_DIFFERENCE = 0.02
 
 
-def visible_window(source: Size, target: Size) -> tuple[float, float, float, float]:
+class VisibleWindow(NamedTuple):
+    """A rectangle in a source image, in pixels of the source, which may be fractions."""
+
+    left: float
+    top: float
+    width: float
+    height: float
+
+
+def compute_visible_window(source: Size, target: Size) -> VisibleWindow:
     """The rectangle, in the source image, that the fitted image of the target size shows.
 
-    Where the fitted image has padding, the rectangle extends beyond the source image.
-
-    Returns:
-        (left, top, width, height) in pixels of the source. They may be fractions, because
-        `fit_image` puts the image at whole pixels of the target.
+    Where the fitted image has padding, the rectangle extends beyond the source image. Its sides are
+    no whole pixels of the source, because `fit_image` puts the image at whole pixels of the target.
     """
     # The place of the source image in the target, in pixels of the target.
     _, left, top, width, height = compute_placement(source, target)
@@ -75,7 +81,12 @@ def visible_window(source: Size, target: Size) -> tuple[float, float, float, flo
     target_width, target_height = target
     x_scale = source_width / width  # pixels of the source per pixel of the target
     y_scale = source_height / height
-    return -left * x_scale, -top * y_scale, target_width * x_scale, target_height * y_scale
+    return VisibleWindow(
+        left=-left * x_scale,
+        top=-top * y_scale,
+        width=target_width * x_scale,
+        height=target_height * y_scale,
+    )
 
 
 def map_pixel(pixel: Pixel, source: Size, target: Size, inverse: bool = False) -> Pixel:
@@ -85,7 +96,7 @@ def map_pixel(pixel: Pixel, source: Size, target: Size, inverse: bool = False) -
     then mapped to the edge of the source. The coordinates of a pixel are fractions of an image's
     width and height.
     """
-    left, top, window_width, window_height = visible_window(source, target)
+    left, top, window_width, window_height = compute_visible_window(source, target)
     has_no_padding = max(abs(left), abs(top)) < 1e-6  # pixels; not exactly 0 because of rounding
     if has_no_padding:
         return pixel
@@ -113,7 +124,7 @@ def describe_fit(source: Size, target: Size, are_bars_expected: bool = False) ->
     """
     width, height = source
     target_width, target_height = target
-    _, _, window_width, window_height = visible_window(source, target)
+    _, _, window_width, window_height = compute_visible_window(source, target)
     side_bars = 1 - width / window_width  # fraction of the target's width
     top_bars = 1 - height / window_height  # fraction of the target's height
     enlargement = target_width / window_width
@@ -180,10 +191,12 @@ class Processor:
         self._notified: set[tuple[str, Size]] = set()  # (view, size of images)
 
     @staticmethod
-    def build(size: Preset, texts: Iterable[str], coordinates: CoordinateTokenizer) -> "Processor":
+    def build(
+        preset: Preset, texts: Iterable[str], coordinates: CoordinateTokenizer
+    ) -> "Processor":
         """Build the processor of a preset, with a tokenizer trained on `texts`."""
-        tokenizer = train_tokenizer(texts, size.vocabulary_size)
-        return Processor(tokenizer, coordinates, dict(size.image_sizes), size.prompt_tokens)
+        tokenizer = train_tokenizer(texts, preset.vocabulary_size)
+        return Processor(tokenizer, coordinates, dict(preset.image_sizes), preset.prompt_tokens)
 
     # Images
 

@@ -155,14 +155,14 @@ def check_quantization(quantization: Quantization | None, device: torch.device) 
         raise SpearError(
             f"int8-dynamic computes on a CPU, not on {device}. Use --quantize int8 there."
         )
-    if quantization == "int8-dynamic" and not multiplies_integers_exactly():
+    if quantization == "int8-dynamic" and not can_multiply_int8_exactly():
         raise SpearError(
             "int8-dynamic would give wrong actions on this processor, whose products of 8-bit "
             "integers overflow (it has no VNNI instructions). Use --quantize int8."
         )
 
 
-def multiplies_integers_exactly() -> bool:
+def can_multiply_int8_exactly() -> bool:
     """Return whether PyTorch's product of 8-bit matrices is right on this processor.
 
     On x86 processors without VNNI instructions, sums of two products overflow 16 bits and are cut

@@ -40,7 +40,7 @@ from spear.models.fast.stack import (
     PrefilledCache,
     can_compile,
     prefill,
-    split_image_inputs,
+    select_image_inputs,
 )
 from spear.models.layers import embed_flow_time
 from spear.models.vision import fuse_attention_projections
@@ -126,7 +126,7 @@ def sample_actions(model: Any, inputs: Inputs, steps: int) -> Tensor:
 
 def sample_plain(model: Any, inputs: Inputs, steps: int) -> Tensor:
     """Sample like `sample_actions`, by `Spear1ForActionPrediction.sample_plain`."""
-    pixels, present = split_image_inputs(inputs)
+    pixels, present = select_image_inputs(inputs)
     actions = model.sample_plain(
         pixels,
         inputs["input_ids"],
@@ -341,7 +341,7 @@ def sample_fast(
 
 def _sample(model: Any, sampler: Sampler, inputs: Inputs, steps: int) -> Tensor:
     """Prefill the KV cache with images and instruction, then integrate the flow."""
-    pixels, present = split_image_inputs(inputs)
+    pixels, present = select_image_inputs(inputs)
     horizon = inputs["noise"].shape[1]
     features, image_valid = model.vlm.encode_images(pixels, present)
     text = model.vlm.embed_text(inputs["input_ids"])
@@ -404,7 +404,7 @@ class _ExpertFlow:
         self.action_dtype = noise.dtype
         horizon = noise.shape[1]
         expert = sampler.expert
-        cache = expert.adopt_cache(prefix.cache)
+        cache = expert.convert_cache_if_needed(prefix.cache)
         prefix_length = prefix.valid.shape[1]  # S
         # Added to attention scores, so that padding of the prefix is not seen.
         self.bias = prefix.make_bias(1 + horizon, expert.num_kv_heads, expert.dtype)

@@ -112,7 +112,7 @@ class Spear1ForActionPrediction(PreTrainedModel):
     _supports_sdpa = True
 
     def __init__(self, config: Spear1Config) -> None:
-        super().__init__(layers.choose_attention(config))
+        super().__init__(layers.set_default_attention(config))
         self.flow_config = flow.FlowConfig(**(config.flow or {}))
         self.vlm = SpearVLMForConditionalGeneration(config.vlm_config)
         self.expert = layers.build_language_model(config.expert_config)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, Dinov2Config, PreTrainedModel
 from transformers.configuration_utils import SubConfigSpec
 
-from spear.models.layers import PortableConfig, choose_attention
+from spear.models.layers import PortableConfig, set_default_attention
 from spear.models.vision import NUM_FEATURE_LAYERS, MogeEncoder, check_pixels
 from spear.models.vlm import LossOutput, SpearVLMForConditionalGeneration
 
@@ -47,7 +47,7 @@ class MogeForDepth(PreTrainedModel):
     _supports_sdpa = True
 
     def __init__(self, config: MogeDepthConfig) -> None:
-        super().__init__(choose_attention(config))
+        super().__init__(set_default_attention(config))
         self.moge = MogeEncoder(config.moge_config)
         self.head = nn.Linear(NUM_FEATURE_LAYERS * config.moge_config.hidden_size, config.cells**2)
         self.post_init()

@@ -51,7 +51,7 @@ def normalize_pixels(
     return x
 
 
-def standardize(images: Tensor) -> Tensor:
+def normalize_by_imagenet(images: Tensor) -> Tensor:
     """Normalize images [..., 3, h, w] of values 0 to 1 with ImageNet's mean and standard
     deviation."""
     mean = torch.tensor(IMAGENET_MEAN, device=images.device, dtype=torch.float32).view(3, 1, 1)
@@ -165,7 +165,7 @@ class _WithStem:
         else:
             super()._init_weights(module)  # type: ignore[misc]
 
-    def _add_stem(self: Any, owner: nn.Module, name: str, positions: Tensor) -> None:
+    def _replace_patch_embedding(self: Any, owner: nn.Module, name: str, positions: Tensor) -> None:
         """Replace the patch embedding, which is the attribute `name` of `owner`, by our stem.
 
         The stem is a `PatchConv` if `config.stem` is "patch", and a `ConvStem` if it is "conv".
@@ -282,6 +282,7 @@ class _FusedProjections:
         if not is_our_attention or is_on_cpu or not torch.is_inference_mode_enabled():
             return super().forward(hidden_states, attention_mask, **kwargs)  # type: ignore[misc]
         shape = (*hidden_states.shape[:-1], -1, self.head_dim)  # [B, S, heads, head_dim]
+        # The first time this moves the weights together; later calls find them joined.
         query, key, value = self.fuse_projections()(hidden_states)
         output, _ = grouped_attention(
             self,
@@ -359,7 +360,7 @@ class SiglipEncoder(_WithStem, SiglipVisionModel):
         super().__init__(config)
         self.embeddings.__class__ = SiglipEmbeddings
         positions = self.embeddings.position_embedding.weight
-        self._add_stem(self.embeddings, "patch_embedding", positions)
+        self._replace_patch_embedding(self.embeddings, "patch_embedding", positions)
         for layer in self.encoder.layers:
             layer.self_attn.__class__ = _SiglipAttention
 
@@ -411,7 +412,9 @@ class DinoEncoder(_WithStem, Dinov2Model):
         super().__init__(config)
         embeddings = self.embeddings
         embeddings.__class__ = DinoEmbeddings
-        self._add_stem(embeddings.patch_embeddings, "projection", embeddings.position_embeddings)
+        self._replace_patch_embedding(
+            embeddings.patch_embeddings, "projection", embeddings.position_embeddings
+        )
         for layer in self.encoder.layer:
             layer.attention.__class__ = _DinoAttention
 
@@ -428,12 +431,14 @@ class MogeEncoder(nn.Module):
         super().__init__()
         self.backbone = DinoEncoder(config)
 
-    def forward(self, *views: Tensor) -> Tensor:
-        """Features of uint8 images, which are normalized with ImageNet's mean and standard
-        deviation."""
+    def forward(self, *images_of_views: Tensor) -> Tensor:
+        """Patch features of the images of all views, one view after the other along the patches.
+
+        The images [B, 3, h, w] are uint8, and the views may have different sizes.
+        """
         embedded = []
-        for view in views:
-            images = normalize_pixels(view, IMAGENET_MEAN, IMAGENET_STD)
+        for pixels in images_of_views:
+            images = normalize_pixels(pixels, IMAGENET_MEAN, IMAGENET_STD)
             embedded.append(self.backbone.embeddings(images))
 
         num_layers = len(self.backbone.encoder.layer)

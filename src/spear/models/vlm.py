@@ -133,7 +133,7 @@ class SpearVLMForConditionalGeneration(PreTrainedModel):
     _supports_sdpa = True
 
     def __init__(self, config: SpearVLMConfig) -> None:
-        super().__init__(layers.choose_attention(config))
+        super().__init__(layers.set_default_attention(config))
         width = config.text_config.hidden_size
         self.vision_tower = vision.SiglipEncoder(config.vision_config)
         self.multi_modal_projector = build_projector(config.vision_config.hidden_size, width)
@@ -152,10 +152,10 @@ class SpearVLMForConditionalGeneration(PreTrainedModel):
 
         The patches are in row-major order.
         """
-        features, num_tokens = self._encode_side_by_side(views)
+        features, num_tokens = self._encode_and_join_views(views)
         return list(features.split(num_tokens, dim=1))
 
-    def _encode_side_by_side(self, views: Sequence[Tensor]) -> tuple[Tensor, list[int]]:
+    def _encode_and_join_views(self, views: Sequence[Tensor]) -> tuple[Tensor, list[int]]:
         """Visual tokens of all views, concatenated [B, T, width], and their number per view.
 
         On a GPU the two encoders may run side by side (`run_in_parallel_streams`).
@@ -203,7 +203,7 @@ class SpearVLMForConditionalGeneration(PreTrainedModel):
             known_views = ", ".join(self.config.views)
             raise SpearError(f"there are no images. Pass at least one of the views {known_views}.")
 
-        features, num_tokens = self._encode_side_by_side([pixel_values[name] for name in views])
+        features, num_tokens = self._encode_and_join_views([pixel_values[name] for name in views])
         valid = torch.ones(features.shape[:2], dtype=torch.bool, device=features.device)
         # The parts of `valid` are views of its memory, so copying to them changes `valid`.
         for name, view_valid in zip(views, valid.split(num_tokens, dim=1), strict=True):

@@ -19,7 +19,7 @@ from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
 
 from spear.errors import SpearError
 from spear.models.layers import FastRMSNorm, set_gradient_checkpointing
-from spear.models.meter import MemoryMeter, allocate_storage
+from spear.models.meter import MemoryMeter, replace_meta_by_fake_tensors
 from spear.models.presets import Preset, build_spear1_config, build_vlm_config, get_preset
 from spear.models.quantize import Quantization, quantize_model
 from spear.models.spear1 import NUM_STATE_FEATURES
@@ -112,7 +112,7 @@ def measure_training(recipe: Recipe, with_gpu_layers: bool = True) -> MemoryEsti
     set_gradient_checkpointing(model, opt.gradient_checkpointing)
 
     with FakeTensorMode(), MemoryMeter() as meter:
-        allocate_storage(model.train())
+        replace_meta_by_fake_tensors(model.train())
         weights = meter.live
         trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
         if opt.accumulate > 1:
@@ -175,7 +175,7 @@ def measure_inference(
     # the weights there.
     without_onednn = torch.backends.mkldnn.flags(enabled=False, allow_tf32=None)
     with without_onednn, FakeTensorMode(), MemoryMeter() as meter, torch.no_grad():
-        allocate_storage(model)
+        replace_meta_by_fake_tensors(model)
         weights = meter.live
         noise = Action.from_vector(torch.zeros(batch_size, preset.horizon, ACTION_DIM))
         # Further steps of the flow would need no more memory than two.

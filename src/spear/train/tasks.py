@@ -29,7 +29,7 @@ from spear.labels.fit.masks import decode_mask
 from spear.labels.inputs import hash_content
 from spear.labels.questions.generate import generate_questions
 from spear.labels.store import DepthImages, find_shards, read_images_with_depth, read_labels
-from spear.models.processing import Processor, visible_window
+from spear.models.processing import Processor, compute_visible_window
 from spear.models.spear1 import Spear1ForActionPrediction
 from spear.models.stage0 import CELLS_PER_SIDE, MogeForDepth, PatchClassification
 from spear.models.vlm import SpearVLMForConditionalGeneration
@@ -174,7 +174,7 @@ def compute_patch_targets(
     patch_centers = np.stack(np.meshgrid(np.arange(columns), np.arange(rows)), axis=-1) + 0.5
 
     # The window of the original image, in its pixels, that the fitted image shows.
-    left, top, *window_size = visible_window((label.width, label.height), size)
+    left, top, *window_size = compute_visible_window((label.width, label.height), size)
     for labeled_object in label.objects:
         cell_coverage = _compute_cell_coverage(labeled_object, label, patch_side_px, size)
         coverage = cell_coverage.mean((2, 3))  # [rows, columns], averaged over a patch's cells

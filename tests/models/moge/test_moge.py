@@ -27,7 +27,7 @@ from spear.models.moge.checkpoint import fill_encoder
 from spear.models.moge.infer import infer_geometry
 from spear.models.moge.networks import MogeV1, MogeV2, make_dinov2_config
 from spear.models.presets import build_vlm_config, get_preset
-from spear.models.vision import MogeEncoder, standardize
+from spear.models.vision import MogeEncoder, normalize_by_imagenet
 from spear.types import Array
 
 # (version of MoGe, case). The name of a case has the size of its image.
@@ -247,7 +247,7 @@ class TestVlmEncoder:
         encoder = build_small_v1().encoder
         generator = torch.Generator().manual_seed(0)
         pixels = torch.randint(0, 256, (2, 3, 28, 42), generator=generator).byte()
-        images = standardize(pixels / 255)
+        images = normalize_by_imagenet(pixels / 255)
 
         layers = encoder.layers(images, range(8, 12))
 

@@ -287,6 +287,7 @@ class TestReport:
 
         model = plan.run()
 
+        # Rows of the embeddings are reported one by one, such as "….embed_tokens.weight[:40]".
         reported = plan.report.select_by_status("loaded", "new")
         assert {entry.name.split("[")[0] for entry in reported} == set(model.state_dict())
 

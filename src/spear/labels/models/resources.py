@@ -10,7 +10,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from spear.labels.models.sam2 import MAX_BOXES_PER_CALL
-from spear.models.meter import MemoryMeter, allocate_storage
+from spear.models.meter import MemoryMeter, replace_meta_by_fake_tensors
 from spear.models.weights.published import PUBLISHED
 
 
@@ -56,7 +56,7 @@ def estimate_resources(name: str, batch_size: int, width_px: int, num_names: int
     attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
     counter = FlopCounterMode(display=False, custom_mapping={attention: _count_attention_flops})
     with FakeTensorMode(), MemoryMeter() as meter, counter, torch.inference_mode():
-        allocate_storage(network)
+        replace_meta_by_fake_tensors(network)
         weights_bytes = meter.live
         if name.startswith("moge"):
             _run_moge(network, batch_size, width_px)

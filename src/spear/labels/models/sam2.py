@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from spear.labels.models.pretrained import explain_full_memory, load_model
 from spear.labels.models.protocols import Detection
-from spear.models.vision import standardize
+from spear.models.vision import normalize_by_imagenet
 from spear.types import Array, Frame
 
 MAX_BOXES_PER_CALL = 16
@@ -110,7 +110,7 @@ def preprocess(image: Array, side_px: int) -> torch.Tensor:
     pixels = F.interpolate(
         pixels, (side_px, side_px), mode="bilinear", align_corners=False, antialias=True
     )
-    return standardize(pixels[0].round().clamp(0, 255) / 255)
+    return normalize_by_imagenet(pixels[0].round().clamp(0, 255) / 255)
 
 
 def scale_boxes(boxes: Array, height: int, width: int, side_px: int) -> torch.Tensor:

@@ -58,7 +58,8 @@ class CudaGraphCache:
             function: What is recorded on the first call.
             inputs: The argument of `function`.
             options: Everything else that the function's result depends on. There is one graph for
-                each combination of options, names, shapes and types.
+                each combination of options, names, shapes and types. Functions that differ need
+                different options, or caches of their own.
         """
         shapes = tuple((name, tuple(t.shape), t.dtype) for name, t in inputs.items())
         key = (options, shapes)

@@ -11,7 +11,7 @@ from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Generic, TypeGuard, TypeVar
+from typing import Any, Generic, NamedTuple, TypeGuard, TypeVar
 from weakref import WeakKeyDictionary
 
 import torch
@@ -279,17 +279,23 @@ def _get_side_streams(device: torch.device, count: int) -> list[torch.cuda.Strea
 
 # --- Results that are computed from weights ---
 
-ModuleSlots = list[tuple[dict[str, Any], str]]
-"""The modules that have weights, each as (its parent's dict of child modules, its name there).
 
-A slot also finds a module that has replaced the first one under the same name."""
+class ModuleSlot(NamedTuple):
+    """Where a module is: a slot also finds a module that has replaced the first one there.
+
+    siblings  The parent's dict of child modules.
+    name      The module's name in this dict.
+    """
+
+    siblings: dict[str, Any]
+    name: str
 
 
 @dataclass(frozen=True)
 class _Entry(Generic[Value]):
     """A result, and the stamp (`_stamp_weights`) of the weights in `slots` when it was built."""
 
-    slots: ModuleSlots
+    slots: list[ModuleSlot]
     stamp: list[int]
     value: Value
 
@@ -320,23 +326,23 @@ class ModuleCache(Generic[Value]):
             value = self._build(module, *options)
         has_fake_weights = any(isinstance(weight, FakeTensor) for weight in module.parameters())
         if not has_fake_weights:
-            slots = _find_module_slots(module)
+            slots = _list_slots_of_weighted_modules(module)
             entry = _Entry(slots, _stamp_weights(slots), value)
             self._entries.setdefault(module, {})[options] = entry
         return value
 
 
-def _find_module_slots(module: nn.Module) -> ModuleSlots:
+def _list_slots_of_weighted_modules(module: nn.Module) -> list[ModuleSlot]:
     """Return the slots of all modules below `module` that have weights of their own."""
     slots = []
     for parent in module.modules():
         for name, child in parent._modules.items():
             if child is not None and child._parameters:
-                slots.append((parent._modules, name))
+                slots.append(ModuleSlot(parent._modules, name))
     return slots
 
 
-def _stamp_weights(slots: ModuleSlots) -> list[int]:
+def _stamp_weights(slots: list[ModuleSlot]) -> list[int]:
     """Return numbers that change if a layer or weight is replaced, moved in memory or written to.
 
     Each inference computes this stamp, so it must be cheap. PyTorch's version of a weight increases
@@ -344,8 +350,8 @@ def _stamp_weights(slots: ModuleSlots) -> list[int]:
     write is noticed by the weight's first element, which is part of the stamp.
     """
     stamp: list[int] = []
-    for modules, name in slots:
-        module = modules[name]
+    for siblings, name in slots:
+        module = siblings[name]
         attributes = vars(module)
         # A method that a user replaces on a module (such as `forward`) is one more attribute.
         stamp += (id(module), id(type(module)), len(attributes))

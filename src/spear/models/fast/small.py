@@ -115,8 +115,8 @@ class SmallLayerStack(LayerStack):
             down=_transpose(_get_weight(mlp.down_proj)),
         )
 
-    def adopt_cache(self, cache: StaticKVCache) -> StaticKVCache:
-        """Return the cache of another stack, or a copy of it as a `PairedKVCache`."""
+    def convert_cache_if_needed(self, cache: StaticKVCache) -> StaticKVCache:
+        """Return another stack's cache itself if it is a `PairedKVCache`, else a copy as one."""
         if isinstance(cache, PairedKVCache):
             return cache
         _, _, batch, _, num_places, _ = cache.buffer.shape  # [layers, 2, B, kv heads, places, d]

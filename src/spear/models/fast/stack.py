@@ -13,7 +13,7 @@ import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -31,11 +31,18 @@ length and one for any length, each for the VLM and the expert, for prompts and 
 for several types. PyTorch's default of 8 is too small."""
 
 
-def split_image_inputs(inputs: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+class ImageInputs(NamedTuple):
+    """The images of a batch, and masks of the images that are present, both as view -> tensor."""
+
+    pixels: dict[str, Tensor]
+    present: dict[str, Tensor]
+
+
+def select_image_inputs(inputs: Mapping[str, Tensor]) -> ImageInputs:
     """Return the inputs named "pixels/VIEW", and those named "present/VIEW", as view -> tensor."""
     pixels = _select_by_prefix(inputs, "pixels/")
     present = _select_by_prefix(inputs, "present/")
-    return pixels, present
+    return ImageInputs(pixels, present)
 
 
 def _select_by_prefix(inputs: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
@@ -149,8 +156,8 @@ class LayerStack:
         shape = (batch, self.num_kv_heads, num_places, self.head_dim)
         return self.cache_class(len(self.layers), shape, dtype, device)
 
-    def adopt_cache(self, cache: StaticKVCache) -> StaticKVCache:
-        """Return the cache of another stack, or a copy of it in this stack's precision."""
+    def convert_cache_if_needed(self, cache: StaticKVCache) -> StaticKVCache:
+        """Return another stack's cache itself if it has our precision, else a converted copy."""
         if cache.buffer.dtype == self.dtype:
             return cache
         _, _, batch, _, num_places, _ = cache.buffer.shape  # [layers, 2, B, kv heads, places, d]

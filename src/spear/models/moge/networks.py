@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from transformers import Dinov2Config
 
 from spear.errors import SpearError, check_known
-from spear.models.vision import MogeEncoder, standardize
+from spear.models.vision import MogeEncoder, normalize_by_imagenet
 from spear.types import Unit
 
 PATCH_SIZE_PX = 14
@@ -294,7 +294,11 @@ class MogeV1(nn.Module):
         # The largest size in whole patches.
         input_size = [side // PATCH_SIZE_PX * PATCH_SIZE_PX for side in head_size]
         encoder_input = nn.functional.interpolate(
-            standardize(resized), input_size, mode="bilinear", antialias=True, align_corners=False
+            normalize_by_imagenet(resized),
+            input_size,
+            mode="bilinear",
+            antialias=True,
+            align_corners=False,
         )
         return encoder_input, head_size
 
@@ -446,7 +450,7 @@ class MogeV2(nn.Module):
         resized = nn.functional.interpolate(
             images, size, mode="bilinear", antialias=True, align_corners=False
         )
-        return standardize(resized)
+        return normalize_by_imagenet(resized)
 
     def encode(self, encoder_input: Tensor) -> tuple[Tensor, Tensor]:
         """Encode normalized images [B, 3, 14 · rows, 14 · columns].

@@ -114,7 +114,9 @@ def plan_policy(
         entries += expert_entries
         # The pattern "" matches every name: all weights of π0's VLM are left out.
         unused = {"": f"{pi0.title}'s own VLM, which SPEAR-VLM replaces"}
-        entries += report_unused_weights(pi0.map_vlm_names(), pi0.checkpoint, unused, "SPEAR-1")
+        entries += report_unused_weights(
+            pi0.map_vlm_to_stored_names(), pi0.checkpoint, unused, "SPEAR-1"
+        )
         readers += expert_readers
     report = ConversionReport(entries)
     return Conversion(Spear1ForActionPrediction, config, report, readers, dtype, sources)

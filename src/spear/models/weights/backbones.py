@@ -137,7 +137,7 @@ def plan_backbones(
         title="PaliGemma",
         source=describe_source(paligemma, checkpoint.folder),
         checkpoint=checkpoint,
-        names=checkpoint.map_names(read_name_rules("paligemma").renamed),
+        names=checkpoint.map_to_stored_names(read_name_rules("paligemma").renamed),
         config=_read_paligemma_config(checkpoint),
         tokenizer_folder=checkpoint.folder,
     )
@@ -163,8 +163,8 @@ def plan_vlm(
     # PaliGemma's vocabulary, MoGe, and the new model's config.
     checkpoint = published.checkpoint
     stored_names = dict(published.names)
-    vocabulary = _take_vocabulary(checkpoint, stored_names, published.config)
-    tokenizer, first_new_id = _extend_tokenizer(
+    vocabulary = _find_vocabulary_and_drop_head(checkpoint, stored_names, published.config)
+    tokenizer, first_new_id = _load_and_extend_tokenizer(
         published.tokenizer_folder, vocabulary.num_rows, preset.bins
     )
     new_tokens = _CoordinateTokens(first_new_id, preset.bins)
@@ -308,7 +308,7 @@ def _read_paligemma_config(checkpoint: StoredCheckpoint) -> Any:
     return config
 
 
-def _take_vocabulary(
+def _find_vocabulary_and_drop_head(
     checkpoint: StoredCheckpoint, stored_names: dict[str, str], published_config: Any
 ) -> _StoredVocabulary:
     """Find the token embeddings, and change `stored_names` so that it lacks the output head.
@@ -333,7 +333,7 @@ def _take_vocabulary(
     return _StoredVocabulary(name, head_name, num_rows)
 
 
-def _extend_tokenizer(folder: Path, num_rows: int, num_new_tokens: int) -> tuple[Any, int]:
+def _load_and_extend_tokenizer(folder: Path, num_rows: int, num_new_tokens: int) -> tuple[Any, int]:
     """Add the 3D tokens to a folder's tokenizer.
 
     Returns:

@@ -47,7 +47,7 @@ def locate(name: str | Path) -> Path:
                 f"the folder {path} is used, not the weights of that name that come with the "
                 "package."
             )
-        superseded_step = _find_superseded_step(path)
+        superseded_step = _find_final_step_if_superseded(path)
         if superseded_step is not None:
             notice(
                 f"{path} has the weights of step {superseded_step:,}, because a longer training "
@@ -64,7 +64,7 @@ def locate(name: str | Path) -> Path:
     )
 
 
-def _find_superseded_step(path: Path) -> int | None:
+def _find_final_step_if_superseded(path: Path) -> int | None:
     """Return the last step of a finished training if a longer one was begun after it, else None.
 
     `path` is the folder of the training. A longer training has checkpoints of later steps.

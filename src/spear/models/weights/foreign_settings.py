@@ -213,9 +213,9 @@ def _read_python_defaults(
             yield from _read_python_defaults(child, inner_names)
         elif isinstance(child, ast.AnnAssign) and isinstance(child.target, ast.Name):
             if child.value is not None:
-                yield (*names, child.target.id), _write_python(child.value)
+                yield (*names, child.target.id), _format_expression(child.value)
         elif isinstance(child, ast.Assign) and isinstance(child.targets[0], ast.Name):
-            yield (*names, child.targets[0].id), _write_python(child.value)
+            yield (*names, child.targets[0].id), _format_expression(child.value)
 
 
 def _read_parameter_defaults(
@@ -225,13 +225,13 @@ def _read_parameter_defaults(
     arguments = function.args
     num_required = len(arguments.args) - len(arguments.defaults)
     for parameter, default in zip(arguments.args[num_required:], arguments.defaults, strict=True):
-        yield (*names, parameter.arg), _write_python(default)
+        yield (*names, parameter.arg), _format_expression(default)
     for parameter, keyword_default in zip(arguments.kwonlyargs, arguments.kw_defaults, strict=True):
         if keyword_default is not None:
-            yield (*names, parameter.arg), _write_python(keyword_default)
+            yield (*names, parameter.arg), _format_expression(keyword_default)
 
 
-def _write_python(expression: ast.expr) -> str:
+def _format_expression(expression: ast.expr) -> str:
     """Write an expression: a literal as JSON, anything else as in the code."""
     try:
         return json.dumps(ast.literal_eval(expression), ensure_ascii=False)

@@ -209,17 +209,18 @@ class StoredCheckpoint:
     weights: Mapping[str, StoredTensor]
 
     @staticmethod
-    def open(name: Path | str, checkpoint_kind: str) -> "StoredCheckpoint":
+    def open(name: Path | str, kind_in_messages: str) -> "StoredCheckpoint":
         """List the weights of a local folder, or of a repository on the Hub.
 
         Args:
             name: The folder, or the name on the Hub.
-            checkpoint_kind: What messages call the checkpoint, such as "PaliGemma".
+            kind_in_messages: What messages call the checkpoint, such as "PaliGemma". It is not
+                checked.
 
         Raises:
             SpearError: The checkpoint is not found, incomplete or broken.
         """
-        folder = find_checkpoint(name, checkpoint_kind)
+        folder = find_checkpoint(name, kind_in_messages)
         weights: dict[str, StoredTensor] = {}
         for file in _find_weight_files(folder):
             for key, tensor in _list_tensors(file).items():
@@ -254,8 +255,8 @@ class StoredCheckpoint:
         """
         return functools.reduce(torch.promote_types, map(self.find_dtype, keys))
 
-    def map_names(self, rules: Iterable[tuple[str, str]]) -> dict[str, str]:
-        """Rename all weights by `rename_prefixes`, and return new name -> stored name.
+    def map_to_stored_names(self, rules: Iterable[tuple[str, str]]) -> dict[str, str]:
+        """Return new name -> stored name of all weights, with new names from `rename_prefixes`.
 
         Raises:
             SpearError: Two weights get the same name.
@@ -480,14 +481,14 @@ def describe_tensor_differences(
 # --- Where checkpoints are ---
 
 
-def find_checkpoint(name: Path | str, checkpoint_kind: str) -> Path:
+def find_checkpoint(name: Path | str, kind_in_messages: str) -> Path:
     """Return the folder of a checkpoint, which is `name` itself or, for a name on the Hub, the
     folder in the cache.
 
     Raises:
-        SpearError: There is no such checkpoint. The message calls it `checkpoint_kind`.
+        SpearError: There is no such checkpoint. The message calls it `kind_in_messages`.
     """
-    description = f"{checkpoint_kind} {name}"
+    description = f"{kind_in_messages} {name}"
     return _find_folder(name, description, "config.json and safetensors", HUB_FILE_PATTERNS)
 
 

@@ -73,7 +73,7 @@ class WeightMapping:
     unknown: Mapping[str, Sequence[int]] = field(default_factory=dict)
     unused: Mapping[str, str] = field(default_factory=dict)
 
-    def map_names(self, stored_names: Iterable[str]) -> dict[str, list[str]]:
+    def map_to_our_names(self, stored_names: Iterable[str]) -> dict[str, list[str]]:
         """Return stored name -> our names. A weight has several of ours if it is joined of them.
 
         Raises:
@@ -166,7 +166,7 @@ def plan_mapped(
     # Weights that are one of ours, and those that are joined of several.
     names: dict[str, str] = {}
     joined_weights: list[JoinedWeight] = []
-    for stored_name, our_names in mapping.map_names(stored.weights).items():
+    for stored_name, our_names in mapping.map_to_our_names(stored.weights).items():
         if len(our_names) > 1:
             joined_weights.append(JoinedWeight(stored_name, our_names))
         else:

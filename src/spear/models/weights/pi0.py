@@ -53,7 +53,7 @@ class Pi0Checkpoint:
         checkpoint = StoredCheckpoint.open(name, "π0")
         is_pi05 = any(_belongs_to_pi05(stored_name) for stored_name in checkpoint.weights)
         rules = read_name_rules("pi05" if is_pi05 else "pi0")
-        names = checkpoint.map_names(rules.renamed)
+        names = checkpoint.map_to_stored_names(rules.renamed)
         if "expert.layers.0.self_attn.q_proj.weight" not in names:
             raise SpearError(
                 f"{checkpoint.folder} contains no action expert. Give a π0 (lerobot/pi0_base)."
@@ -65,7 +65,7 @@ class Pi0Checkpoint:
         """What reports call the checkpoint."""
         return "π0.5" if self.is_pi05 else "π0"
 
-    def map_vlm_names(self) -> dict[str, str]:
+    def map_vlm_to_stored_names(self) -> dict[str, str]:
         """Map our names of the weights of its PaliGemma, as in a SPEAR-VLM, to the stored names."""
         names = {}
         for our_name, stored_name in self.names.items():
@@ -106,6 +106,7 @@ class Pi0Checkpoint:
         checkpoint's own config has. `head_dim` is that of the VLM, which the expert shares.
         """
         fields: dict[str, Any] = {}
+        # Transformers' own format of π0 has the expert's config under this name.
         expert_config = self.checkpoint.config.get("dit_config") or {}
         for name in ("rms_norm_eps", "rope_parameters", "hidden_act"):
             if name in expert_config:

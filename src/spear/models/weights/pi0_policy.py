@@ -55,7 +55,7 @@ def plan_pi0(
         title=pi0_checkpoint.title,
         source=describe_source(pi0, pi0_checkpoint.checkpoint.folder),
         checkpoint=pi0_checkpoint.checkpoint,
-        names=pi0_checkpoint.map_vlm_names(),
+        names=pi0_checkpoint.map_vlm_to_stored_names(),
         config=pi0_checkpoint.read_paligemma_config(),
         tokenizer_folder=tokenizer_folder,
     )

@@ -199,19 +199,19 @@ def _guess_role(
     `expected_groups` are those of its stack, if the stack is known, otherwise all.
     """
     same_shape = [expected for expected in expected_groups if expected.shape == group.shape]
-    same_name_and_shape = _find_similar_names(name, same_shape)
+    same_name_and_shape = _find_groups_with_similar_names(name, same_shape)
     if same_name_and_shape:
         return Role(group, tuple(same_name_and_shape), "name and shape")
     if same_shape:
         evidence = "shape and position" if is_stack_known else "shape"
-        # The checkpoint has as many layers of a network as SPEAR-1, so the same number of weights.
+        # If the checkpoint's network has as many layers as SPEAR-1's, its group has the same count.
         same_count = [expected for expected in same_shape if expected.count == group.count]
         return Role(group, tuple(same_count or same_shape), evidence)
     if is_stack_known:
         joined = _find_joined(group, expected_groups)
         if joined:
             return Role(group, joined, "joined shapes and position")
-    same_name = _find_similar_names(name, expected_groups)
+    same_name = _find_groups_with_similar_names(name, expected_groups)
     return Role(group, tuple(same_name), "name" if same_name else "")
 
 
@@ -237,7 +237,9 @@ def _find_joined(
     return ()
 
 
-def _find_similar_names(name: str, candidates: Sequence[WeightGroup]) -> list[WeightGroup]:
+def _find_groups_with_similar_names(
+    name: str, candidates: Sequence[WeightGroup]
+) -> list[WeightGroup]:
     """Return the candidates whose names have the most parts at their ends in common with `name`.
 
     They have at least `MIN_COMMON_PARTS` in common. A candidate of the same name is returned alone.
