@@ -164,6 +164,45 @@ def test_files_of_the_ways_through_the_code_exist() -> None:
         assert (ROOT / "src" / "spear" / path).exists(), path
 
 
+def find_named_files(name: str) -> list[Path]:
+    """Return the files that a path in the page on the architecture stands for.
+
+    The path is below `src/spear` or the repository. A folder stands for all files in it, and NAME
+    for any name.
+    """
+    pattern = name.replace("NAME", "*")
+    paths = [*(ROOT / "src" / "spear").glob(pattern), *ROOT.glob(pattern)]
+    files: list[Path] = []
+    for path in paths:
+        files.extend(path.rglob("*.py") if path.is_dir() else [path])
+    return files
+
+
+def test_functions_of_the_page_on_the_architecture_are_in_the_files_that_it_names() -> None:
+    """A list's item, or a row of a table, names files and what the reader finds in them."""
+    page = ROOT / "docs" / "explanation" / "architecture.md"
+    items = re.findall(r"^(?:\d+\.|\|) .*(?:\n   .*)*", page.read_text(), re.MULTILINE)
+
+    num_checked = 0
+    for item in items:
+        quoted_words = re.findall(r"`([^`]+)`", item)
+        files: list[Path] = []
+        for word in quoted_words:
+            if "/" in word or "." in word:
+                files += find_named_files(word)
+        code = "\n".join(file.read_text() for file in files)
+        for word in quoted_words:
+            # "test_noise_of_…" stands for several functions with this beginning.
+            match = re.fullmatch(r"([A-Za-z_]\w*)(…?)", word)
+            if match is not None and files:
+                name, has_more = match.groups()
+                end = "" if has_more else r"\b"
+                assert re.search(rf"\b{name}{end}", code), f"{name} is not in the files of: {item}"
+                num_checked += 1
+
+    assert num_checked > 50
+
+
 def test_experiments_that_are_named_can_be_run() -> None:
     for file in [*PAGES, *RECORDS, *list_code_files()]:
         for name in re.findall(r"-m (experiments(?:\.\w+)+)", file.read_text()):
