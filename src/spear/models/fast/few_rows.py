@@ -204,16 +204,7 @@ class _LayerKernels:
         self.mlp_hidden = x.new_empty(self.num_rows, self.mlp_width)
 
         self._allocate_norm_inputs(x)
-        self.norm_arguments = {
-            "scaled_ptr": self.scaled,
-            "squares_ptr": self.squares,
-            "num_rows": self.num_rows,
-            "width": self.width,
-            "eps": model.eps,
-            "num_square_parts": self.num_square_parts,
-            "PADDED_SQUARE_PARTS": triton.next_power_of_2(self.num_square_parts),
-            "PADDED_ROWS": self.padded_rows,
-        }
+        self.norm_arguments = self._make_norm_arguments(model.eps)
 
     def _allocate_norm_inputs(self, x: Tensor) -> None:
         """Allocate `scaled` and `squares`, the inputs of a norm (see the module's description).
@@ -225,6 +216,19 @@ class _LayerKernels:
         self.num_square_parts = self.width // OUTPUTS_PER_PROGRAM.value
         self.scaled = x.new_empty(self.num_rows, self.width)
         self.squares = x.new_empty(self.num_square_parts, self.padded_rows, dtype=torch.float32)
+
+    def _make_norm_arguments(self, eps: float) -> dict[str, Any]:
+        """Return the arguments of the kernels that read the inputs of a norm."""
+        return {
+            "scaled_ptr": self.scaled,
+            "squares_ptr": self.squares,
+            "num_rows": self.num_rows,
+            "width": self.width,
+            "eps": eps,
+            "num_square_parts": self.num_square_parts,
+            "PADDED_SQUARE_PARTS": triton.next_power_of_2(self.num_square_parts),
+            "PADDED_ROWS": self.padded_rows,
+        }
 
     def prepare_norm(self, rows: Tensor, scale: Tensor) -> None:
         """Write `self.scaled` and `self.squares` for the first norm, which reads `rows` [R, D]."""
