@@ -376,7 +376,9 @@ class QuestionSamples:
         low = tokens.bin_edges[0]
         high = tokens.bin_edges[-1]
         for view, labels in self.labels.items():
-            answers = collect_answers(labels, self.seed, NUM_CHECKED_LABELS, self.mix.families)
+            answers = collect_answer_numbers(
+                labels, self.seed, NUM_CHECKED_LABELS, self.mix.families
+            )
             is_outside = (answers < low) | (answers > high)
             fraction_outside = is_outside.sum() / max(1, len(answers))
             if fraction_outside > MAX_OUTSIDE:
@@ -470,8 +472,8 @@ class QuestionSamples:
 
 
 NUM_FITTED_LABELS = 20_000  # the largest number of labels that 3D tokens are fitted to
-# (fewest, most) questions about each label, for `collect_answers`. There are fewer than 4 only if
-# the image does not allow more.
+# (fewest, most) questions about each label, for `collect_answer_numbers`. There are fewer than 4
+# only if the image does not allow more.
 QUESTIONS_PER_FITTED_LABEL = (4, 4)
 
 
@@ -482,11 +484,11 @@ def fit_coordinates(
 
     All labels have the same unit.
     """
-    answers = collect_answers(labels, seed, NUM_FITTED_LABELS, QUESTION_TYPES)
+    answers = collect_answer_numbers(labels, seed, NUM_FITTED_LABELS, QUESTION_TYPES)
     return CoordinateTokenizer.fit(answers, bins, labels[0].unit, spacing)
 
 
-def collect_answers(
+def collect_answer_numbers(
     labels: Sequence[LabeledImage], seed: int, max_labels: int, question_types: Sequence[str]
 ) -> Array:
     """Return the numbers in answers of questions, as a vector.
