@@ -12,7 +12,8 @@ def test_the_distance_is_that_since_the_picture_first_came() -> None:
     camera = RepeatedPicture()
 
     distances_m = [
-        camera.update(picture, p) for picture, p in zip("aabbba", POSITIONS, strict=True)
+        camera.add_step_and_measure_motion_m(picture, p)
+        for picture, p in zip("aabbba", POSITIONS, strict=True)
     ]
 
     np.testing.assert_allclose(distances_m, [0, 0.03, 0, 0.03, 0.06, 0], atol=1e-9)

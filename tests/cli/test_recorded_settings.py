@@ -9,7 +9,7 @@ import pytest
 
 from data_tiny import make_episode
 from refusals import Command
-from spear.cli.evaluate import EvaluateVqaOptions, _describe_vqa_run
+from spear.cli.evaluate import EvaluateVqaOptions, _collect_vqa_settings
 from spear.data.options import Conversion
 from spear.data.store.episode_store import append_episodes
 from spear.data.store.prepare import plan_preparation
@@ -62,7 +62,7 @@ def test_prepared_data_keep_their_keys(tmp_path: Path) -> None:
 def test_scores_of_a_vlm_keep_their_keys() -> None:
     options = EvaluateVqaOptions(model="nano-vlm", labels="sim", num_images=7)
 
-    assert _describe_vqa_run(options) == {
+    assert _collect_vqa_settings(options) == {
         "--per_image": 2,
         "--families": (),
         "--decode": "median",

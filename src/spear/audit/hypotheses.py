@@ -179,7 +179,7 @@ class Stretches:
         """
         return self.rows[:, :-1] - delay
 
-    def select_steps(self, logged: Array) -> Array:
+    def select_actions(self, logged: Array) -> Array:
         """Select the logged actions [number of real steps, d] of all real steps, without delay.
 
         Args:
@@ -257,7 +257,7 @@ def find_recorded_unit(rotation: Array) -> str:
     return "deg" if are_degrees(rotation) else "rad"
 
 
-def convert_to_quaternions(rotation: Array) -> dict[str, Array]:
+def convert_to_quaternions_by_format(rotation: Array) -> dict[str, Array]:
     """Convert recorded orientations [N, d] to quaternions in every format that is possible.
 
     Returns:
@@ -315,7 +315,7 @@ def find_formats_that_turn_otherwise(
     if is_euler_possible and not can_tell_euler_order(translation, rotation):
         other_formats.append("euler_ZYX")
 
-    quaternions = convert_to_quaternions(np.concatenate(rotations))
+    quaternions = convert_to_quaternions_by_format(np.concatenate(rotations))
     episode_ends = np.cumsum([len(values) for values in rotations])[:-1]
     layout_turns = _compute_turns_within_episodes(quaternions[layout_format], episode_ends)
     # The scalar part of a rotation's quaternion is its scalar product with "no rotation".
@@ -421,14 +421,14 @@ def fit_translations(
     """
     position = np.concatenate([r.position for r in recordings]).astype(np.float64)
     rotation = np.concatenate([r.rotation for r in recordings])
-    quaternions = convert_to_quaternions(rotation)
+    quaternions = convert_to_quaternions_by_format(rotation)
     logged = _concatenate_logged(r.translation for r in recordings)
     recorded = _arrange_recorded_positions(position, stretches)
 
     rms_step_m = _measure_rms_step_m(position, stretches)
     step_s = 1 / recordings[0].rate_hz
     relative_scales = _list_possible_scales(
-        stretches.select_steps(logged), rms_step_m, units, step_s
+        stretches.select_actions(logged), rms_step_m, units, step_s
     )
     target_scales = [Scale("absolute", unit, factor) for unit, factor in units.items()]
     origin = np.zeros(3)
@@ -574,7 +574,7 @@ def integrate_translations(recording: Recording, fit: Fit) -> Array:
         path[1:] = np.where(is_known[:, None], logged, path[1:])
         return path
     if hypothesis.frame == "ee":
-        quaternions = convert_to_quaternions(recording.rotation)
+        quaternions = convert_to_quaternions_by_format(recording.rotation)
         orientation = _to_tensor(quaternions[hypothesis.state_format][:-1])
         logged = quat_rotate(orientation, _to_tensor(logged)).numpy()
     known_displacements = logged * is_known[:, None]
@@ -603,7 +603,7 @@ class _RecordedRotations(NamedTuple):
 
 def _summarize_recorded_rotations(rotation: Array, stretches: Stretches) -> _RecordedRotations:
     """Read recorded orientations [N, d] in every possible format, and arrange them by stretch."""
-    quaternions = convert_to_quaternions(rotation)
+    quaternions = convert_to_quaternions_by_format(rotation)
     formats = list_tested_state_formats(rotation)
     orientation = torch.stack([_to_tensor(quaternions[name][stretches.rows]) for name in formats])
     inverse_start = quat_conjugate(orientation[:, :, :1])
@@ -711,7 +711,7 @@ def _choose_rotation_scales(
     """
     if logged.shape[1] != 3:
         return [Scale("delta", UNIT_QUATERNION, 1.0), Scale("absolute", UNIT_QUATERNION, 1.0)]
-    logged_in_steps = stretches.select_steps(logged)
+    logged_in_steps = stretches.select_actions(logged)
     scales = _list_possible_scales(logged_in_steps, rms_step_rad, units, step_s)
     scales += [Scale("absolute", unit, factor) for unit, factor in units.items()]
     return scales

@@ -18,8 +18,8 @@ class RepeatedPicture:
         self._picture: Hashable = None
         self._first_position: Array | None = None  # where the arm was when this picture first came
 
-    def update(self, picture: Hashable, position: Array) -> float:
-        """Add a step.
+    def add_step_and_measure_motion_m(self, picture: Hashable, position: Array) -> float:
+        """Add a step, and measure how far the arm moved since its picture first came.
 
         Args:
             picture: the picture, or a checksum of it.
@@ -50,6 +50,7 @@ def mark_frozen_steps(
     """
     camera = RepeatedPicture()
     distances_m = [
-        camera.update(picture, xyz_m) for picture, xyz_m in zip(pictures, position, strict=True)
+        camera.add_step_and_measure_motion_m(picture, xyz_m)
+        for picture, xyz_m in zip(pictures, position, strict=True)
     ]
     return np.array(distances_m) > min_motion_m

@@ -460,14 +460,14 @@ def _ask_and_save(
     trust = None if options.calibrate else Trust.load(locate(options.model))
     scores = run.evaluate_vqa(bundle, labels, options.query, trust)
 
-    scores.save(options.out / "scores.json", _describe_vqa_run(options))
+    scores.save(options.out / "scores.json", _collect_vqa_settings(options))
     asked_about = options.labels if options.shift is None else f"{options.labels}, {options.shift}"
     page = make_vqa_page(scores, options.model, asked_about)
     write_text(options.out / "index.html", page)
     return labels, scores
 
 
-def _describe_vqa_run(options: EvaluateVqaOptions) -> dict[str, Any]:
+def _collect_vqa_settings(options: EvaluateVqaOptions) -> dict[str, Any]:
     """Return the settings that the scores depend on, by their keys in scores.json."""
     from spear.evaluate.vqa.shift_suite import parse_picture_shift
 
@@ -496,7 +496,7 @@ def _check_vqa_run(options: EvaluateVqaOptions) -> None:
     from spear.policy import locate
 
     scores_file = options.out / "scores.json"
-    settings = _describe_vqa_run(options)
+    settings = _collect_vqa_settings(options)
     if options.shift is not None and not is_simulator(options.labels):
         raise SpearError(
             f"--shift needs scenes of the built-in simulator, and --labels {options.labels} is a "

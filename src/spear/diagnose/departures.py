@@ -1,7 +1,7 @@
 """Where a rollout leaves the training distribution: in poses, in pictures and in words.
 
 A distance is that to the nearest state of training. A step departs where its distance is larger
-than any distance between the two halves of the training episodes (`_measure_limit`).
+than any distance between the two halves of the training episodes (`_measure_limit_between_halves`).
 """
 
 import math
@@ -66,7 +66,7 @@ def measure_departures(
     first: list[Departure] = []
     for quantity, source in quantities.items():
         vectors = [_read_vectors(episode, source) for episode in demonstrations]
-        limits[quantity] = _measure_limit(vectors, source)
+        limits[quantity] = _measure_limit_between_halves(vectors, source)
         references = _thin_out(np.concatenate(vectors))
         values = []
         for number, episode in enumerate(rollout):
@@ -96,7 +96,7 @@ def _read_vectors(episode: RecordedEpisode, source: str) -> Array:
     return pictures.reshape(len(episode), -1)
 
 
-def _measure_limit(vectors: Sequence[Array], source: str) -> float:
+def _measure_limit_between_halves(vectors: Sequence[Array], source: str) -> float:
     """Return the largest distance of a state in one half of training to the nearest in the other.
 
     A single episode is compared with itself, so its limit is 0.

@@ -39,7 +39,8 @@ class FrozenCameraCheck:
         """
         for camera, pixels in images.items():
             repeated_picture = self._cameras.setdefault(camera, RepeatedPicture())
-            distance_m = repeated_picture.update(zlib.crc32(pixels.data), state[:3])
+            checksum = zlib.crc32(pixels.data)
+            distance_m = repeated_picture.add_step_and_measure_motion_m(checksum, state[:3])
             if distance_m > MIN_FROZEN_MOTION_M:
                 yield Finding(
                     f"frozen {camera}",

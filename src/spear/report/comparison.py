@@ -18,7 +18,7 @@ from spear.evaluate.compare import (
 )
 from spear.evaluate.open_loop import OpenLoopErrors
 from spear.evaluate.results import Outcome, Results
-from spear.report.page import render, replace_underscores
+from spear.report.page import Fact, render, replace_underscores
 from spear.report.plot import (
     GREY,
     LINE_COLORS,
@@ -99,7 +99,7 @@ def make_comparison_page(
     )
 
 
-def _list_facts(comparison: Comparison) -> list[tuple[str, str]]:
+def _list_facts(comparison: Comparison) -> list[Fact]:
     """Return the large numbers at the page's top, each with its meaning."""
     mean = comparison.mean
     facts = []

@@ -18,7 +18,7 @@ from spear.diagnose.registry import FAULTS, find_checks
 from spear.errors import SpearError, suppress_notices
 from spear.evaluate.film import compose_frame, encode_film
 from spear.evaluate.open_loop import score_mean_action, score_policy
-from spear.report.page import render
+from spear.report.page import Fact, render
 from spear.report.plot import Axis, Bar, Line, draw_bars, draw_chart
 from spear.types import CONTROL_RATE_HZ, Array
 from spear.util.files import write_text
@@ -68,7 +68,7 @@ def write_diagnosis_page(case: PolicyCase, diagnosis: Diagnosis, out: Path) -> N
     write_text(out, page)
 
 
-def _list_facts(case: PolicyCase, diagnosis: Diagnosis) -> list[tuple[str, str]]:
+def _list_facts(case: PolicyCase, diagnosis: Diagnosis) -> list[Fact]:
     """List the large numbers at the top of the page."""
     facts = [(str(len(diagnosis.findings)), "findings")]
     if case.rollout:

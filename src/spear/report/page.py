@@ -21,6 +21,9 @@ from markupsafe import Markup
 
 from spear.util.images import to_data_uri
 
+Fact = tuple[str, str]
+"""A large number at the top of a page, and its meaning in words."""
+
 
 def render(template: str, **values: Any) -> str:
     """Fill in a template of this package, and return its text; for HTML as `Markup`.

@@ -14,7 +14,7 @@ from spear.evaluate.vqa.scores import AnsweredQuestion, Scores
 from spear.labels.questions.types import QUESTION_TYPE_BY_NAME
 from spear.report.draw import PREDICTION_COLOR, TRUTH_COLOR, draw_answers
 from spear.report.labels import format_answer_briefly
-from spear.report.page import render, replace_underscores
+from spear.report.page import Fact, render, replace_underscores
 from spear.report.plot import GREY, LOG_SPACE_FACTOR, Axis, Line, draw_chart
 from spear.util.images import decode_image, to_jpeg_data_uri
 
@@ -70,7 +70,7 @@ def draw_figure(answered: AnsweredQuestion) -> Figure:
     return drawing, f"{answered.question.prompt} — {verdict}"
 
 
-def _list_facts(scores: Scores) -> list[tuple[str, str]]:
+def _list_facts(scores: Scores) -> list[Fact]:
     """Return the large numbers at the page's top, each with its meaning."""
     facts = []
     for name, question_type in QUESTION_TYPE_BY_NAME.items():

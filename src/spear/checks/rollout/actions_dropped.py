@@ -31,7 +31,7 @@ class ActionsDroppedCheck(MotionCheck):
     causes: ClassVar[frozenset[str]] = frozenset({"controller-short", "gripper-late"})
 
     def examine_motion(self, motion: CommandedMotion) -> Result:
-        if motion.typical_executed > 1:
+        if motion.typical_num_executed > 1:
             return Doubt("the robot executes several actions per observation")
         if motion.better_reading is not None:
             return None

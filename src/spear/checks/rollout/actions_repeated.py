@@ -47,7 +47,7 @@ class ActionsRepeatedCheck(MotionCheck):
         by_times = self._examine_two_action_moves(motion)
         if by_times is not None:
             return by_times
-        if motion.typical_executed > 1:
+        if motion.typical_num_executed > 1:
             return Doubt("the robot executes several actions per observation")
         if motion.better_reading is not None or motion.other_rate is not None:
             return None

@@ -65,7 +65,7 @@ class CameraBgrCheck(RolloutCheck):
 
     def _choose_camera(self, case: Case, relation: ColorRelation) -> str:
         """Return that one of two cameras whose own colors are less like those of training."""
-        odds_by_camera = self._collect_odds(case)
+        odds_by_camera = self._collect_bgr_odds(case)
         ratios = {}
         for camera in relation.cameras:
             odds = odds_by_camera.get(camera)
@@ -74,7 +74,7 @@ class CameraBgrCheck(RolloutCheck):
 
     def _examine_together(self, case: Case) -> Finding | None:
         """Add up the evidence of all cameras, in case red and blue are exchanged in all of them."""
-        odds_by_camera = self._collect_odds(case)
+        odds_by_camera = self._collect_bgr_odds(case)
         # One program reads all cameras, so mostly all of them are wrong, and add to the evidence.
         log_ratio = sum(INDEPENDENT_SHARE * odds.log_ratio for odds in odds_by_camera.values())
         log_odds = log_ratio + float(np.log(PRIOR))
@@ -98,7 +98,7 @@ class CameraBgrCheck(RolloutCheck):
         )
 
     @staticmethod
-    def _collect_odds(case: Case) -> dict[str, VersionOdds]:
+    def _collect_bgr_odds(case: Case) -> dict[str, VersionOdds]:
         """Return the odds of exchanged colors of each camera that can be compared."""
         odds_by_camera = {}
         for camera in case.cameras:

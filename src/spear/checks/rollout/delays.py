@@ -110,7 +110,7 @@ def _correlate_pictures_by_delay(
     pictures = small.reshape(num_steps, -1)[np.maximum(steps - added_delay_steps, 0)]  # [T, values]
     opening_m = OPENING_M * np.asarray(episode.opening)[:, None]
     states_m = np.concatenate([episode.position, opening_m], axis=1)  # [T, 4]
-    earlier_steps, later_steps = _list_pairs(num_steps)
+    earlier_steps, later_steps = _list_near_pairs(num_steps)
     differences = np.sqrt(((pictures[later_steps] - pictures[earlier_steps]) ** 2).mean(1))
     log_differences = np.log(differences + ADDED_LEVELS)
     scores = {}
@@ -122,7 +122,7 @@ def _correlate_pictures_by_delay(
     return scores
 
 
-def _list_pairs(num_steps: int) -> tuple[Array, Array]:
+def _list_near_pairs(num_steps: int) -> tuple[Array, Array]:
     """Return the earlier and the later step of all pairs that are near each other."""
     earlier_steps = []
     later_steps = []

@@ -173,19 +173,19 @@ class CommandedMotion:
         return CommandedMotion(**joined)
 
     @cached_property
-    def typical_executed(self) -> int:
-        """How many actions the robot mostly executes before its next observation."""
+    def typical_num_executed(self) -> int:
+        """How many actions the robot mostly executes between observations, by their times."""
         return int(np.median(self.num_executed)) if len(self.num_executed) else 1
 
     @cached_property
     def command(self) -> Array:
         """[N, 3] commanded displacement of the actions that were executed, m."""
-        return self.commanded[:, self._assumed_executed - 1]
+        return self.commanded[:, self._assumed_num_executed - 1]
 
     @property
-    def _assumed_executed(self) -> int:
+    def _assumed_num_executed(self) -> int:
         """How many actions are taken to be executed: by the motion, or else by the times."""
-        return self.executed_count or self.typical_executed
+        return self.num_executed_by_motion or self.typical_num_executed
 
     @cached_property
     def is_moving(self) -> Array:
@@ -217,7 +217,7 @@ class CommandedMotion:
         fits = []
         for reading in self._predictions:
             achieved, predicted = self._select_free(reading)
-            gain = _fit_gain(achieved, predicted)
+            gain = _fit_median_gain(achieved, predicted)
             error = _measure_unexplained(achieved, gain * predicted).mean() / _measure_mean_length(
                 achieved
             )
@@ -258,7 +258,9 @@ class CommandedMotion:
         `orientation`) begin with "commands" if the robot executes rotations so, and with "states"
         if it measures its orientation so.
         """
-        command = torch.as_tensor(self.turn_quats[:, self._assumed_executed - 1][self.is_turning])
+        command = torch.as_tensor(
+            self.turn_quats[:, self._assumed_num_executed - 1][self.is_turning]
+        )
         orientation = torch.as_tensor(self.orientation[self.is_turning])
         achieved = quat_exp(torch.as_tensor(self.turn[self.is_turning]))
         next_orientation = quat_multiply(orientation, achieved)
@@ -299,7 +301,7 @@ class CommandedMotion:
     def turn_gain(self) -> float:
         """The median achieved rotation along the command, per commanded rotation."""
         command = self.command_turn[self.is_turning]
-        return _fit_gain(self.turn[self.is_turning], command)
+        return _fit_median_gain(self.turn[self.is_turning], command)
 
     @cached_property
     def step_gains(self) -> Array:
@@ -310,12 +312,12 @@ class CommandedMotion:
         return np.where(self.is_moving, gains, np.nan)
 
     @cached_property
-    def executed_count(self) -> int | None:
+    def num_executed_by_motion(self) -> int | None:
         """How many actions the arm executed between observations, by its motion alone.
 
         None if no number explains the motion with a gain near 1.
         """
-        lengths = np.linalg.norm(self.commanded[:, self.typical_executed - 1], axis=1)
+        lengths = np.linalg.norm(self.commanded[:, self.typical_num_executed - 1], axis=1)
         is_moving = lengths > MIN_COMMAND_M
         achieved = self.achieved[is_moving]
         if len(achieved) < MIN_MOVES:
@@ -324,7 +326,7 @@ class CommandedMotion:
         gains = {}
         for count in range(1, self.commanded.shape[1] + 1):
             predicted = self.commanded[is_moving, count - 1]
-            gains[count] = _fit_gain(achieved, predicted)
+            gains[count] = _fit_median_gain(achieved, predicted)
             unexplained = _measure_unexplained(achieved, gains[count] * predicted)
             errors[count] = unexplained.mean() / _measure_mean_length(achieved)
         candidates = [
@@ -333,7 +335,7 @@ class CommandedMotion:
         if not candidates:
             return None
         best = min(candidates, key=lambda count: errors[count])
-        typical = self.typical_executed
+        typical = self.typical_num_executed
         # Without a clear advantage, the number that the times tell is believed, with its gain.
         if errors[typical] < errors[best] + MIN_COUNT_ADVANTAGE:
             return typical if typical in candidates else None
@@ -342,7 +344,7 @@ class CommandedMotion:
     @cached_property
     def other_rate(self) -> OtherRate | None:
         """The rate at which actions are executed; None if it is the one of training, or unknown."""
-        count = self.executed_count
+        count = self.num_executed_by_motion
         if count is None or not np.isfinite(self.seconds).all():
             return None
         low, median, high = np.quantile(self.seconds, [0.25, 0.5, 0.75])
@@ -370,7 +372,7 @@ class CommandedMotion:
     @cached_property
     def command_turn(self) -> Array:
         """[N, 3] commanded rotation vector of the executed actions, end-effector frame, rad."""
-        quats = torch.as_tensor(self.turn_quats[:, self._assumed_executed - 1])
+        quats = torch.as_tensor(self.turn_quats[:, self._assumed_num_executed - 1])
         return quat_log(quat_canonical(quats)).numpy()
 
     @cached_property
@@ -484,7 +486,7 @@ def _collect_moves(episode: RecordedEpisode, number: int, horizon: int) -> Comma
     )
 
 
-def _fit_gain(achieved: Array, predicted: Array) -> float:
+def _fit_median_gain(achieved: Array, predicted: Array) -> float:
     """Fit the factor from predicted to achieved displacements [N, 3]: the median over moves.
 
     The median is used because a few moves are stopped by contacts. A negative factor becomes 0:

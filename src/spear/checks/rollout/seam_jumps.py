@@ -74,7 +74,7 @@ class SeamJumpsCheck(RolloutCheck):
 
     def _examine_plans(self, case: Case) -> Result:
         """Look for answers that do not continue the ones before them."""
-        num_executed = case.motion.executed_count or case.motion.typical_executed
+        num_executed = case.motion.num_executed_by_motion or case.motion.typical_num_executed
         jumps_m: list[Array] = []  # of each episode, at the seam between answers
         changes_m: list[Array] = []  # of each episode, from one action of an answer to its next
         for episode in case.rollout:
@@ -135,7 +135,7 @@ def find_return_at_seams(motion: CommandedMotion) -> ReturnFit | None:
 
     A return must explain the moves surely better than the chunks alone.
     """
-    num_executed = motion.typical_executed
+    num_executed = motion.typical_num_executed
     # Compare each move with the chunk of the move before it, in the same episode: M pairs.
     is_pair = motion.episode[1:] == motion.episode[:-1]
     if is_pair.sum() < MIN_MOVES:

@@ -46,15 +46,15 @@ class StartOutsideCheck(RolloutCheck):
         usual_rad = []
         for index in range(len(demonstrations)):
             usual_m.append(
-                _measure_distance_m(positions[index], np.delete(positions, index, axis=0))
+                _measure_nearest_distance_m(positions[index], np.delete(positions, index, axis=0))
             )
             usual_rad.append(
-                _measure_angle_rad(rotations[index], np.delete(rotations, index, axis=0))
+                _measure_nearest_angle_rad(rotations[index], np.delete(rotations, index, axis=0))
             )
         # A wrong order of the quaternion is another fault. It must not hide where the arm starts.
         rollout = case.meant_rollout
-        starts_m = [_measure_distance_m(e.position[0], positions) for e in rollout]
-        starts_rad = [_measure_angle_rad(e.rotation[0], rotations) for e in rollout]
+        starts_m = [_measure_nearest_distance_m(e.position[0], positions) for e in rollout]
+        starts_rad = [_measure_nearest_angle_rad(e.rotation[0], rotations) for e in rollout]
         extra_m = float(np.median(starts_m)) - max(usual_m)
         extra_rad = float(np.median(starts_rad)) - max(usual_rad)
         confidence = max(
@@ -63,7 +63,7 @@ class StartOutsideCheck(RolloutCheck):
         )
         if extra_m < MARGIN_M and extra_rad < MARGIN_RAD:
             return None
-        if self._is_on_path(case):
+        if self._are_starts_on_path(case):
             confidence = min(confidence, MAX_PATH_CONFIDENCE)
         return Finding(
             confidence=confidence,
@@ -79,7 +79,7 @@ class StartOutsideCheck(RolloutCheck):
         )
 
     @staticmethod
-    def _is_on_path(case: Case) -> bool:
+    def _are_starts_on_path(case: Case) -> bool:
         """Return whether most starts are near states through which training passes later."""
         # All states of training: [N, 3] m, and quaternions [N, 4]
         positions = np.concatenate(
@@ -93,17 +93,17 @@ class StartOutsideCheck(RolloutCheck):
             distances_m = np.linalg.norm(positions - np.asarray(episode.position[0]), axis=1)
             is_near = distances_m < NEAR_PATH_M
             if is_near.any():
-                angle_rad = _measure_angle_rad(episode.rotation[0], rotations[is_near])
+                angle_rad = _measure_nearest_angle_rad(episode.rotation[0], rotations[is_near])
                 num_near += angle_rad < NEAR_PATH_RAD
         return num_near > len(case.meant_rollout) / 2
 
 
-def _measure_distance_m(position: Array, references: Array) -> float:
+def _measure_nearest_distance_m(position: Array, references: Array) -> float:
     """Return the distance from a position [3] to the nearest of `references` [N, 3], m."""
     return float(np.linalg.norm(references - position, axis=1).min())
 
 
-def _measure_angle_rad(rotation: Array, references: Array) -> float:
+def _measure_nearest_angle_rad(rotation: Array, references: Array) -> float:
     """Return the angle from an orientation [4] to the nearest of `references` [N, 4], rad."""
     cosine = np.abs(references @ np.asarray(rotation, np.float64)).max()
     return float(2 * np.arccos(min(cosine, 1.0)))

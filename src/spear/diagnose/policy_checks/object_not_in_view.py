@@ -33,7 +33,7 @@ class ObjectNotInViewCheck(RolloutCheck):
         reason = _explain_unable(case)
         if reason is not None:
             return Doubt(reason)
-        names_by_episode = _list_judged_names(case)
+        names_by_episode = _list_judged_names_by_episode(case)
         if not names_by_episode:
             return Doubt("the policy's SPEAR-VLM knows no object of the instructions")
 
@@ -95,8 +95,8 @@ def _get_vlm(case: PolicyCase) -> VlmBundle:
     return VlmBundle(policy.model.vlm, policy.processor)
 
 
-def _list_judged_names(case: PolicyCase) -> dict[int, list[str]]:
-    """List index in the store of the rollout → names of objects that the model sees in training."""
+def _list_judged_names_by_episode(case: PolicyCase) -> dict[int, list[str]]:
+    """List each episode's names of objects that the model sees in training, by its index."""
     store = _get_rollout(case)
     first_index = len(store) - len(case.rollout)  # the newest episodes are looked at
     names_by_episode = {}
@@ -117,14 +117,16 @@ def _list_judged_names(case: PolicyCase) -> dict[int, list[str]]:
 
 
 def _compute_log_odds(
-    case: PolicyCase, names: dict[int, list[str]], missed: dict[int, list[str]]
+    case: PolicyCase,
+    names_by_episode: dict[int, list[str]],
+    missed_by_episode: dict[int, list[str]],
 ) -> float:
     """Compute the log odds of an object out of view in most episodes, over none in any."""
     log_odds = float(np.log(PRIOR))
-    for index, names_of_episode in names.items():
+    for index, names_of_episode in names_by_episode.items():
         # How often the model misses at least one of these objects if all of them are in view.
         usual_share = 1 - (1 - case.sight.missed_share) ** len(names_of_episode)
-        if missed[index]:
+        if missed_by_episode[index]:
             log_odds += np.log(EXPECTED_MISSED_SHARE / usual_share)
         else:
             log_odds += np.log((1 - EXPECTED_MISSED_SHARE) / (1 - usual_share))
