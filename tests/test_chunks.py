@@ -559,7 +559,9 @@ def test_the_pilot_goes_on_while_the_policy_computes() -> None:
 
     with closing(Pilot(make_policy(answer), "async", replan_interval=3)) as pilot:
         # The first chunk has five actions; after them the robot stands still.
-        actions = [pilot.step({"t": t}) for t in range(7)]
+        actions = [pilot.step({"t": t}) for t in range(5)]
+        with pytest.warns(Notice, match="stands still"):
+            actions += [pilot.step({"t": t}) for t in (5, 6)]
         assert get_x_mm(actions) == [0, 1, 2, 3, 4, 0, 0]
 
         may_answer.set()
@@ -574,6 +576,25 @@ def test_the_pilot_goes_on_while_the_policy_computes() -> None:
         may_answer.set()
         assert pilot._inference.result.result(60)
         assert observed_ticks == [0, 3, 7]
+
+
+@pytest.mark.usefixtures("no_waiting")
+@pytest.mark.filterwarnings("always")
+def test_a_notice_says_once_that_the_robot_stands_still_because_an_answer_is_late() -> None:
+    may_answer = threading.Event()
+
+    def answer(observation: Mapping[str, Any]) -> Array:
+        if observation["t"]:
+            assert may_answer.wait(60)
+        return make_chunk(0)
+
+    with closing(Pilot(make_policy(answer), "async", replan_interval=3)) as pilot:
+        with pytest.warns(Notice, match="stands still") as notices:
+            actions = [pilot.step({"t": t}) for t in range(9)]
+        may_answer.set()
+
+    assert get_x_mm(actions) == [0, 1, 2, 3, 4, 0, 0, 0, 0]
+    assert len(notices) == 1
 
 
 def answer_after_50_ms(observation: Mapping[str, Any]) -> Array:

@@ -2,7 +2,8 @@
 
 A training is identified by its contents: recipe, preset, seed, data, and what it begins with. Its
 key is a hash of these, so that a trained policy and its score stay valid whatever else is asked for
-later.
+later. The code is not part of the key: after an edit that changes what a training does, use another
+folder (`--out`).
 """
 
 import dataclasses
@@ -45,6 +46,71 @@ POLICY_RECIPE = "nano-vla"  # a budget is given in steps of this recipe
 
 KEY_LENGTH = 12
 HASHED_FILES = ("*.parquet", "*.arrow", "*.txt")
+# The fields of recipes and of the flow that are always part of a key. A field that is not listed
+# is part of a key only if it does not have its default (`_drop_unused_new_fields`). Do not add any:
+# another list gives other keys, and kept scores would not be found.
+FIELDS_OF_FIRST_KEYS = frozenset(
+    {
+        # Recipe
+        "kind",
+        "preset",
+        "optimization",
+        "batch_size",
+        "moge",
+        "coordinate_rows_only",
+        "smooth_tokens",
+        "bins",
+        "spacing",
+        "questions",
+        "flow_samples",
+        "question_images",
+        "question_weight",
+        "augment",
+        "normalization",
+        "normalize_each",
+        "flow",
+        "committed",
+        "lora_rank",
+        "lora_alpha",
+        # Optimization
+        "steps",
+        "lr",
+        "lr_scale",
+        "frozen",
+        "trained",
+        "schedule",
+        "warmup",
+        "final_lr",
+        "weight_decay",
+        "betas",
+        "grad_clip",
+        "ema",
+        "precision",
+        "frozen_precision",
+        "accumulate",
+        "gradient_checkpointing",
+        "max_skipped",
+        # QuestionMix
+        "families",
+        "pairs",
+        "wrist",
+        "coordinate_weight",
+        "coordinate_smoothing",
+        "most_images",
+        # FlowConfig, whose `steps` is above
+        "rotation",
+        "rotation_loss",
+        "prediction",
+        "geodesic_weight",
+        "geodesic_step",
+        "translation_weight",
+        "rotation_weight",
+        "gripper_weight",
+        "time_alpha",
+        "time_beta",
+        "time_scale",
+    }
+)
 NEW_ORDER_SEED_OFFSET = 1000  # of a stage that sees the same data in another order
 
 
@@ -340,7 +406,10 @@ def _adapt_recipe(
 def _identify(
     recipe: Recipe, seed: int, data: Data, init: Training | Weights | None, moge: Weights | None
 ) -> Training:
-    """A training with its key, which is a hash of everything that decides its result."""
+    """A training with its key, a hash of the settings and data that decide its result.
+
+    The code is not part of the key.
+    """
     fields = dataclasses.asdict(recipe)
     del fields["name"]
     del fields["description"]
@@ -353,11 +422,12 @@ def _identify(
     if not is_policy or size["flow"]["steps"] == FlowConfig.steps:  # of acting
         del size["flow"]["steps"]
     fields["normalization"] = recipe.normalization or "quantile"
-    # Keys of recipes that the first scores did not have count only if they have an effect.
-    if recipe.bounds_m is None:
-        del fields["bounds_m"]
-    if recipe.action_reference in (None, "previous"):
-        del fields["action_reference"]
+    if recipe.action_reference == "previous":  # the default of a new policy
+        fields["action_reference"] = None
+    _drop_unused_new_fields(fields, recipe)
+    _drop_unused_new_fields(fields["optimization"], recipe.optimization)
+    _drop_unused_new_fields(fields["questions"], recipe.questions)
+    _drop_unused_new_fields(size["flow"], FlowConfig())
     identity = [
         fields,
         size,
@@ -369,6 +439,26 @@ def _identify(
     content = json.dumps(identity, sort_keys=True)
     key = hashlib.sha256(content.encode()).hexdigest()[:KEY_LENGTH]
     return Training(key, recipe, seed, init, moge)
+
+
+def _drop_unused_new_fields(values: dict[str, Any], owner: Any) -> None:
+    """Remove from `values` the fields that the first keys did not have, if they have no effect.
+
+    Such a field has its default value. So a setting that is added to the method, whose default is
+    what was there before, leaves the keys of kept scores as they are.
+
+    Args:
+        values: The values of the fields of `owner`.
+        owner: An instance of the dataclass whose fields have the defaults.
+    """
+    for field in dataclasses.fields(owner):
+        if field.name in FIELDS_OF_FIRST_KEYS or field.name not in values:
+            continue
+        default = field.default
+        if field.default_factory is not dataclasses.MISSING:
+            default = field.default_factory()
+        if values[field.name] == default:
+            del values[field.name]
 
 
 def describe(plan: Plan, finished: Sequence[Job]) -> str:

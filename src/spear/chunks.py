@@ -257,6 +257,11 @@ class ChunkExecutor:
         self.gripper = float(step.action[7])
         return step.action.copy()
 
+    @property
+    def is_standing_still(self) -> bool:
+        """Whether the last action was no motion because no step was planned."""
+        return bool(self._executed_steps) and self._executed_steps[-1] is None
+
     def _adopt_arrived_chunks(self) -> None:
         """Plan the next ticks by the chunks that have arrived; the last chunk replaces the plan."""
         for chunk in self._arriving_chunks:
@@ -362,7 +367,9 @@ class Pilot:
 
     Call `step` once per tick (0.2 s). In the mode "sync" `step` waits until inference has ended,
     which is best while inference takes a small part of a tick (docs/howto/latency.md). In the
-    other modes inference runs in another thread, and only the first call of `step` waits for it.
+    other modes inference runs in another thread, and only the first call of `step` waits for it. If
+    an answer comes later than the actions of the chunk before it last, `step` returns actions
+    without motion until it comes, with the last gripper command. A notice says so once.
 
     The pilot keeps time. A call of `step` that comes early waits for its tick, because a robot that
     executes the same actions at a higher rate moves faster. A notice tells you about early calls,
@@ -421,6 +428,9 @@ class Pilot:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="pilot")
         self._inference: _Inference | None = None  # the inference that runs, or whose chunk waits
         self._inference_s = math.inf  # duration of the last inference; the first may take any time
+        self._has_said_that_it_stands = (
+            False  # whether the notice of `_say_once_that_it_stands` came
+        )
 
     def step(self, observation: Mapping[str, Any]) -> Array:
         """Return the action [8] to execute now.
@@ -455,7 +465,10 @@ class Pilot:
             self._start_inference(observation)
         self._collect_chunk(wait=executor.mode == "sync" or executor.tick == 0)
         self._last_step_time_s = time.monotonic()
-        return executor.next_action()
+        action = executor.next_action()
+        if executor.is_standing_still:
+            self._say_once_that_it_stands()
+        return action
 
     def close(self) -> None:
         """End the inference thread."""
@@ -499,6 +512,18 @@ class Pilot:
             )
         else:
             self._executor.add_chunk(actions, observed_tick=inference.observed_tick)
+
+    def _say_once_that_it_stands(self) -> None:
+        """Give a notice if the robot stands still because it waits for an answer."""
+        if self._inference is None or self._has_said_that_it_stands:
+            return
+        self._has_said_that_it_stands = True
+        waiting_s = time.monotonic() - self._inference.start_time_s
+        notice(
+            "the robot stands still, because all actions of the last answer are executed and the "
+            f"policy has computed the next one for {waiting_s:.1f} s. This notice comes once. "
+            "docs/howto/latency.md says how to measure the latency."
+        )
 
 
 def check_replan_interval(replan_interval: int, horizon: int | None = None) -> None:

@@ -25,7 +25,8 @@ Where the code differs from the paper:
 
 - The paper keeps every quaternion in the half-space w > 0. We keep the noise there, too (our
   reading). The half-space is geodesically convex, so it contains every state between noise and
-  data. Noise with w < 0 would pass through states q whose rotation the network also knows as -q.
+  data. From noise with w < 0, many paths would take the longer way, through states q whose rotation
+  the network also knows as -q.
 - (3) and (4) are computed as q_τ = q_ε ⊗ exp(τ ω) and u = ½ q_τ ⊗ ω, where ω is the angular
   velocity that turns q_ε into q in unit time. The results are the same, and they stay exact at
   θ = 0, where the quotients by sin θ are 0/0.

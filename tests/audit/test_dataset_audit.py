@@ -532,7 +532,9 @@ def test_the_last_line_says_what_is_undecided_and_what_would_decide_it(
     exit_code = main(["data", "audit", str(tmp_path / "store")])
 
     assert exit_code == 3  # undecided
-    message = capsys.readouterr().err
+    output = capsys.readouterr()
+    message = output.err
+    assert output.out.splitlines()[-1] == "undecided: nothing contradicts the layout in the data"
     assert "does not decide grip (shut)." in message
     assert "more episodes with larger motions, or say it in spear.json" in message
 

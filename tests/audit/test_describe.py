@@ -439,10 +439,29 @@ def test_joints_without_a_urdf_are_answered_with_the_command_that_takes_one(
     exit_code = main(["data", "describe", str(joints)])
 
     output = capsys.readouterr()
-    assert exit_code == 0
+    assert exit_code == 2
     assert "shoulder_pan.pos" in output.err
     assert "--urdf FILE --tip LINK" in output.err
     assert "spear data audit" not in output.err
+
+
+def test_joints_without_a_urdf_leave_no_file_that_stops_the_next_command(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    joints, _ = write_joint_and_pose_datasets(tmp_path, 2)
+    urdf = (joints / "arm.urdf").rename(tmp_path / "arm.urdf")
+    layout_file = joints / "spear.json"
+    command = ["data", "describe", str(joints), "--out", str(layout_file)]
+
+    first_exit_code = main(command)
+    first_error = capsys.readouterr().err
+    was_written = layout_file.exists()
+    second_exit_code = main([*command, "--urdf", str(urdf), "--tip", TIP])
+
+    assert first_exit_code == 2
+    assert f"--urdf FILE --tip LINK --out {layout_file}" in first_error
+    assert not was_written
+    assert second_exit_code == 0
 
 
 def test_joints_are_described_with_a_urdf_and_audited(tmp_path: Path) -> None:

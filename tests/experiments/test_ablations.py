@@ -12,7 +12,7 @@ import re
 import shutil
 import signal
 from collections import Counter
-from dataclasses import replace
+from dataclasses import fields, make_dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ import numpy as np
 import pytest
 import torch
 
+from experiments.ablations import plan as plan_module
 from experiments.ablations.plan import (
     Data,
     Plan,
@@ -49,6 +50,7 @@ from spear.models.spear1 import Spear1ForActionPrediction
 from spear.sim.scene import FAMILIES
 from spear.sim_data.demonstrations import record_demonstrations
 from spear.train.optimize import apply_freeze
+from spear.train.options import Recipe
 from spear.train.recipes import RECIPES
 from spear.types import Action
 from spear.util.held_out import FIRST_TRAIN_SEED
@@ -299,6 +301,45 @@ def test_rows_of_different_tables_that_mean_the_same_share_their_policy() -> Non
 def test_a_key_stays_as_it_was() -> None:
     """With another key, the scores that are kept in the repository would not be found."""
     assert policy_key(plan_rows("full", seeds=1)) == "0364d014e594"
+
+
+def test_a_new_setting_of_the_flow_is_part_of_a_key_only_if_it_has_another_value(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    flow_with_new_field = make_dataclass(
+        "FlowWithNewField", [("new_weight", float, 0.0)], bases=(flow.FlowConfig,), frozen=True
+    )
+    key = policy_key(plan_rows("full", seeds=1))
+    monkeypatch.setattr(plan_module, "FlowConfig", flow_with_new_field)
+
+    key_with_default = policy_key(plan_rows("full", seeds=1))
+    same_default = plan_rows("full", seeds=1, set=('flow={"new_weight":0.0}',))
+    other_value = plan_rows("full", seeds=1, set=('flow={"new_weight":0.5}',))
+
+    assert key_with_default == key
+    assert policy_key(same_default) == key
+    assert policy_key(other_value) != key
+
+
+def test_a_new_setting_of_recipes_is_part_of_a_key_only_if_it_has_another_value(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    recipe_with_new_field = make_dataclass(
+        "RecipeWithNewField", [("new_count", int, 0)], bases=(Recipe,), frozen=True
+    )
+    key = policy_key(plan_rows("full", seeds=1))
+
+    def plan_with_new_field(value: int) -> Plan:
+        def get_recipe_with_new_field(name: str) -> Any:
+            recipe = RECIPES[name]
+            values = {field.name: getattr(recipe, field.name) for field in fields(recipe)}
+            return recipe_with_new_field(**values, new_count=value)
+
+        monkeypatch.setattr(plan_module, "get_recipe", get_recipe_with_new_field)
+        return plan_rows("full", seeds=1)
+
+    assert policy_key(plan_with_new_field(0)) == key
+    assert policy_key(plan_with_new_field(1)) != key
 
 
 def test_a_key_does_not_depend_on_what_else_is_planned() -> None:

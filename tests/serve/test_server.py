@@ -13,7 +13,8 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, ClassVar
 from unittest.mock import Mock
 
 import numpy as np
@@ -105,6 +106,16 @@ def test_an_observation_is_answered_with_actions_and_timings() -> None:
     infer_ms = first["server_timing"]["infer_ms"]
     assert infer_ms >= first["policy_timing"]["infer_ms"] >= 0
     assert second["server_timing"]["prev_total_ms"] >= infer_ms
+
+
+def test_the_server_lists_only_cameras_that_the_training_had() -> None:
+    class PolicyTrainedWithoutWrist(HomingPolicy):
+        image_sizes: ClassVar = {"external": (32, 24), "wrist": (16, 16)}
+        training_distribution = SimpleNamespace(red_minus_blue={"external": 0.0})
+
+    service = Service(PolicyTrainedWithoutWrist(), load("generic"))
+
+    assert service.metadata["image_sizes"] == {"external": [32, 24]}
 
 
 def test_each_server_counts_its_own_requests() -> None:

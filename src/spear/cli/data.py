@@ -76,29 +76,31 @@ def describe(options: DescribeOptions) -> None:
         )
     proposal = propose_layout(options.path, options.urdf, options.tip)
     text = json.dumps(proposal, indent=2, ensure_ascii=False)
+
+    # A proposal for joint angles without their arm would be wrong in more than its pose, for
+    # example in the gripper's range. So no file of it is written.
+    if options.out is None:
+        print(escape_control_characters(text, keep_newlines=True))
+    joints = list_joint_names_without_pose(options.path, proposal)
+    if joints:
+        names = ", ".join(joints[:MAX_LISTED_NAMES])
+        command = f"spear data describe {options.path} --urdf FILE --tip LINK"
+        if options.out is not None:
+            command += f" --out {options.out}"
+        raise SpearError(
+            f"the states of {options.path} are joints ({names}), which are no pose, so nothing was "
+            f"written. Run `{command}` with the URDF of the arm (docs/howto/lerobot.md)."
+        )
+
     # An RLDS dataset has a folder per version, and the layout belongs into that folder.
     file = open_dataset(options.path).path / LAYOUT_FILE
     advice = f"{file} should contain this, once you have corrected it"
     if file.exists():
         advice = f"{file} exists already: add what it lacks"
-
-    if options.out is None:
-        print(escape_control_characters(text, keep_newlines=True))
-    else:
+    if options.out is not None:
         if options.urdf is not None:
             _copy_urdf(options.urdf, options.out.parent)
         write_text(options.out, text + "\n")
-
-    joints = list_joint_names_without_pose(options.path, proposal)
-    if joints:
-        names = ", ".join(joints[:MAX_LISTED_NAMES])
-        print(
-            f"the states of {options.path} are joints ({names}), which are no pose: run `spear "
-            f"data describe {options.path} --urdf FILE --tip LINK` with the URDF of the arm "
-            "(docs/howto/lerobot.md)",
-            file=sys.stderr,
-        )
-        return
     print(f"{advice}; then run `spear data audit {options.path}`", file=sys.stderr)
 
 

@@ -54,15 +54,21 @@ def format_report(report: Report) -> str:
         "audit.txt",
         report=report,
         questions=QUESTIONS,
-        conclusion=conclude(report),
+        conclusion=conclude(report, with_advice=True),
         format_size=format_size,
         format_interval=_format_interval,
         format_count=format_count,
     )
 
 
-def conclude(report: Report) -> str:
-    """Return one line: the outcome of the audit, with the contradictions or open questions."""
+def conclude(report: Report, with_advice: bool = False) -> str:
+    """Return one line: the outcome of the audit, with the contradictions or open questions.
+
+    Args:
+        report: The report.
+        with_advice: Whether the message of `advise` follows. It names the open questions of an
+            undecided audit, so the line does not.
+    """
     findings = _name_findings(report)
     if report.outcome == "contradiction":
         return f"contradiction: {explain_contradiction(report)}"
@@ -74,6 +80,8 @@ def conclude(report: Report) -> str:
     has_more_episodes = report.num_episodes == MAX_EPISODES or report.num_steps > MAX_STEPS
     scope = f" of the first {report.num_episodes} episodes" if has_more_episodes else ""
     if report.outcome == "undecided":
+        if with_advice:
+            ending = ""
         return f"undecided: nothing contradicts the layout in the data{scope}{ending}"
     return f"consistent: the layout agrees with the data{scope}{ending}"
 

@@ -30,6 +30,21 @@ from spear.types import CONTROL_RATE_HZ, Array, Policy
 LOG = logging.getLogger(__name__)
 
 
+def _list_trained_cameras(policy: Policy) -> Mapping[str, tuple[int, int]]:
+    """Return view -> (width, height) of the policy's cameras, without those that training lacked.
+
+    A policy has the cameras of its preset. If its training data lacked one, it has learned nothing
+    from that camera, and a robot should not send it.
+    """
+    image_sizes: Mapping[str, tuple[int, int]] = getattr(policy, "image_sizes", {})
+    distribution = getattr(policy, "training_distribution", None)
+    if distribution is None:
+        return image_sizes
+    # `red_minus_blue` has an entry for each camera of the training data.
+    trained_views = distribution.red_minus_blue
+    return {view: size for view, size in image_sizes.items() if view in trained_views}
+
+
 class Answer(dict[str, Any]):
     """What the robot gets for a valid observation: {"actions", "policy_timing"}.
 
@@ -78,7 +93,7 @@ class Service:
 
     def _make_metadata(self, name: str, robot: str, control_name: str) -> dict[str, Any]:
         """Return what clients are told about the policy and the robot."""
-        image_sizes = getattr(self.policy, "image_sizes", {})
+        image_sizes = _list_trained_cameras(self.policy)
         # How many committed actions, with which a chunk must begin, an observation may have.
         takes_committed = COMMITTED_KEY in self.embodiment.optional
         max_committed = getattr(self.policy, "committed", 0) if takes_committed else 0
