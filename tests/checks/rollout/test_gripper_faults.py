@@ -85,6 +85,23 @@ def test_a_gripper_that_follows_has_no_fault() -> None:
     assert GripperLateCheck().examine(case) is None
 
 
+def test_a_gripper_that_closes_when_it_is_to_stay_open_is_inverted() -> None:
+    """The command never changes, so openings and commands have no correlation."""
+
+    def close(episode: RecordedEpisode) -> RecordedEpisode:
+        opening = np.zeros(len(episode))
+        opening[:2] = (1.0, 0.5)  # it begins open
+        return replace(keep_open(episode), opening=opening)
+
+    case = make_case(change=close)
+
+    result = GripperInvertedCheck().examine(case)
+
+    assert isinstance(result, Finding)
+    assert "measures 0.00 while it is commanded to be open" in result.evidence
+    assert GripperScaleCheck().examine(case) is None
+
+
 def test_a_gripper_that_never_moves_is_not_examined() -> None:
     case = make_case(change=keep_open)
 

@@ -217,3 +217,20 @@ def test_nearly_a_step_is_late_only_for_an_arm_that_moves_meanwhile(
     result = LatencyCheck().examine(make_case(robot))
 
     assert isinstance(result, Finding) == is_late
+
+
+def execute_late(episode: RecordedEpisode) -> RecordedEpisode:
+    """Execute each answer only after the next observation; before the first answer, stand still."""
+    moves = np.diff(episode.position, axis=0)
+    late_moves = np.concatenate([np.zeros((1, 3)), moves[:-1]])
+    position = np.concatenate([episode.position[:1], episode.position[0] + late_moves.cumsum(0)])
+    return replace(episode, position=position)
+
+
+def test_an_arm_that_follows_the_answer_before_the_last_is_late() -> None:
+    """The server's times do not show it, if the network is slow."""
+    result = LatencyCheck().examine(make_case(change=execute_late))
+
+    assert isinstance(result, Finding)
+    assert "the answer before the last one" in result.evidence
+    assert LatencyCheck().examine(make_case()) is None

@@ -26,6 +26,7 @@ OPEN_COMMAND = 0.5  # a command above it opens
 # Median opening while the gripper is commanded to be open, as a share of the one of training. In
 # rollouts of nano it is 1.00.
 MAX_SCALE = 0.7
+MAX_CLOSED_SCALE = 0.04  # the same of a closed gripper; one that opens in meters has about 0.08
 MIN_USUAL_OPENING = 0.5  # in training; an open gripper below it is no measure
 
 
@@ -82,6 +83,20 @@ class GripperUse:
         if not is_measure:
             return float("nan")
         return self.open_level / self.training_open_level
+
+    @property
+    def closes_when_commanded_open(self) -> bool:
+        """Whether the gripper begins open, and closes although it is always commanded to be open.
+
+        Then its commands are inverted. If they change, `opposes_commands` tells it better: commands
+        in meters, of which even the largest one nearly closes the gripper, look the same here.
+        """
+        is_closed = self.scale <= MAX_CLOSED_SCALE  # False for NaN
+        if self.following is not None or not is_closed:
+            return False
+        usual_start = float(np.median(self.training_first_openings))
+        starts_open = float(np.median(self.first_openings)) >= MAX_SCALE * usual_start
+        return usual_start >= MIN_USUAL_OPENING and starts_open
 
     @property
     def is_state_scaled(self) -> bool:

@@ -50,6 +50,17 @@ class GripperInvertedCheck(RolloutCheck):
                 file=ROBOT_FILE,
                 figure=draw_gripper(case),
             )
+        if gripper.closes_when_commanded_open:
+            return Finding(
+                confidence=0.9,
+                evidence=(
+                    f"the gripper begins at {np.median(gripper.first_openings):.2f}, and measures "
+                    f"{gripper.open_level:.2f} while it is commanded to be open"
+                ),
+                cure="1 means open and 0 closed: invert the commands for your gripper",
+                file=ROBOT_FILE,
+                figure=draw_gripper(case),
+            )
         if following is None:
             return Doubt("the gripper's command never changes")
         return None

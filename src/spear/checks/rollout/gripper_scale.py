@@ -31,7 +31,7 @@ class GripperScaleCheck(RolloutCheck):
         gripper = case.gripper
         if not np.isfinite([gripper.open_level, gripper.training_open_level]).all():
             return Doubt("the gripper is never commanded to stay open")
-        if gripper.opposes_commands:
+        if gripper.opposes_commands or gripper.closes_when_commanded_open:
             return None  # inverted
         if gripper.training_open_level < MIN_USUAL_OPENING:
             return Doubt("the gripper is hardly open in training")

@@ -16,6 +16,7 @@ from spear.checks.rollout.case import (
     confidence_of_margin,
 )
 from spear.checks.rollout.episode import ServedTimes
+from spear.checks.rollout.motion import CommandedMotion
 from spear.types import CONTROL_RATE_HZ
 
 MIN_ANSWERS = 10
@@ -59,7 +60,7 @@ class LatencyCheck(RolloutCheck):
             confidence_of_margin(spread_s / STEP_S, MIN_SPREAD_STEPS, CERTAIN_SPREAD_STEPS),
         )
         if median_s < min_steps * STEP_S and spread_s < MIN_SPREAD_STEPS * STEP_S:
-            return None
+            return self._examine_moves(case.motion)
         evidence = (
             f"answers take {1000 * median_s:.0f} ms (median), one in ten longer than "
             f"{1000 * slow_s:.0f} ms; an action lasts {1000 * STEP_S:.0f} ms"
@@ -84,6 +85,30 @@ class LatencyCheck(RolloutCheck):
                 [
                     Curve("latency", np.arange(len(seconds)), seconds),
                     Curve("one action", np.arange(len(seconds)), np.full(len(seconds), STEP_S)),
+                ],
+            ),
+        )
+
+    @staticmethod
+    def _examine_moves(motion: CommandedMotion) -> Finding | None:
+        """Look for an arm that executes fast answers late: the network or its program is slow."""
+        late_fit = motion.late_fit
+        if late_fit is None or motion.better_reading is not None:
+            return None
+        return Finding(
+            confidence=0.85,
+            evidence=(
+                "the server answers in time, but the arm follows the answer before the last one: "
+                f"that explains all but {late_fit.error:.0%} of the motion, the last answer all "
+                f"but {late_fit.plain_error:.0%}"
+            ),
+            cure="use a faster network, or execute in the mode async, as spear.chunks.Pilot does",
+            file="the network between robot and server, and your robot's client",
+            figure=Figure(
+                "motion that stays unexplained",
+                bars=[
+                    ("last answer", late_fit.plain_error, f"{late_fit.plain_error:.0%}"),
+                    ("answer before", late_fit.error, f"{late_fit.error:.0%}"),
                 ],
             ),
         )

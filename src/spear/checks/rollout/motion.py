@@ -49,6 +49,7 @@ MIN_BASE_ANGLE_RAD = np.radians(15)  # a base that is turned by less is not turn
 ROTATED_PENALTY = 0.05  # share of the motion that a turned base must explain more than others
 MAX_READING_ERROR = 0.5  # a reading that leaves more of the motion unexplained is not believed
 MIN_READING_ADVANTAGE = 0.2  # share of the motion that a reading must explain beyond the plain one
+MIN_LATE_ADVANTAGE = 0.1  # the same for the answer before the last one, which is similar to it
 # An action lasts for another time than in training if its rate differs by more than this factor.
 MIN_RATE_RATIO = 1.4
 CERTAIN_RATE_RATIO = 1.8
@@ -120,6 +121,17 @@ class ReadingFit:
     reading: Reading
     gain: float
     error: float
+
+
+class LateFit(NamedTuple):
+    """How well the answer before the last one explains the moves.
+
+    error        share of the motion that stays unexplained.
+    plain_error  the same for the last answer.
+    """
+
+    error: float
+    plain_error: float
 
 
 @dataclass(frozen=True)
@@ -248,6 +260,31 @@ class CommandedMotion:
         lengths = np.linalg.norm(achieved, axis=1)
         is_better = is_surely_better(plain_error, best_error, lengths, MIN_READING_ADVANTAGE)
         return best if is_better else None
+
+    @cached_property
+    def late_fit(self) -> LateFit | None:
+        """The fit of the answer before the last one, if it surely explains the moves better.
+
+        So the arm moves if an answer arrives only after the next observation.
+        """
+        # Pairs of moves that follow each other in an episode; the second one of each is explained.
+        is_pair = self.episode[1:] == self.episode[:-1]
+        is_pair = is_pair & self.is_moving[1:] & self.is_moving[:-1]
+        if is_pair.sum() < MIN_MOVES:
+            return None
+        achieved = self.achieved[1:][is_pair]
+        lengths = np.linalg.norm(achieved, axis=1)
+        errors = []
+        for command in (self.command[:-1][is_pair], self.command[1:][is_pair]):
+            gain = _fit_gain(achieved, command)
+            errors.append(_measure_unexplained(achieved, gain * command))
+        late_error, plain_error = errors
+        if not is_surely_better(plain_error, late_error, lengths, MIN_LATE_ADVANTAGE):
+            return None
+        mean_length = lengths.mean()
+        return LateFit(
+            float(late_error.mean() / mean_length), float(plain_error.mean() / mean_length)
+        )
 
     @cached_property
     def turn_errors(self) -> dict[str, Array]:

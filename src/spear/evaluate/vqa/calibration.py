@@ -36,6 +36,7 @@ MIN_SPREAD = 1e-9  # relative; a smaller spread is replaced by this before an er
 MIN_RATE_NAMED_PRESENT = 0.8
 MAX_RATE_NAMED_ABSENT = 0.2
 CALIBRATION_FILE = "calibration.json"  # in the folder of the model's weights
+NORMALIZER_FILE = "normalizer.json"  # of a policy, in the same folder
 
 
 @dataclass(frozen=True)
@@ -113,7 +114,9 @@ class Trust:
         if not path.is_file():
             return None
         trust = read_json_as(Trust, path, advice="remove it")
-        changed_files = find_changed_files(folder, trust.files)
+        # The statistics of a policy's actions do not change what its SPEAR-VLM sees.
+        model_files = {name: trust.files[name] for name in trust.files if name != NORMALIZER_FILE}
+        changed_files = find_changed_files(folder, model_files)
         if changed_files:
             notice(
                 f"{path} is of another model ({', '.join(changed_files)}). Measure it again "
