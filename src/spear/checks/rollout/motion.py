@@ -276,7 +276,7 @@ class CommandedMotion:
         lengths = np.linalg.norm(achieved, axis=1)
         errors = []
         for command in (self.command[:-1][is_pair], self.command[1:][is_pair]):
-            gain = _fit_gain(achieved, command)
+            gain = _fit_median_gain(achieved, command)
             errors.append(_measure_unexplained(achieved, gain * command))
         late_error, plain_error = errors
         if not is_surely_better(plain_error, late_error, lengths, MIN_LATE_ADVANTAGE):
