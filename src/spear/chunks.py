@@ -526,6 +526,12 @@ class Pilot:
         )
 
 
+def count_latency_steps(latency_ms: float) -> int:
+    """Return how many control steps pass from an observation until its chunk can be used."""
+    latency_steps = latency_ms / 1000 * CONTROL_RATE_HZ
+    return math.ceil(latency_steps - 1e-9)  # so that a rounding error adds no step
+
+
 def check_replan_interval(replan_interval: int, horizon: int | None = None) -> None:
     """Raise `SpearError` for a replan interval below 1, or above the `horizon` of the chunks."""
     if replan_interval >= 1 and (horizon is None or replan_interval <= horizon):

@@ -10,6 +10,7 @@ from spear.evaluate import shift_suite
 from spear.evaluate.agents import ExpertAgent, IdleAgent
 from spear.evaluate.closed_loop import evaluate_tabletop
 from spear.evaluate.options import TabletopOptions
+from spear.evaluate.results import Results
 from spear.evaluate.shift_suite import evaluate_shifts, list_shifts, name_folder
 from spear.sim.shifts import AXES, LEVELS, Shift
 
@@ -17,6 +18,12 @@ from spear.sim.shifts import AXES, LEVELS, Shift
 def make_options(out: Path | None = None, **changes: object) -> TabletopOptions:
     """Options for one scene of one family, to save time."""
     return TabletopOptions(num_scenes=1, tasks=("put_on",), out=out, **changes)
+
+
+def evaluate_idle_arm(options: TabletopOptions) -> Results:
+    """The results of an arm that stands still."""
+    results, _ = evaluate_tabletop(IdleAgent(), options)
+    return results
 
 
 def test_the_suite_has_every_axis_at_every_level() -> None:
@@ -27,9 +34,9 @@ def test_the_suite_has_every_axis_at_every_level() -> None:
 
 
 def test_the_suite_begins_without_a_shift(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shift_suite, "list_shifts", lambda: [None, Shift("noise", 3)])
+    monkeypatch.setattr(shift_suite, "list_shifts", lambda axes: [None, Shift("noise", 3)])
 
-    results = list(evaluate_shifts(IdleAgent(), make_options(tmp_path)))
+    results = list(evaluate_shifts(evaluate_idle_arm, make_options(tmp_path)))
 
     assert [result.name for result in results] == ["none", "noise:3"]
     assert [result.success.n for result in results] == [1, 1]  # one scene each

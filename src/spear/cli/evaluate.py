@@ -1,6 +1,6 @@
 """Evaluating policies and SPEAR-VLMs, and comparing the results of two policies."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import field, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -37,8 +37,8 @@ from spear.util.run_settings import describe_difference
 
 if TYPE_CHECKING:
     from spear.data.store.episode_store import EpisodeStore
-    from spear.evaluate.agents import Agent
     from spear.evaluate.open_loop import OpenLoopErrors
+    from spear.evaluate.shift_suite import ShiftResult
     from spear.evaluate.vqa.scores import Scores
     from spear.policy import VlmBundle
     from spear.types import LabeledImage
@@ -82,27 +82,31 @@ def evaluate(options: EvaluateOptions) -> None:
 
     agent = load_agent(**vars(options.agent))
     if options.loop.shift == "all":
-        _evaluate_all_shifts(agent, options)
+        from spear.evaluate.shift_suite import evaluate_shifts
+
+        shift_results = evaluate_shifts(
+            lambda shifted: evaluate_tabletop(agent, shifted)[0], options.loop
+        )
+        _report_shifts(shift_results, options.agent.policy, options.loop.out)
         return
     results, _ = evaluate_tabletop(agent, options.loop)
     _save_and_print_results(options.agent.policy, options.loop.out, len(results.outcomes))
 
 
-def _evaluate_all_shifts(agent: "Agent", options: EvaluateOptions) -> None:
-    """Evaluate every shift, print one table, and write a page with one figure."""
-    from spear.evaluate.shift_suite import build_shift_table, evaluate_shifts
+def _report_shifts(shift_results: "Iterable[ShiftResult]", policy: str, out: Path | None) -> None:
+    """Print each result as it comes, then one table, and write a page with one figure."""
+    from spear.evaluate.shift_suite import build_shift_table
     from spear.report.shifts import write_shift_page
 
-    out = options.loop.out
     assert out is not None
     results = []
-    for result in evaluate_shifts(agent, options.loop):
+    for result in shift_results:
         results.append(result)
         success = result.success.to_text(".0f", scale=100, unit=" %")
         print(f"{result.name}: {success}", flush=True)
-    print_table(build_shift_table(results, options.agent.policy))
+    print_table(build_shift_table(results, policy))
     page = out / "shifts.html"
-    write_shift_page(results, options.agent.policy, page)
+    write_shift_page(results, policy, page)
     print(f"open {page.resolve()}")
 
 
@@ -120,8 +124,12 @@ def evaluate_simpler(options: EvaluateSimplerOptions) -> None:
     docs/howto/simpler.md. Prints success per task with 95 % intervals and the paper's numbers;
     writes OUT/results.json and films. The same command continues an evaluation that was stopped.
 
+    With --shift all, the same scenes are evaluated as they are and with every shift that SIMPLER
+    can have: camera, light, background, language and noise, each at three levels.
+
     Examples:
         spear evaluate simpler --policy runs/my_policy
+        spear evaluate simpler --policy runs/my_policy --shift all --num-scenes 24 --out runs/shifts
         spear evaluate simpler --policy oracle --tasks PutCarrotOnPlateInScene-v1 --out runs/oracle
     """
     from spear.evaluate.agents import load_agent
@@ -134,6 +142,19 @@ def evaluate_simpler(options: EvaluateSimplerOptions) -> None:
     # The oracle of SIMPLER needs no weights. With other agent options `load_agent` decides.
     is_plain_oracle = options.agent == AgentOptions(policy="oracle")
     agent = run.OracleAgent() if is_plain_oracle else load_agent(**vars(options.agent))
+    if options.loop.shift == "all":
+        from spear.evaluate.shift_suite import evaluate_shifts
+        from spear.evaluate.simpler.shifts import SIMPLER_AXES, select_tasks
+
+        # The same tasks with every shift, so that their mean success can be compared.
+        tasks = select_tasks(options.loop.tasks, "all")
+        shift_results = evaluate_shifts(
+            lambda shifted: run.evaluate_simpler(agent, shifted)[0],
+            replace(options.loop, tasks=tasks),
+            SIMPLER_AXES,
+        )
+        _report_shifts(shift_results, options.agent.policy, options.loop.out)
+        return
     results, _ = run.evaluate_simpler(agent, options.loop)
     _save_and_print_results(options.agent.policy, options.loop.out, len(results.outcomes))
 

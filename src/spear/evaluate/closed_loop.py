@@ -3,7 +3,6 @@
 An agent acts in many scenes at once. Each episode ends with success or at its time limit.
 """
 
-import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -11,7 +10,7 @@ from typing import Any
 
 import mujoco
 
-from spear.chunks import NUM_SLOW_ACTIONS, ChunkExecutor
+from spear.chunks import NUM_SLOW_ACTIONS, ChunkExecutor, count_latency_steps
 from spear.errors import check_known
 from spear.evaluate import film
 from spear.evaluate.agents import Agent
@@ -25,7 +24,7 @@ from spear.sim.scene import FAMILIES, SceneSpec, held_out_seeds, sample_scene
 from spear.sim.shifts import Shift, shift_scene
 from spear.sim.world import SIMULATOR_VERSION, World
 from spear.sim.worlds import DEFAULT_WORLD, place_in_world, validate_world
-from spear.types import CONTROL_RATE_HZ, Array
+from spear.types import Array
 
 
 def evaluate_tabletop(agent: Agent, options: TabletopOptions) -> tuple[Results, list[Film]]:
@@ -203,12 +202,6 @@ class _Tabletop:
                 outcome.instruction,
                 success=outcome.success if is_last else None,
             )
-
-
-def count_latency_steps(latency_ms: float) -> int:
-    """Return how many control steps pass from an observation until its chunk can be used."""
-    latency_steps = latency_ms / 1000 * CONTROL_RATE_HZ
-    return math.ceil(latency_steps - 1e-9)  # so that a rounding error adds no step
 
 
 def _step_until_inference_or_end(scene: _RunningScene) -> HasEnded:

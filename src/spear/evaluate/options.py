@@ -102,6 +102,10 @@ class SimplerOptions(EpisodeOptions):
     """Tasks, by ManiSkill's names. Default: all four."""
     off_grid: bool = False
     """Use other starts than the official ones, a different one in each scene."""
+    shift: Annotated[str | None, arg(metavar="AXIS[:LEVEL]")] = None
+    """Shift the scenes along one axis: camera, light, background, language or noise, by level 1, 2
+    (default) or 3; or all, for every axis and level. Camera, background and all leave out the
+    eggplant's task, whose basket is a part of the photograph."""
     batch_size: Annotated[int | None, Range(1), arg(metavar="N")] = None
     """Scenes that run at once, each in its own process. Default: the number of cores."""
     assets: OptionalFolder = None

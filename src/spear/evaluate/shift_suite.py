@@ -4,20 +4,20 @@ A shift (`spear.sim.shifts`) changes one aspect of the scenes, its axis (for exa
 one of three levels.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TypeVar
 
 from rich.table import Table
 
-from spear.evaluate.agents import Agent
-from spear.evaluate.closed_loop import evaluate_tabletop
-from spear.evaluate.options import TabletopOptions
-from spear.evaluate.results import build_terminal_table
+from spear.evaluate.options import SimplerOptions, TabletopOptions
+from spear.evaluate.results import Results, build_terminal_table
 from spear.evaluate.stats import Estimate
 from spear.sim.shifts import AXES, LEVELS, Shift
 
 UNSHIFTED = "none"  # name of the result without a shift
+ShiftOptions = TypeVar("ShiftOptions", TabletopOptions, SimplerOptions)
 
 
 @dataclass(frozen=True)
@@ -36,21 +36,26 @@ class ShiftResult:
         return name_shift(self.shift)
 
 
-def evaluate_shifts(agent: Agent, options: TabletopOptions) -> Iterator[ShiftResult]:
+def evaluate_shifts(
+    evaluate: Callable[[ShiftOptions], Results],
+    options: ShiftOptions,
+    axes: Sequence[str] = AXES,
+) -> Iterator[ShiftResult]:
     """Evaluate without a shift, then with each axis at each level, on the same scenes.
 
     Args:
-        agent: Who acts.
-        options: The options of `evaluate_tabletop`. Each shift has its own folder in `out`, so that
-            an interrupted suite resumes.
+        evaluate: Evaluates with some options, in any simulator.
+        options: The options. Each shift has its own folder in `out`, so that an interrupted suite
+            resumes.
+        axes: The axes of the simulator.
 
     Yields:
         The result of each shift as soon as it is known.
     """
-    for shift in list_shifts():
+    for shift in list_shifts(axes):
         out = None if options.out is None else Path(options.out) / name_folder(shift)
         shifted = replace(options, shift=None if shift is None else str(shift), out=out)
-        results, _ = evaluate_tabletop(agent, shifted)
+        results = evaluate(shifted)
         if out is not None:
             results.save(out / "results.json")
         yield ShiftResult(shift, results.mean_success())
@@ -86,6 +91,7 @@ def build_shift_table(results: list[ShiftResult], policy: str) -> Table:
     rows = [[UNSHIFTED, success_by_name[UNSHIFTED], "", ""]]
     for axis in AXES:
         success_by_level = [success_by_name.get(f"{axis}:{level}", "") for level in LEVELS]
-        rows.append([axis, *success_by_level])
+        if any(success_by_level):  # not every simulator has every axis
+            rows.append([axis, *success_by_level])
     headers = ["shift", *(f"level {level}" for level in LEVELS)]
     return build_terminal_table(f"{policy}: success by shift", headers, rows)

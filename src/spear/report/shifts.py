@@ -36,7 +36,8 @@ def write_shift_page(results: Sequence[ShiftResult], policy: str, out: Path) -> 
         for result in results:
             if result.shift is not None and result.shift.axis == axis:
                 rates.append((f"level {result.shift.level}", result.success))
-        groups.append((axis, make_rate_bars(rates)))
+        if rates:  # not every simulator has every axis
+            groups.append((axis, make_rate_bars(rates)))
     html = render(
         "shifts.html",
         title=f"Shifts: {policy}",

@@ -5,6 +5,9 @@ has the six axes that change the scene: camera, light, background, layout (of th
 (where the gripper starts) and language (of the instruction). The seventh axis, noise, is in
 `spear.evaluate.noise`; it changes the policy's images and the delay of its answers.
 
+`shift_scene` shifts scenes of the embedded simulator. The functions that draw an orbit, a tint or
+an instruction also serve SIMPLER (`spear.evaluate.simpler.shifts`).
+
 The same scene, axis and level always give the same result. A shift changes its axis and nothing
 else.
 """
@@ -17,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
 from spear.errors import SpearError, check_known
 from spear.sim.objects import GRASPABLE, TASK_FREE_KINDS
@@ -122,6 +126,23 @@ START_TURN_DEG = {1: 15.0, 2: 30.0, 3: 45.0}
 
 
 @dataclass(frozen=True)
+class ObjectNames:
+    """What an instruction may call an object.
+
+    seen    names that training has.
+    unseen  names for the levels 2 and 3, which training does not have where there are such names.
+    """
+
+    seen: Sequence[str]
+    unseen: Sequence[str]
+
+    @staticmethod
+    def of(kind: str) -> "ObjectNames":
+        """The names of a kind of object. A kind without synonyms has only its own name."""
+        return ObjectNames(SYNONYMS.get(kind, (kind,)), UNSEEN_SYNONYMS.get(kind, (kind,)))
+
+
+@dataclass(frozen=True)
 class Shift:
     """One axis at one level.
 
@@ -199,17 +220,7 @@ def _shift_camera(
     appearance: SceneAppearance, level: CameraLevel, rng: np.random.Generator
 ) -> SceneAppearance:
     """Move the external camera around the point that it looks at, and change its view angle."""
-    orbit = CameraOrbit.of(appearance)
-    elevation_deg = orbit.elevation_deg + rng.uniform(-level.elevation_deg, level.elevation_deg)
-    log_factor = math.log(level.distance_factor)
-    moved_orbit = CameraOrbit(
-        target=orbit.target,
-        azimuth_deg=orbit.azimuth_deg + rng.uniform(-level.azimuth_deg, level.azimuth_deg),
-        elevation_deg=float(
-            np.clip(elevation_deg, MIN_CAMERA_ELEVATION_DEG, MAX_CAMERA_ELEVATION_DEG)
-        ),
-        distance_m=orbit.distance_m * math.exp(rng.uniform(-log_factor, log_factor)),
-    )
+    moved_orbit = draw_orbit_near(CameraOrbit.of(appearance), level, rng)
     return dataclasses.replace(
         appearance,
         camera=moved_orbit.position(),
@@ -218,14 +229,27 @@ def _shift_camera(
     )
 
 
+def draw_orbit_near(
+    orbit: CameraOrbit, level: CameraLevel, rng: np.random.Generator
+) -> CameraOrbit:
+    """Draw another azimuth, elevation and distance around the same target."""
+    elevation_deg = orbit.elevation_deg + rng.uniform(-level.elevation_deg, level.elevation_deg)
+    log_factor = math.log(level.distance_factor)
+    return CameraOrbit(
+        target=orbit.target,
+        azimuth_deg=orbit.azimuth_deg + rng.uniform(-level.azimuth_deg, level.azimuth_deg),
+        elevation_deg=float(
+            np.clip(elevation_deg, MIN_CAMERA_ELEVATION_DEG, MAX_CAMERA_ELEVATION_DEG)
+        ),
+        distance_m=orbit.distance_m * math.exp(rng.uniform(-log_factor, log_factor)),
+    )
+
+
 def _shift_light(
     appearance: SceneAppearance, level: LightLevel, rng: np.random.Generator
 ) -> SceneAppearance:
     """Change the light's direction, brightness and color."""
-    log_factor = math.log(level.brightness_factor)
-    factor = math.exp(rng.uniform(-log_factor, log_factor))
-    warmth = rng.uniform(-level.warmth, level.warmth)
-    tint = np.array([1 + warmth, 1.0, 1 - warmth])
+    factor, tint = draw_brightness_and_tint(level, rng)
     diffuse = np.clip(np.array(appearance.diffuse) * factor * tint, 0, 1)
     ambient = np.clip(np.array(appearance.ambient) * factor * tint, 0, 1)
     return dataclasses.replace(
@@ -234,6 +258,20 @@ def _shift_light(
         diffuse=(float(diffuse[0]), float(diffuse[1]), float(diffuse[2])),
         ambient=(float(ambient[0]), float(ambient[1]), float(ambient[2])),
     )
+
+
+def draw_brightness_and_tint(
+    level: LightLevel, rng: np.random.Generator
+) -> tuple[float, NDArray[np.float64]]:
+    """Draw how the light changes.
+
+    Returns:
+        The factor on its brightness, and the factors [3] on its red, green and blue.
+    """
+    log_factor = math.log(level.brightness_factor)
+    factor = math.exp(rng.uniform(-log_factor, log_factor))
+    warmth = rng.uniform(-level.warmth, level.warmth)
+    return factor, np.array([1 + warmth, 1.0, 1 - warmth])
 
 
 def _shift_background(
@@ -284,54 +322,91 @@ def _draw_start_rotation(level: int, rng: np.random.Generator) -> Quat:
 
 
 def _draw_unseen_instruction(scene: SceneSpec, level: int, rng: np.random.Generator) -> str:
-    """Draw an instruction with words that training does not have.
-
-    Level 1 has unseen templates, level 2 also unseen synonyms and polite phrases. Level 3 also
-    describes the source by where it lies instead of by name, if that is unambiguous.
-    """
+    """Draw an instruction for a scene with words that training does not have."""
     source = scene.objects[SOURCE_INDEX]
     target = scene.objects[TARGET_INDEX]
     is_in_bowl = scene.family == "put_on" and target.kind == "bowl"
     template_family = "put_in_bowl" if is_in_bowl else scene.family
-    template = _draw_text(UNSEEN_TEMPLATES[template_family], rng)
-    # A kind of object without synonyms is called by the name of the kind.
+    return draw_unseen_instruction(
+        UNSEEN_TEMPLATES[template_family],
+        ObjectNames.of(source.kind),
+        ObjectNames.of(target.kind),
+        describe_by_relation(scene, SOURCE_INDEX),
+        level,
+        rng,
+    )
+
+
+def draw_unseen_instruction(
+    templates: Sequence[str],
+    source: ObjectNames,
+    target: ObjectNames,
+    relation: str | None,
+    level: int,
+    rng: np.random.Generator,
+) -> str:
+    """Draw an instruction with words that training does not have.
+
+    Level 1 has unseen templates, level 2 also unseen synonyms and polite phrases. Level 3 also
+    describes the source by where it lies instead of by name, if that is unambiguous.
+
+    Args:
+        templates: Unseen instructions, with {source} and {target}.
+        source: Names of the object to move.
+        target: Names of the object or place where it goes.
+        relation: The source by where it lies (`describe_by_side`); None if that is ambiguous. Then
+            the source keeps its name at level 3.
+        level: The level of the shift.
+        rng: Generator of random numbers.
+    """
+    template = _draw_text(templates, rng)
     if level == 1:
-        source_name = _draw_text(SYNONYMS.get(source.kind, (source.kind,)), rng)
-        target_name = _draw_text(SYNONYMS.get(target.kind, (target.kind,)), rng)
+        source_name = _draw_text(source.seen, rng)
+        target_name = _draw_text(target.seen, rng)
         return template.format(source=source_name, target=target_name)
 
-    source_name = _draw_text(UNSEEN_SYNONYMS.get(source.kind, (source.kind,)), rng)
-    target_name = _draw_text(UNSEEN_SYNONYMS.get(target.kind, (target.kind,)), rng)
+    source_name = _draw_text(source.unseen, rng)
+    target_name = _draw_text(target.unseen, rng)
     if level == 3:
-        # The name stays if no description fits the source alone.
-        source_name = describe_by_relation(scene, SOURCE_INDEX) or source_name
+        source_name = relation or source_name
     sentence = template.format(source=source_name, target=target_name)
     return _draw_text(POLITE_PREFIXES, rng) + sentence + _draw_text(POLITE_SUFFIXES, rng)
 
 
 def describe_by_relation(scene: SceneSpec, index: int) -> str | None:
+    """Describe an object of a scene by `describe_by_side`. Only graspable objects are "things"."""
+    kinds = [scene_object.kind for scene_object in scene.objects]
+    thing_indices = [i for i, kind in enumerate(kinds) if kind in GRASPABLE]
+    return describe_by_side(index, kinds, thing_indices, _measure_lateral_offsets(scene))
+
+
+def describe_by_side(
+    index: int, names: Sequence[str], thing_indices: Sequence[int], lateral_m: Sequence[float]
+) -> str | None:
     """Describe an object as the thing left or right of another object, the anchor.
 
     Left and right are those of the external camera's image. A description is used only if the
-    object `index` is the only graspable one that fits it.
+    object `index` is the only thing that fits it.
+
+    Args:
+        index: Index of the object to describe.
+        names: Names of all objects.
+        thing_indices: Indices of the objects that "thing" may mean.
+        lateral_m: How far to the right in the camera's image each object lies, m.
 
     Returns:
         For example "thing left of the plate"; None if every description fits several objects.
     """
-    lateral_m = _measure_lateral_offsets(scene)
-    graspable_indices = [
-        i for i, scene_object in enumerate(scene.objects) if scene_object.kind in GRASPABLE
-    ]
-    anchors = [i for i in range(len(scene.objects)) if i != index]
+    anchors = [i for i in range(len(names)) if i != index]
     for anchor in anchors:
         for word, sign in (("left", -1), ("right", 1)):
             matching_indices = []
-            for candidate in graspable_indices:
+            for candidate in thing_indices:
                 gap_m = sign * (lateral_m[candidate] - lateral_m[anchor])  # the anchor's own is 0
                 if gap_m > MIN_LATERAL_GAP_M:
                     matching_indices.append(candidate)
             if matching_indices == [index]:
-                return f"thing {word} of the {scene.objects[anchor].kind}"
+                return f"thing {word} of the {names[anchor]}"
     return None
 
 

@@ -83,9 +83,14 @@ class CameraOrbit:
     @staticmethod
     def of(appearance: SceneAppearance) -> "CameraOrbit":
         """The orbit of the external camera of a scene."""
-        x, y, z = np.subtract(appearance.camera, appearance.target)
+        return CameraOrbit.around(appearance.target, appearance.camera)
+
+    @staticmethod
+    def around(target: Vec3, position: Vec3) -> "CameraOrbit":
+        """The orbit of a camera at `position` that looks at `target`."""
+        x, y, z = np.subtract(position, target)
         return CameraOrbit(
-            target=appearance.target,
+            target=target,
             azimuth_deg=math.degrees(math.atan2(y, x)),
             elevation_deg=math.degrees(math.atan2(z, math.hypot(x, y))),
             distance_m=math.sqrt(x * x + y * y + z * z),

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from spear.chunks import DEFAULT_REPLAN_INTERVAL, ChunkExecutor
+from spear.chunks import DEFAULT_REPLAN_INTERVAL, ChunkExecutor, count_latency_steps
 from spear.data.store.episode_store import EpisodeStore, list_shards
 from spear.embodiments.observations import (
     camera_key,
@@ -27,7 +27,6 @@ from spear.embodiments.observations import (
 )
 from spear.errors import SpearError, notice
 from spear.evaluate import results
-from spear.evaluate.closed_loop import count_latency_steps
 from spear.evaluate.results import MILESTONES, Outcome
 from spear.labels.fit.box3d import order_vertices
 from spear.policy import Spear1Policy

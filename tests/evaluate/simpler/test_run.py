@@ -7,7 +7,6 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,7 +20,7 @@ from spear import embodiments
 from spear.data.store.episode_store import EpisodeStore
 from spear.evaluate.agents import load_agent
 from spear.evaluate.compare import find_matching_references
-from spear.evaluate.options import EpisodeOptions, SimplerOptions
+from spear.evaluate.options import EpisodeOptions
 from spear.evaluate.results import load_results
 from spear.evaluate.runner import run_evaluation
 from spear.evaluate.simpler import world
@@ -29,7 +28,7 @@ from spear.evaluate.simpler.frames import fit_frame
 from spear.evaluate.simpler.record import record_demonstrations, record_episode
 from spear.evaluate.simpler.run import OracleAgent, Simpler
 from spear.evaluate.simpler.tasks import MIN_START_OFFSET_M, TASKS, Task
-from spear.evaluate.simpler.world import NoRenderer, SimplerProcess
+from spear.evaluate.simpler.world import SimplerProcess
 from spear.geometry import apply_action, quat_distance, quat_exp
 from spear.labels.fit.image import unproject
 from spear.labels.pipeline import label_with_ground_truth
@@ -116,28 +115,6 @@ def test_without_maniskill_a_command_says_how_to_install_it(
 
     assert "SIMPLER needs mani_skill. Install it: pip install 'spear-vla[simpler]'" in message
     assert not list(tmp_path.iterdir())
-
-
-@pytest.fixture(scope="module")
-def simpler(shared: Path) -> Iterator[Simpler]:
-    """The simulator, with one process; skips without ManiSkill, its assets or a renderer."""
-    pytest.importorskip("mani_skill")
-    assets = shared / "assets" / "simpler"
-    if not assets.is_dir():
-        pytest.skip(f"SIMPLER's assets not found at {assets}")
-    simulator = Simpler(SimplerOptions(batch_size=1, assets=assets))
-    try:
-        simulator.open(TASK, 1)[0].reset(0, image=True)
-    except NoRenderer as error:
-        pytest.skip(str(error))
-    yield simulator
-    simulator.close()
-
-
-@pytest.fixture
-def process(simpler: Simpler) -> SimplerProcess:
-    """The process of the simulator, for `TASK`."""
-    return simpler.open(TASK, 1)[0]
 
 
 def stay(num_steps: int, opening: float) -> Array:

@@ -16,21 +16,25 @@ from typing import Any
 import numpy as np
 
 from spear import embodiments
-from spear.chunks import check_replan_interval
-from spear.errors import check_known
+from spear.chunks import check_replan_interval, count_latency_steps
+from spear.embodiments.observations import IMAGE_KEY
 from spear.evaluate import film
-from spear.evaluate.agents import Agent
+from spear.evaluate.agents import IDLE_ACTION, Agent
+from spear.evaluate.noise import NOISE_LEVELS, degrade_observation
 from spear.evaluate.options import SimplerOptions
 from spear.evaluate.results import Outcome, Results
 from spear.evaluate.runner import Film, run_evaluation
 from spear.evaluate.simpler import oracle
+from spear.evaluate.simpler.shifts import SceneShift, parse_simpler_shift, select_tasks
 from spear.evaluate.simpler.tasks import TASKS, Moment
 from spear.evaluate.simpler.world import SimplerProcess, find_assets, hash_assets
 from spear.sim.scene import held_out_seeds
 from spear.types import Array
+from spear.util.images import fit_image
 
 ROBOT = "simpler_widowx"  # name of the embodiment
-NO_IMAGE = {"observation/image": np.zeros((480, 640, 3), np.uint8)}
+GRIPPER_INDEX = 7  # of the gripper's opening in an action
+NO_IMAGE = {IMAGE_KEY: np.zeros((480, 640, 3), np.uint8)}
 """A black image, because the robot's adapter needs an image even if none was rendered."""
 
 
@@ -49,11 +53,10 @@ def evaluate_simpler(agent: Agent, options: SimplerOptions) -> tuple[Results, li
         The results, and the films that this call made.
 
     Raises:
-        SpearError: The folder has results of another policy or of other settings; a task is
-            unknown; or ManiSkill, its assets or a renderer are missing.
+        SpearError: The folder has results of another policy or of other settings; a task or shift
+            is unknown, or not possible; or ManiSkill, its assets or a renderer are missing.
     """
-    tasks = options.tasks or tuple(TASKS)
-    check_known("task", TASKS, *tasks)
+    tasks = select_tasks(options.tasks, options.shift)
     if options.off_grid:
         held_out_seeds(options.first_seed, options.num_scenes)  # raises if training uses them
     assets = find_assets(options.assets)  # raises without ManiSkill, too
@@ -67,6 +70,8 @@ def evaluate_simpler(agent: Agent, options: SimplerOptions) -> tuple[Results, li
     }
     if options.off_grid:
         settings["starts"] = "off the grid"
+    if options.shift is not None:
+        settings["shift"] = str(parse_simpler_shift(options.shift))
 
     can_repeat_starts = agent.needs_images or options.off_grid
     scenes = {}
@@ -88,6 +93,7 @@ class SimplerScene:
     moment           the state after the last executed step.
     process          the simulator of the scene.
     pictures         the camera's image at each step so far, if a film may be made.
+    gripper          the gripper's last commanded opening, 0 to 1.
     fulfilled_since  the step since which the task has been fulfilled; None while it is not.
     start_time_s     start of the episode, by `time.perf_counter`.
     """
@@ -97,6 +103,7 @@ class SimplerScene:
     moment: Moment
     process: SimplerProcess
     pictures: list[Array]
+    gripper: float = 1.0
     fulfilled_since: int | None = None
     start_time_s: float = field(default_factory=time.perf_counter)
 
@@ -135,6 +142,11 @@ class Simpler:
         self._robot = embodiments.load(ROBOT)
         _, control = self._robot.select_control(None)  # None selects the robot's default control
         self._convert = control.convert
+        self._shift = None if options.shift is None else parse_simpler_shift(options.shift)
+        self._noise = None
+        if self._shift is not None and self._shift.axis == "noise":
+            self._noise = NOISE_LEVELS[self._shift.level]
+        self._latency_steps = count_latency_steps(self._noise.latency_ms if self._noise else 0)
         self._processes: list[SimplerProcess] = []
         self._task = ""
 
@@ -165,10 +177,7 @@ class Simpler:
                 scenes += threads.map(start, new_processes, new_seeds)
 
                 # One inference for all running scenes.
-                observations = []
-                for scene in scenes:
-                    observation = {**NO_IMAGE, **scene.moment.observation}
-                    observations.append(self._robot.read(observation))
+                observations = [self._observe(agent, scene) for scene in scenes]
                 chunks = agent.act(scenes, observations)
 
                 # Execute the chunks. The processes of ended episodes become free.
@@ -217,9 +226,22 @@ class Simpler:
         """
         is_off_grid = self._options.off_grid
         start = seed if is_off_grid else seed % TASKS[task].num_starts
-        moment = process.reset(start, image=needs_image, is_off_grid=is_off_grid)
-        pictures = [moment.observation["observation/image"]] if needs_image else []
+        scene_shift = None if self._shift is None else SceneShift(self._shift, seed)
+        moment = process.reset(start, needs_image, is_off_grid, scene_shift)
+        pictures = [moment.observation[IMAGE_KEY]] if needs_image else []
         return SimplerScene(task, seed, moment, process, pictures)
+
+    def _observe(self, agent: Agent, scene: SimplerScene) -> dict[str, Any]:
+        """Observe a scene as the agent sees it: with degraded images if the shift is noise."""
+        observation = self._robot.read({**NO_IMAGE, **scene.moment.observation})
+        if self._noise is None or not agent.needs_images:
+            return observation
+        # As in the embedded simulator, images are degraded at the size at which the policy sees
+        # them. At the camera's own, larger size the same blur and noise would hardly be seen.
+        width, height = agent.image_sizes["external"]
+        image = fit_image(observation[IMAGE_KEY], height, width, bars=False)
+        resized = {**observation, IMAGE_KEY: image}
+        return degrade_observation(resized, self._noise, scene.seed, scene.steps)
 
     def _execute(
         self,
@@ -230,6 +252,8 @@ class Simpler:
         filming: bool,
     ) -> bool:
         """Step one scene until the next inference, or until the episode ends.
+
+        If the shift is noise, the chunk arrives late, and the robot stands still until then.
 
         Args:
             scene: The scene.
@@ -243,9 +267,13 @@ class Simpler:
         """
         check_replan_interval(self._options.replan_steps, len(chunk))
         max_steps = TASKS[scene.task].max_steps
-        num_actions = min(self._options.replan_steps, max_steps - scene.steps)
+        waiting = np.tile(IDLE_ACTION, (self._latency_steps, 1))
+        waiting[:, GRIPPER_INDEX] = scene.gripper
+        actions = np.concatenate([waiting, chunk[: self._options.replan_steps]])
+        actions = actions[: max_steps - scene.steps]
+        scene.gripper = float(actions[-1, GRIPPER_INDEX])
         state = observation["observation/state"]
-        rows = self._convert(chunk[:num_actions], state, scene.moment.observation)
+        rows = self._convert(actions, state, scene.moment.observation)
         scene.moment = scene.process.run(rows, image=needs_image, filming=filming)
         if filming:
             scene.pictures = scene.pictures + scene.moment.pictures

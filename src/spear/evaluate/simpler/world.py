@@ -32,6 +32,7 @@ import torch
 from spear.embodiments.simpler_widowx import LINK_ROTATION, POSE_KEY, convert_link_to_ee_rotation
 from spear.errors import SpearError, make_missing_extra_message, summarize_error
 from spear.evaluate.simpler.frames import fit_frame, rebuild_scene, render_labeled_frame
+from spear.evaluate.simpler.shifts import SceneShift, read_photograph, set_photograph, shift_scene
 from spear.evaluate.simpler.tasks import (
     CAMERA,
     FINGER_CLOSED_M,
@@ -140,22 +141,35 @@ class SimplerWorld:
         # The same as float64 arrays, which `sample_off_grid_start` uses
         self._official_positions = np.asarray(self._position_tensor, np.float64)
         self._official_orientations = np.asarray(self._orientation_tensor, np.float64)
+        self._photograph = read_photograph(self._env)
         num_starts = len(self._official_positions) * len(self._official_orientations)
         if num_starts != self._task.num_starts:
             raise SpearError(f"SIMPLER's {task} has {num_starts} starts. Say so in its Task.")
 
-    def reset(self, start: int, image: bool, is_off_grid: bool = False) -> Moment:
+    def reset(
+        self,
+        start: int,
+        image: bool,
+        is_off_grid: bool = False,
+        scene_shift: SceneShift | None = None,
+    ) -> Moment:
         """Build the scene of one start, and return its state.
 
         Args:
             start: The number of an official start, or the seed of a start off the grid.
             image: Whether the observation should have an image.
             is_off_grid: Whether the start is off the grid (`sample_off_grid_start`).
+            scene_shift: How the scene is shifted; None for the scene as it is.
         """
+        set_photograph(self._env, self._photograph)  # the last scene's may have been shifted
         if is_off_grid:
             self._reset_off_grid(start)
         else:
             rebuild_scene(self._env, self._position_tensor, self._orientation_tensor, number=start)
+        self._instruction = str(self._env.get_language_instruction()[0])
+        if scene_shift is not None:
+            instruction = shift_scene(self._env, self._name, self._photograph, scene_shift)
+            self._instruction = instruction or self._instruction
         self._unreachable = 0
         self._steps = 0
         self._success = False
@@ -214,6 +228,7 @@ class SimplerWorld:
             seed: The seed of the scene.
             size: (width, height) of the image, px.
         """
+        set_photograph(self._env, self._photograph)  # the last scene's may have been shifted
         frame = render_labeled_frame(
             self._env, self._task, self._official_positions, self._official_orientations, seed
         )
@@ -270,7 +285,7 @@ class SimplerWorld:
         pose = np.concatenate([position, link_rotation, [truth.opening]]).astype(np.float32)
         observation: dict[str, Any] = {
             POSE_KEY: pose,
-            "prompt": self._env.get_language_instruction()[0],
+            "prompt": self._instruction,
         }
         if image:
             # The last of the pictures already shows the present state.
@@ -420,9 +435,15 @@ class SimplerProcess:
             # A job that does nothing. It fails if the process does not start.
             self._worker_start = self._worker.submit(int)
 
-    def reset(self, start: int, image: bool, is_off_grid: bool = False) -> Moment:
+    def reset(
+        self,
+        start: int,
+        image: bool,
+        is_off_grid: bool = False,
+        scene_shift: SceneShift | None = None,
+    ) -> Moment:
         """Build the scene of one start, see `SimplerWorld.reset`."""
-        return self._call("reset", start, image, is_off_grid)
+        return self._call("reset", start, image, is_off_grid, scene_shift)
 
     def run(self, rows: Array, image: bool, filming: bool = False) -> Moment:
         """Execute control steps, see `SimplerWorld.run`."""
