@@ -303,7 +303,7 @@ def _read_camera(env: Any) -> CameraView:
     rotation = quat_to_matrix(torch.from_numpy(np.float64(pose.q))).numpy() @ SAPIEN_AXES
     intrinsics = sensor.get_params()["intrinsic_cv"][0].numpy()
     return CameraView(
-        position=np.float64(pose.p),
+        position=np.asarray(pose.p, np.float64),
         rotation=rotation,
         focal_px=float(intrinsics[0, 0]),
         center_px=(float(intrinsics[0, 2]), float(intrinsics[1, 2])),
