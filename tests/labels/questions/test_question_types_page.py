@@ -29,14 +29,14 @@ class Row(NamedTuple):
 
     question: str
     answer: str
-    form: str
+    answer_form: str
 
 
 def read_rows(text: str) -> dict[str, Row]:
     """Read the rows of all tables in a text, by the name of the question type."""
     rows = {}
-    for name, question, answer, form in ROW.findall(text):
-        rows[name] = Row(question.replace("\\", ""), answer, form)
+    for name, question, answer, answer_form in ROW.findall(text):
+        rows[name] = Row(question.replace("\\", ""), answer, answer_form)
     return rows
 
 
@@ -67,25 +67,27 @@ def test_an_example_question_is_a_wording_of_its_type(name: str) -> None:
 
 @pytest.mark.parametrize("name", ANSWER_FORMS)
 def test_the_form_of_an_answer_is_that_of_its_type(name: str) -> None:
-    form = ANSWER_FORMS[name]
+    answer_form = ANSWER_FORMS[name]
 
-    numbers = re.match(r"(\d+) numbers?\b", ROWS[name].form)
-    pixels = re.match(r"(\d+) pixels?\b", ROWS[name].form)
+    numbers = re.match(r"(\d+) numbers?\b", ROWS[name].answer_form)
+    pixels = re.match(r"(\d+) pixels?\b", ROWS[name].answer_form)
 
-    assert int(numbers[1] if numbers else 0) == form.num_numbers
-    assert int(pixels[1] if pixels else 0) == form.num_pixels
-    assert ("words" in ROWS[name].form or "sentence" in ROWS[name].form) == form.has_words
+    assert int(numbers[1] if numbers else 0) == answer_form.num_numbers
+    assert int(pixels[1] if pixels else 0) == answer_form.num_pixels
+    assert (
+        "words" in ROWS[name].answer_form or "sentence" in ROWS[name].answer_form
+    ) == answer_form.has_words
 
 
 @pytest.mark.parametrize("name", ANSWER_FORMS)
 def test_an_example_answer_has_the_form_of_its_type(name: str) -> None:
     """An answer that the page shortens with "…" has at most as many numbers."""
     answer = ROWS[name].answer
-    num_found = len(re.findall(r"-?\d+\.\d+|\(\d+, \d+\) px", answer))
-    form = ANSWER_FORMS[name]
-    num_expected = form.num_numbers + form.num_pixels
+    num_values = len(re.findall(r"-?\d+\.\d+|\(\d+, \d+\) px", answer))
+    answer_form = ANSWER_FORMS[name]
+    num_values_of_form = answer_form.num_numbers + answer_form.num_pixels
 
     if "…" in answer:
-        assert 0 < num_found < num_expected
+        assert 0 < num_values < num_values_of_form
     else:
-        assert num_found == num_expected
+        assert num_values == num_values_of_form
