@@ -38,8 +38,10 @@ def converted(pi0: Path) -> Spear1ForActionPrediction:
 def nano_without_moge() -> Spear1ForActionPrediction:
     """nano, whose visual tokens are not changed by MoGe."""
     model = weights.load(Spear1ForActionPrediction, locate("nano"), torch.float32)
+    projector = model.vlm.moge_projector
+    assert projector is not None
     with torch.no_grad():
-        for parameter in model.vlm.moge_projector.parameters():
+        for parameter in projector.parameters():
             parameter.zero_()
     return model
 
@@ -92,6 +94,7 @@ class TestDepthEncoderOfOurOwn:
     def test_its_weights_are_loaded(self, converted: Spear1ForActionPrediction) -> None:
         trained = weights.load(MogeForDepth, locate("nano-depth"), torch.float32).moge
 
+        assert converted.vlm.moge is not None
         for name, weight in converted.vlm.moge.state_dict().items():
             assert weight.equal(trained.state_dict()[name]), name
 
