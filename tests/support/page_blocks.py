@@ -107,7 +107,7 @@ def _make_block(match: re.Match[str], output: str | None) -> Block:
 
 def make_folder_like_a_clone(folder: Path) -> None:
     """Link into a folder what commands read from the folder of the clone."""
-    for name in ("examples", "experiments", "tests"):
+    for name in ("benchmarks", "examples", "experiments", "tests"):
         (folder / name).symlink_to(ROOT / name)
 
 
