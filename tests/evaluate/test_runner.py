@@ -73,7 +73,7 @@ class ParitySimulator:
             yield outcome, 2.5, track  # an episode takes 2.5 s
             del track  # so that only the runner may keep it in memory
 
-    def render_film(self, outcome: Outcome, track: str) -> str:
+    def make_film_frames(self, outcome: Outcome, track: str) -> str:
         return track
 
 

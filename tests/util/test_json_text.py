@@ -11,7 +11,7 @@ from refusals import refuses
 from spear.data.readers.lerobot import open_lerobot
 from spear.labels.models.annotations import open_annotations
 from spear.labels.rgbd import read_matrix
-from spear.models.weights.load import read_architecture
+from spear.models.weights.load import read_model_type
 from spear.tokens import CoordinateTokenizer
 from spear.util.files import read_json, read_json_as
 from spear.util.json_text import parse_json, read_json_lines
@@ -167,7 +167,7 @@ class TestReaders:
     def test_an_absurd_config_of_a_model_is_refused(self, tmp_path: Path, value: bytes) -> None:
         (tmp_path / "config.json").write_bytes(b'{"a": ' + value + b"}")
 
-        refuses(SENTENCE_OF_ABSURDITY, read_architecture, tmp_path)
+        refuses(SENTENCE_OF_ABSURDITY, read_model_type, tmp_path)
 
     def test_a_matrix_with_a_byte_order_mark_is_read(self, tmp_path: Path) -> None:
         path = tmp_path / "intrinsics.txt"

@@ -546,7 +546,7 @@ def make_recording(steps: Steps, layout: DatasetLayout, source: str) -> Recordin
     return Recording(
         source=source,
         position=position,
-        rotation=_convert_for_hypotheses(rotation, rotation_format, layout, source),
+        rotation=_convert_trusted_formats(rotation, rotation_format, layout, source),
         translation=logged_translation,
         turn=logged_rotation,
         valid=is_valid,
@@ -582,7 +582,7 @@ def _check_shape(
     )
 
 
-def _convert_for_hypotheses(
+def _convert_trusted_formats(
     rotation: Array, rotation_format: RotationFormat, layout: DatasetLayout, source: str
 ) -> Array:
     """Convert recorded orientations to what hypotheses can read.

@@ -539,7 +539,7 @@ def _propose_motion(
         fit_rotations, best.position, best.rotation, best.action_rotation, columns, rate_hz
     )
     proposal.fields["rotation"] = best.rotation.name(columns)
-    proposal.facts["rotation"] = _explain_choice(
+    proposal.facts["rotation"] = _explain_chosen_column(
         best.action_rotation.name(columns), "orientation", rotation_fits[0]
     )
     _propose_rotation_format(
@@ -676,7 +676,7 @@ def _propose_position(
         proposal.fields["logged_translation_unit"] = round_to_known_unit(
             meters_per_logged_unit, LENGTH_UNITS
         )
-    fact = _explain_choice(best.action_translation.name(columns), "position", fit)
+    fact = _explain_chosen_column(best.action_translation.name(columns), "position", fit)
     rivals = {candidate.position.name(columns) for candidate in tied}
     rivals.remove(best.position.name(columns))
     if rivals:
@@ -729,18 +729,18 @@ def _propose_logged_frame(rotation_fit: Fit, translation_fit: Fit, proposal: _Pr
         proposal.fields["logged_rotation_frame"] = rotation_frame
 
 
-def _explain_choice(name: str, moved: Literal["position", "orientation"], fit: Fit) -> str:
+def _explain_chosen_column(column: str, moved: Literal["position", "orientation"], fit: Fit) -> str:
     """Say in words why logged actions were chosen.
 
     Args:
-        name: the column of the logged actions.
+        column: the column of the logged actions.
         moved: what the actions change.
         fit: the fit of the best hypothesis about them.
     """
     hypothesis = fit.hypothesis
     doubt = ": too much to rely on" if fit.relative_error > MAX_UNEXPLAINED else ""
     return (
-        f"{name} leads from one {moved} to the next except for {fit.relative_error:.0%} of the "
+        f"{column} leads from one {moved} to the next except for {fit.relative_error:.0%} of the "
         f"motion{doubt} ({hypothesis.kind}, {hypothesis.frame} frame, {hypothesis.unit}, "
         f"{hypothesis.signs}, {hypothesis.delay_steps} late)"
     )

@@ -179,7 +179,7 @@ class _Tabletop:
             return observation
         return degrade_observation(observation, self._noise, env.seed, env.steps)
 
-    def render_film(self, outcome: Outcome, track: Sequence[Array]) -> Iterator[Array]:
+    def make_film_frames(self, outcome: Outcome, track: Sequence[Array]) -> Iterator[Array]:
         """Replay an episode's joint positions and render a frame of the film at each step.
 
         A film shows the external and the wrist camera, whatever cameras the policy has. The images

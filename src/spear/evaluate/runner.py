@@ -67,7 +67,7 @@ class Simulator(Protocol[Track]):
             long the episode ran, at the same time as others.
         """
 
-    def render_film(self, outcome: Outcome, track: Track) -> Iterable[Array]:
+    def make_film_frames(self, outcome: Outcome, track: Track) -> Iterable[Array]:
         """Render the frames [h, w, 3] uint8 of an episode's film from its track, one per step."""
 
 
@@ -296,7 +296,7 @@ class _Evaluation(Generic[Track]):
             if outcome.seed not in tracks:
                 seeds_without_track.append(outcome.seed)
                 continue
-            frames = self.simulator.render_film(outcome, tracks[outcome.seed])
+            frames = self.simulator.make_film_frames(outcome, tracks[outcome.seed])
             new_film = Film(outcome, film.encode_film(frames, CONTROL_RATE_HZ))
             self._films[name] = new_film
             if self.options.out:

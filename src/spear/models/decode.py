@@ -218,7 +218,7 @@ def _decode(
         hidden = output[:, 0].to(embedded.dtype)
 
     answer = torch.stack(tokens, dim=1)
-    return answer if free_text is None else free_text.cut(answer)
+    return answer if free_text is None else free_text.cut_to_longest_answer(answer)
 
 
 def _prefill_prompts(vlm: Any, layers: LayerStack, inputs: Inputs, room: int) -> PrefilledCache:
@@ -330,7 +330,7 @@ class _FreeTextState:
             return False
         return bool(self.is_done.all())
 
-    def cut(self, answer: Tensor) -> Tensor:
+    def cut_to_longest_answer(self, answer: Tensor) -> Tensor:
         """Remove the columns of answers [N, T] after the end of the longest answer."""
         is_end = answer == self.end_token
         length_to_end = is_end.long().argmax(1) + 1  # `argmax` returns the first end token

@@ -387,7 +387,7 @@ def load_inner_vlm(
     Raises:
         SpearError: The folder contains neither, or its files are damaged (see `weights.load.load`).
     """
-    if weights.read_architecture(folder) == Spear1Config.model_type:
+    if weights.read_model_type(folder) == Spear1Config.model_type:
         return weights.load(Spear1ForActionPrediction, folder, dtype).vlm
     return weights.load(SpearVLMForConditionalGeneration, folder, dtype)
 

@@ -191,7 +191,7 @@ def _read_init_config(recipe: Recipe, preset: Preset, inputs: TrainingInputs) ->
     assert init is not None
     if recipe.kind == "depth":
         return weights.read_compatible_config(MogeForDepth, init)
-    is_policy = weights.read_architecture(init) == Spear1Config.model_type
+    is_policy = weights.read_model_type(init) == Spear1Config.model_type
     model_class = Spear1ForActionPrediction if is_policy else SpearVLM
     config: Any = weights.read_compatible_config(model_class, init)
     vlm = _get_vlm_config(config)
@@ -474,7 +474,7 @@ def _build_vla(recipe: Recipe, preset: Preset, inputs: TrainingInputs, seed: int
 
 def _load_policy(recipe: Recipe, preset: Preset, init: Path) -> Spear1ForActionPrediction:
     """Load the policy in the folder `init`. If it contains a VLM, add a new action expert to it."""
-    if weights.read_architecture(init) != Spear1Config.model_type:
+    if weights.read_model_type(init) != Spear1Config.model_type:
         model = _add_action_expert(weights.load(SpearVLM, init), preset)
         notice(f"{init} is a SPEAR-VLM, so the action expert begins with random weights.")
         return model

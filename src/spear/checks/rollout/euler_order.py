@@ -5,7 +5,7 @@ from typing import ClassVar
 from spear.checks.rollout.case import Case, Material, Result, RolloutCheck
 from spear.checks.rollout.orientation import EULER_VARIANTS
 from spear.checks.rollout.orientation_finding import (
-    examine_orientation_variants,
+    examine_orientations_by_training,
     examine_turn_variants,
 )
 
@@ -30,4 +30,4 @@ class EulerOrderCheck(RolloutCheck):
 
     def examine(self, case: Case) -> Result:
         by_moves = examine_turn_variants(case, EULER_VARIANTS, CURE)
-        return by_moves or examine_orientation_variants(case, EULER_VARIANTS, CURE)
+        return by_moves or examine_orientations_by_training(case, EULER_VARIANTS, CURE)

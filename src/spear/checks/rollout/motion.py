@@ -227,7 +227,7 @@ class CommandedMotion:
     def fits(self) -> list[ReadingFit]:
         """The fit of every reading, the best one first."""
         fits = []
-        for reading in self._predictions:
+        for reading in self._displacements_by_reading:
             achieved, predicted = self._select_free(reading)
             gain = _fit_median_gain(achieved, predicted)
             error = _measure_unexplained(achieved, gain * predicted).mean() / _measure_mean_length(
@@ -418,7 +418,7 @@ class CommandedMotion:
         return np.linalg.norm(self.command_turn, axis=1) > MIN_COMMAND_RAD
 
     @cached_property
-    def _predictions(self) -> dict[Reading, Array]:
+    def _displacements_by_reading(self) -> dict[Reading, Array]:
         """Reading → [N, 3] the displacement that it makes of the commands, before the gain."""
         orientation = torch.as_tensor(self.orientation)
         command = torch.as_tensor(self.command)
@@ -452,7 +452,7 @@ class CommandedMotion:
 
     def _select_free(self, reading: Reading) -> tuple[Array, Array]:
         """Return achieved and predicted displacements of the free moves."""
-        return self.achieved[self.is_free], self._predictions[reading][self.is_free]
+        return self.achieved[self.is_free], self._displacements_by_reading[reading][self.is_free]
 
 
 def is_surely_better(

@@ -11,7 +11,7 @@ from spear.checks.rollout.motion_figures import draw_turn_reading_errors
 from spear.checks.rollout.orientation import find_likely_variant, fit_orientations
 
 
-def examine_orientation_variants(case: Case, variants: Collection[str], cure: str) -> Result:
+def examine_orientations_by_training(case: Case, variants: Collection[str], cure: str) -> Result:
     """Look for orientations that were sent in one of some other variants."""
     fits = fit_orientations(case.rollout, case.demonstrations)
     if not fits:

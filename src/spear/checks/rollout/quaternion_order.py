@@ -9,7 +9,7 @@ from spear.checks.rollout.case import Case, Finding, Material, Result, RolloutCh
 from spear.checks.rollout.motion_figures import draw_turn_reading_errors
 from spear.checks.rollout.orientation import QUATERNION_VARIANTS
 from spear.checks.rollout.orientation_finding import (
-    examine_orientation_variants,
+    examine_orientations_by_training,
     examine_turn_variants,
 )
 
@@ -48,4 +48,4 @@ class QuaternionOrderCheck(RolloutCheck):
                 figure=draw_turn_reading_errors(motion),
             )
         by_moves = examine_turn_variants(case, QUATERNION_VARIANTS, CURE)
-        return by_moves or examine_orientation_variants(case, QUATERNION_VARIANTS, CURE)
+        return by_moves or examine_orientations_by_training(case, QUATERNION_VARIANTS, CURE)

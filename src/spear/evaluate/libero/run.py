@@ -223,7 +223,7 @@ class Libero:
                         running.append(scene)
                 scenes = running
 
-    def render_film(
+    def make_film_frames(
         self, outcome: Outcome, track: Sequence[Mapping[str, Array]]
     ) -> Iterable[Array]:
         frames = []

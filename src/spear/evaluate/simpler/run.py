@@ -192,7 +192,7 @@ class Simpler:
                         running.append(scene)
                 scenes = running
 
-    def render_film(self, outcome: Outcome, track: Sequence[Array]) -> list[Array]:
+    def make_film_frames(self, outcome: Outcome, track: Sequence[Array]) -> list[Array]:
         """Compose the frames of an episode's film from its images."""
         frames = []
         for step, picture in enumerate(track):

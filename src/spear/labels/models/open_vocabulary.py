@@ -50,7 +50,7 @@ class _OpenVocabularyDetector:
     def __init__(self, model: str, *, vocabulary: Sequence[str], device: str = "auto") -> None:
         from transformers import AutoModelForZeroShotObjectDetection, AutoProcessor
 
-        self._names = _clean_vocabulary(vocabulary, self.kind)
+        self._names = _normalize_vocabulary(vocabulary, self.kind)
         self._processor = load_pretrained_part(AutoProcessor, self.kind, model)
         self._network = load_model(AutoModelForZeroShotObjectDetection, self.kind, model, device)
         for name in self._names:
@@ -248,7 +248,7 @@ def _make_detections(
     return [Detection(name, box, float(score)) for name, box, score in rows]
 
 
-def _clean_vocabulary(vocabulary: Sequence[str], kind: str) -> list[str]:
+def _normalize_vocabulary(vocabulary: Sequence[str], kind: str) -> list[str]:
     """The names in lower case, without marks that end a name in a prompt, and without repetitions.
 
     Raises:

@@ -139,7 +139,7 @@ def read_compatible_config(cls: type[PreTrainedModel], folder: Path) -> PreTrain
         raise SpearError(
             f"there is no checkpoint {folder}. Give a folder with config.json and safetensors."
         )
-    architecture = read_architecture(folder)
+    architecture = read_model_type(folder)
     assert cls.config_class is not None
     expected = cls.config_class.model_type
     if (architecture, expected) == ("spear_vlm", "spear1"):
@@ -153,7 +153,7 @@ def read_compatible_config(cls: type[PreTrainedModel], folder: Path) -> PreTrain
     return checkpoint.read_config(cls.config_class)
 
 
-def read_architecture(folder: Path) -> str:
+def read_model_type(folder: Path) -> str:
     """Return the `model_type` of a checkpoint, which is in its config.
 
     Raises:
