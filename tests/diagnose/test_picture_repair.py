@@ -1,6 +1,8 @@
 """What happened to the external camera's pictures is undone before a SPEAR-VLM looks at them."""
 
+from collections.abc import Callable
 from dataclasses import replace
+from functools import cache
 
 import numpy as np
 import pytest
@@ -8,7 +10,7 @@ import pytest
 from made_rollouts import change_pictures, make_case
 from spear.checks.rollout.case import Case
 from spear.checks.rollout.episode import RecordedEpisode
-from spear.checks.rollout.pictures import COLOR_VERSIONS, SHAPE_VERSIONS
+from spear.checks.rollout.pictures import COLOR_VERSIONS, SHAPE_VERSIONS, PictureReferences
 from spear.diagnose.picture_repair import find_picture_repair
 from spear.types import Array
 
@@ -22,10 +24,23 @@ EXACT = [
 """Versions in which no pixel is lost."""
 
 
+@cache
+def learn_pictures() -> PictureReferences:
+    """What the pictures of the demonstrations say. It is computed once for all tests."""
+    return PictureReferences(make_case().demonstrations)
+
+
+def make_picture_case(change: Callable[[RecordedEpisode], RecordedEpisode]) -> Case:
+    """Make a case whose rollout has changed pictures."""
+    references = learn_pictures()
+    rollout = make_case(change=change).rollout
+    return Case(rollout, references.demonstrations, references=references)
+
+
 def make_changed_case(version: str) -> Case:
     """Make a case whose rollout has pictures of the external camera in a version."""
-    return make_case(
-        change=lambda episode: change_pictures(
+    return make_picture_case(
+        lambda episode: change_pictures(
             episode, "external", lambda small: VERSIONS[version](small.astype(np.float32))
         )
     )
@@ -60,7 +75,7 @@ def test_the_external_pictures_are_read_from_the_camera_that_has_them() -> None:
         wrist = episode.pictures["wrist"]
         return replace(episode, pictures={"external": wrist, "wrist": external})
 
-    repair = find_picture_repair(make_case(change=exchange))
+    repair = find_picture_repair(make_picture_case(exchange))
 
     assert repair.camera == "wrist"
     assert not repair.changes
@@ -72,7 +87,7 @@ def test_bars_are_cut_off() -> None:
         barred[:, 4:-4] = small[:, 4:-4]
         return barred
 
-    case = make_case(change=lambda episode: change_pictures(episode, "external", add_bars))
+    case = make_picture_case(lambda episode: change_pictures(episode, "external", add_bars))
     picture = read_first_picture(case.rollout[0])
 
     restored = find_picture_repair(case).apply(picture)

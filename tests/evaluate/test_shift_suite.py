@@ -70,6 +70,7 @@ def test_an_unknown_world_is_refused_before_anything_runs(tmp_path: Path) -> Non
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow  # 22 evaluations
 def test_the_command_keeps_every_shift_in_a_folder_of_its_own_and_writes_a_page(
     tmp_path: Path, run_command: Command
 ) -> None:

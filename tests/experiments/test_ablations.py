@@ -716,6 +716,7 @@ def test_a_plan_is_described_by_recipe(data: Data) -> None:
     assert counts == [["1", "1"]] * 4
 
 
+@pytest.mark.slow  # trains
 def test_a_row_that_fails_stops_no_other(
     data: Data, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

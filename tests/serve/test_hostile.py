@@ -140,6 +140,7 @@ def measure_memory_mib(pid: int) -> float:
     return int(anonymous.split()[1]) / 1024
 
 
+@pytest.mark.slow  # sends hundreds of megabytes
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="measures memory on Linux")
 def test_memory_of_large_messages_is_given_back_while_clients_stay() -> None:
     message = wire.encode({"image": np.zeros((5, 2**20, 3), np.uint8)})

@@ -197,6 +197,7 @@ def check_same_tensors(first: Path, second: Path, step: int) -> None:
             torch.testing.assert_close(second_tensors[key], value, rtol=2e-3, atol=2e-4, msg=key)
 
 
+@pytest.mark.slow  # starts processes that train
 @pytest.mark.parametrize("name", ["ddp", "fsdp", "from-one"])
 def test_two_processes_are_one_that_takes_both_pieces(
     name: str, one_process: Path, two_processes: Any

@@ -426,6 +426,7 @@ def test_a_recording_is_filmed(tab: Tab, recorded_episodes: list[Episode]) -> No
     assert len(tab.make_film()) == 5 + NUM_LAST_FRAMES
 
 
+@pytest.mark.slow  # reads a recording again and again
 def test_a_tab_may_be_dragged_through_a_recording(
     tab: Tab, recorded_episodes: list[Episode]
 ) -> None:

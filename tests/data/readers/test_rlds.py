@@ -382,6 +382,7 @@ def test_columns_that_cannot_be_read_do_not_matter_to_episodes(
         assert_same(episode, expected)
 
 
+@pytest.mark.slow  # runs several commands
 def test_columns_that_cannot_be_read_do_not_matter_to_commands(strange_copy: Path) -> None:
     page = strange_copy / "look.html"
     write_page(strange_copy, page, None)  # without a layout file

@@ -287,6 +287,7 @@ def test_a_wrist_camera_is_asked_as_one(nano: VlmBundle, run_command: Callable[.
 # ---- Trust.
 
 
+@pytest.mark.slow  # asks a model about many scenes
 @pytest.mark.parametrize("name", ["nano", pytest.param("nano-vlm", marks=pytest.mark.slow)])
 def test_the_bundled_calibration_is_right_on_other_scenes(name: str) -> None:
     """About 80 % of the true numbers lie in the intervals of 80 %, also in scenes 300 to 323."""

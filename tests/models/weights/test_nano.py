@@ -115,6 +115,7 @@ def test_the_policy_succeeds(nano: Spear1Policy, tmp_path: Path) -> None:
     assert results.mean_success().value > 0.4
 
 
+@pytest.mark.slow  # acts in the simulator
 def test_another_policy_succeeds_on_tables_of_any_color(tmp_path: Path) -> None:
     """The policy nano-colorful succeeds in at least two of four rollouts."""
     policy = Spear1Policy.load("nano-colorful")
