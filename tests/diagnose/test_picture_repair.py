@@ -1,20 +1,19 @@
 """What happened to the external camera's pictures is undone before a SPEAR-VLM looks at them."""
 
-from collections.abc import Callable
-from dataclasses import replace
-from functools import cache
-
 import numpy as np
 import pytest
 
-from made_rollouts import change_pictures, make_case
-from spear.checks.rollout.case import Case
+from made_rollouts import (
+    change_external,
+    change_pictures,
+    exchange_cameras,
+    make_case,
+    make_picture_case,
+)
 from spear.checks.rollout.episode import RecordedEpisode
-from spear.checks.rollout.pictures import COLOR_VERSIONS, SHAPE_VERSIONS, PictureReferences
 from spear.diagnose.picture_repair import find_picture_repair
 from spear.types import Array
 
-VERSIONS = {**SHAPE_VERSIONS, **COLOR_VERSIONS}
 EXACT = [
     "mirrored left to right",
     "mirrored upside down",
@@ -24,28 +23,6 @@ EXACT = [
 """Versions in which no pixel is lost."""
 
 
-@cache
-def learn_pictures() -> PictureReferences:
-    """What the pictures of the demonstrations say. It is computed once for all tests."""
-    return PictureReferences(make_case().demonstrations)
-
-
-def make_picture_case(change: Callable[[RecordedEpisode], RecordedEpisode]) -> Case:
-    """Make a case whose rollout has changed pictures."""
-    references = learn_pictures()
-    rollout = make_case(change=change).rollout
-    return Case(rollout, references.demonstrations, references=references)
-
-
-def make_changed_case(version: str) -> Case:
-    """Make a case whose rollout has pictures of the external camera in a version."""
-    return make_picture_case(
-        lambda episode: change_pictures(
-            episode, "external", lambda small: VERSIONS[version](small.astype(np.float32))
-        )
-    )
-
-
 def read_first_picture(episode: RecordedEpisode, camera: str = "external") -> Array:
     return episode.pictures[camera].small[0]
 
@@ -53,7 +30,7 @@ def read_first_picture(episode: RecordedEpisode, camera: str = "external") -> Ar
 @pytest.mark.parametrize("version", EXACT)
 def test_pictures_that_lost_nothing_are_restored_exactly(version: str) -> None:
     plain = read_first_picture(make_case().rollout[0])
-    case = make_changed_case(version)
+    case = make_picture_case(change_external(version))
 
     restored = find_picture_repair(case).apply(read_first_picture(case.rollout[0]))
 
@@ -62,7 +39,7 @@ def test_pictures_that_lost_nothing_are_restored_exactly(version: str) -> None:
 
 def test_dark_pictures_are_brightened() -> None:
     plain = read_first_picture(make_case().rollout[0])
-    case = make_changed_case("exposed for half as long")
+    case = make_picture_case(change_external("exposed for half as long"))
 
     restored = find_picture_repair(case).apply(read_first_picture(case.rollout[0]))
 
@@ -70,12 +47,7 @@ def test_dark_pictures_are_brightened() -> None:
 
 
 def test_the_external_pictures_are_read_from_the_camera_that_has_them() -> None:
-    def exchange(episode: RecordedEpisode) -> RecordedEpisode:
-        external = episode.pictures["external"]
-        wrist = episode.pictures["wrist"]
-        return replace(episode, pictures={"external": wrist, "wrist": external})
-
-    repair = find_picture_repair(make_picture_case(exchange))
+    repair = find_picture_repair(make_picture_case(exchange_cameras))
 
     assert repair.camera == "wrist"
     assert not repair.changes
@@ -98,7 +70,7 @@ def test_bars_are_cut_off() -> None:
 @pytest.mark.parametrize("version", ["plain", "cropped to 60 %"])
 def test_other_pictures_stay_as_they_are(version: str) -> None:
     """A crop cannot be undone."""
-    case = make_changed_case(version)
+    case = make_picture_case(change_external(version))
     picture = read_first_picture(case.rollout[0])
 
     restored = find_picture_repair(case).apply(picture)

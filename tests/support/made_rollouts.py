@@ -9,6 +9,7 @@ import torch
 
 from spear.checks.rollout.case import Case
 from spear.checks.rollout.episode import CameraPictures, RecordedEpisode, ServedTimes
+from spear.checks.rollout.pictures import COLOR_VERSIONS, SHAPE_VERSIONS, PictureReferences
 from spear.geometry import quat_exp, quat_multiply, quat_normalize
 from spear.types import Array
 
@@ -124,6 +125,34 @@ def change_pictures(
     fingerprint = np.arange(len(small))  # no two pictures are the very same
     changed = CameraPictures(small, fingerprint, before.size)
     return replace(episode, pictures={**episode.pictures, camera: changed})
+
+
+def change_external(version: str) -> Callable[[RecordedEpisode], RecordedEpisode]:
+    """Make a function that changes an episode's external pictures to a version."""
+    transform = (SHAPE_VERSIONS | COLOR_VERSIONS)[version]
+    return lambda episode: change_pictures(
+        episode, "external", lambda small: transform(small.astype(np.float32))
+    )
+
+
+def exchange_cameras(episode: RecordedEpisode) -> RecordedEpisode:
+    """Exchange the pictures of the two cameras."""
+    external = episode.pictures["external"]
+    wrist = episode.pictures["wrist"]
+    return replace(episode, pictures={"external": wrist, "wrist": external})
+
+
+@cache
+def learn_pictures() -> PictureReferences:
+    """What the pictures of 16 demonstrations say. It is computed once for all tests."""
+    return PictureReferences(make_case(num_demonstrations=16).demonstrations)
+
+
+def make_picture_case(change: Callable[[RecordedEpisode], RecordedEpisode] | None = None) -> Case:
+    """Make a case: a rollout whose pictures have a fault, and demonstrations without one."""
+    references = learn_pictures()
+    rollout = make_case(change=change).rollout
+    return Case(rollout, references.demonstrations, references=references)
 
 
 def _make_chunks(rng: np.random.Generator) -> Array:

@@ -23,15 +23,6 @@ TRAIN_SPLIT = ("--split", "train[:19]")
 pytestmark = pytest.mark.slow
 
 
-@pytest.fixture(scope="module")
-def episodes(shared: Path) -> str:
-    """The path of the real episodes."""
-    path = shared / "data" / "bridge_v2_sample"
-    if not path.is_dir():
-        pytest.skip(f"no real episodes at {path}")
-    return str(path)
-
-
 @pytest.fixture
 def converted(tmp_path: Path, run_command: Command) -> str:
     """The folder of the SPEAR-1 that the π0 has become, with the 3D encoder of nano-depth."""

@@ -27,15 +27,6 @@ pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("tiny_published_presets"
 
 
 @pytest.fixture
-def episodes(shared: Path) -> str:
-    """The path of the real episodes."""
-    path = shared / "data" / "bridge_v2_sample"
-    if not path.is_dir():
-        pytest.skip(f"no real episodes at {path}")
-    return str(path)
-
-
-@pytest.fixture
 def converted(tmp_path: Path, run_command: Command) -> Path:
     """The folder of the SPEAR-1 that a π0 and a MoGe have become."""
     pi0 = publish_pi0(make_pi0(state_dim=32, action_dim=32), tmp_path / "pi0")

@@ -7,16 +7,16 @@ the scene. A crop or a stretch is not undone.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TypeGuard
 
 import numpy as np
 
 from spear.checks.rollout.camera_checks import MIN_CONFIDENCE_LOG_ODDS
 from spear.checks.rollout.case import Case
-from spear.checks.rollout.episode import RecordedEpisode
 from spear.checks.rollout.odds import VersionOdds
-from spear.checks.rollout.padding_bars import MAX_BAR_LEVEL, measure_extra_bars
-from spear.checks.rollout.pictures import EXCHANGED
+from spear.checks.rollout.padding_bars import MAX_BAR_LEVEL, find_extra_bars
+from spear.checks.rollout.pictures import EXCHANGED, EXPOSURE_FACTORS, scale_light
 from spear.types import Array
 
 CAMERA = "external"  # trust in what a model sees is measured with this camera
@@ -25,9 +25,9 @@ PictureChange = Callable[[Array], Array]
 """A change of a picture [h, w, 3] uint8."""
 
 
-def _scale_light(picture: Array, factor: float) -> Array:
-    """Brighten or darken a picture, as another exposure does."""
-    return np.clip(picture.astype(np.float32) * factor, 0, 255).astype(np.uint8)
+def _undo_exposure(picture: Array, factor: float) -> Array:
+    """Undo an exposure that has made a picture [h, w, 3] uint8 brighter by a factor."""
+    return scale_light(picture.astype(np.float32), 1 / factor).astype(np.uint8)
 
 
 _UNDOING: dict[str, PictureChange] = {
@@ -39,12 +39,10 @@ _UNDOING: dict[str, PictureChange] = {
     "turned by 90° to the left, with bars": lambda picture: np.rot90(_cut_bars(picture), 3),
     "turned by 90° to the right, with bars": lambda picture: np.rot90(_cut_bars(picture), 1),
     "with red and blue exchanged": lambda picture: picture[..., ::-1],
-    "exposed for half as long": lambda picture: _scale_light(picture, 1 / 0.5),
-    "exposed for 70 % as long": lambda picture: _scale_light(picture, 1 / 0.7),
-    "exposed for half as long again": lambda picture: _scale_light(picture, 1 / 1.5),
-    "exposed for twice as long": lambda picture: _scale_light(picture, 1 / 2.0),
 }
 """Version of pictures (`SHAPE_VERSIONS` and `COLOR_VERSIONS`) → what makes them plain again."""
+for _version, _factor in EXPOSURE_FACTORS.items():
+    _UNDOING[_version] = partial(_undo_exposure, factor=_factor)
 
 
 @dataclass(frozen=True)
@@ -78,7 +76,7 @@ def find_picture_repair(case: Case) -> PictureRepair:
     changes: list[PictureChange] = []
     if _is_sure(best_shape) and best_shape.version in _UNDOING:
         changes.append(_UNDOING[best_shape.version])
-    has_bars = _has_extra_bars(case)
+    has_bars = find_extra_bars(case, CAMERA) is not None
     if has_bars and not changes:
         changes.append(_cut_bars)
     # Bars darken the mean of a picture, so that nothing is known about the exposure.
@@ -105,21 +103,6 @@ def _find_exchanged_camera(case: Case) -> str | None:
 def _is_sure(best: VersionOdds | None) -> TypeGuard[VersionOdds]:
     """Return whether a version is so likely that the check of its fault names it."""
     return best is not None and best.log_odds >= MIN_CONFIDENCE_LOG_ODDS
-
-
-def _has_extra_bars(case: Case) -> bool:
-    """Return whether the external camera's pictures have bars that those of training have not."""
-    pictures = _collect_small_pictures(case.rollout)
-    training_pictures = _collect_small_pictures(case.demonstrations)
-    if not pictures or not training_pictures:
-        return False
-    extra_shares = measure_extra_bars(np.concatenate(pictures), np.concatenate(training_pictures))
-    return extra_shares is not None
-
-
-def _collect_small_pictures(episodes: Sequence[RecordedEpisode]) -> list[Array]:
-    """Return the small pictures [T, h, w, 3] of each episode that has the camera."""
-    return [episode.pictures[CAMERA].small for episode in episodes if CAMERA in episode.pictures]
 
 
 def _cut_bars(picture: Array) -> Array:

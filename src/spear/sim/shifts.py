@@ -169,6 +169,25 @@ class Shift:
             )
         return Shift(axis, int(level_text))
 
+    @staticmethod
+    def parse_possible(text: str, axes: Sequence[str], reason: str) -> "Shift":
+        """Read a shift as `parse`, where only some axes are possible.
+
+        Args:
+            text: "AXIS:LEVEL" or "AXIS".
+            axes: the possible axes, at least two.
+            reason: why another axis is not possible, as the end of a sentence about it.
+
+        Raises:
+            SpearError: it is no shift, or of another axis.
+        """
+        shift = Shift.parse(text)
+        if shift.axis not in axes:
+            raise SpearError(
+                f"--shift {shift.axis} {reason}. Give {', '.join(axes[:-1])} or {axes[-1]}."
+            )
+        return shift
+
 
 def shift_scene(scene: SceneSpec, shift: Shift) -> SceneSpec:
     """Return the same task in a shifted scene.

@@ -1,13 +1,18 @@
 """What happened to a camera's pictures is recognized by those of training."""
 
-from collections.abc import Callable
 from dataclasses import replace
-from functools import cache
 
 import numpy as np
 import pytest
 
-from made_rollouts import change_pictures, make_case
+from made_rollouts import (
+    change_external,
+    change_pictures,
+    exchange_cameras,
+    learn_pictures,
+    make_case,
+    make_picture_case,
+)
 from spear.checks.rollout import pictures as picture_versions
 from spear.checks.rollout.camera_bgr import CameraBgrCheck
 from spear.checks.rollout.camera_cropped import CameraCroppedCheck
@@ -38,22 +43,6 @@ CHECKS: tuple[RolloutCheck, ...] = (
     CameraMissingCheck(),
     PaddingBarsCheck(),
 )
-
-
-def change_external(version: str) -> Callable[[RecordedEpisode], RecordedEpisode]:
-    """Make a function that changes an episode's external pictures to a version."""
-    versions = {**picture_versions.SHAPE_VERSIONS, **picture_versions.COLOR_VERSIONS}
-    transform = versions[version]
-    return lambda episode: change_pictures(
-        episode, "external", lambda small: transform(small.astype(np.float32))
-    )
-
-
-def exchange(episode: RecordedEpisode) -> RecordedEpisode:
-    """Exchange the two cameras."""
-    external = episode.pictures["external"]
-    wrist = episode.pictures["wrist"]
-    return replace(episode, pictures={"external": wrist, "wrist": external})
 
 
 def freeze(episode: RecordedEpisode) -> RecordedEpisode:
@@ -90,21 +79,8 @@ def add_bars(episode: RecordedEpisode) -> RecordedEpisode:
     return change_pictures(episode, "external", blacken)
 
 
-@cache
-def learn_pictures() -> picture_versions.PictureReferences:
-    """What the pictures of 16 demonstrations say. It is computed once for all tests."""
-    return picture_versions.PictureReferences(make_case(num_demonstrations=16).demonstrations)
-
-
-def make_picture_case(change: Callable[[RecordedEpisode], RecordedEpisode] | None = None) -> Case:
-    """Make a case: a rollout whose pictures have a fault, and demonstrations without one."""
-    references = learn_pictures()
-    rollout = make_case(change=change).rollout
-    return Case(rollout, references.demonstrations, references=references)
-
-
 PLANTED = {
-    "cameras-exchanged": exchange,
+    "cameras-exchanged": exchange_cameras,
     "camera-mirrored": change_external("mirrored left to right"),
     "camera-turned": change_external("turned by 180°"),
     "camera-cropped": change_external("cropped to 60 %"),

@@ -17,6 +17,7 @@ from spear.checks.rollout.case import (
 )
 from spear.checks.rollout.episode import ServedTimes
 from spear.checks.rollout.motion import CommandedMotion
+from spear.checks.rollout.motion_figures import draw_unexplained
 from spear.types import CONTROL_RATE_HZ
 
 MIN_ANSWERS = 10
@@ -104,12 +105,8 @@ class LatencyCheck(RolloutCheck):
             ),
             cure="use a faster network, or execute in the mode async, as spear.chunks.Pilot does",
             file="the network between robot and server, and your robot's client",
-            figure=Figure(
-                "motion that stays unexplained",
-                bars=[
-                    ("last answer", late_fit.plain_error, f"{late_fit.plain_error:.0%}"),
-                    ("answer before", late_fit.error, f"{late_fit.error:.0%}"),
-                ],
+            figure=draw_unexplained(
+                {"last answer": late_fit.plain_error, "answer before": late_fit.error}
             ),
         )
 

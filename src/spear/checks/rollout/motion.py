@@ -281,7 +281,7 @@ class CommandedMotion:
         late_error, plain_error = errors
         if not is_surely_better(plain_error, late_error, lengths, MIN_LATE_ADVANTAGE):
             return None
-        mean_length = lengths.mean()
+        mean_length = _measure_mean_length(achieved)
         return LateFit(
             float(late_error.mean() / mean_length), float(plain_error.mean() / mean_length)
         )

@@ -1,5 +1,7 @@
 """Figures of commanded and achieved motion."""
 
+from collections.abc import Mapping
+
 import numpy as np
 
 from spear.checks.rollout.case import Curve, Figure
@@ -26,6 +28,12 @@ def draw_reading_errors(motion: CommandedMotion) -> Figure:
     if all(fit.reading != PLAIN for fit in motion.fits[:6]):
         bars.append((describe_reading(PLAIN), plain.error, f"{plain.error:.0%}"))
     return Figure("motion that each reading of the actions leaves unexplained", bars=bars)
+
+
+def draw_unexplained(errors: Mapping[str, float]) -> Figure:
+    """Draw the share of the motion that each of some explanations leaves unexplained."""
+    bars = [(name, error, f"{error:.0%}") for name, error in errors.items()]
+    return Figure("motion that stays unexplained", bars=bars)
 
 
 def draw_step_gains(motion: CommandedMotion) -> Figure:

@@ -27,12 +27,12 @@ class PaddingBarsCheck(RolloutCheck):
     def examine(self, case: Case) -> Result:
         num_compared = 0
         for camera in case.cameras:
-            pictures = _collect_pictures(case.rollout, camera)
-            training = _collect_pictures(case.demonstrations, camera)
-            if not pictures or not training:
+            if not _collect_pictures(case.rollout, camera):
+                continue
+            if not _collect_pictures(case.demonstrations, camera):
                 continue
             num_compared += 1
-            extra_shares = measure_extra_bars(np.concatenate(pictures), np.concatenate(training))
+            extra_shares = find_extra_bars(case, camera)
             if extra_shares is None:
                 continue
             are_at_sides = extra_shares.of_width > extra_shares.of_height
@@ -67,14 +67,20 @@ class BarShares(NamedTuple):
     of_width: float
 
 
-def measure_extra_bars(pictures: Array, training_pictures: Array) -> BarShares | None:
-    """Measure the bars that pictures [N, h, w, 3] have and those of training have not.
+def find_extra_bars(case: Case, camera: str) -> BarShares | None:
+    """Find the bars that a camera's pictures of the rollout have and those of training have not.
 
     Returns:
-        By how much the shares of the bars exceed those of training; None if there are no such bars.
+        By how much the shares of the bars exceed those of training; None if there are no such bars,
+        or no pictures to compare.
     """
+    rollout_pictures = _collect_pictures(case.rollout, camera)
+    training_pictures = _collect_pictures(case.demonstrations, camera)
+    if not rollout_pictures or not training_pictures:
+        return None
+    pictures = np.concatenate(rollout_pictures)
     shares = measure_bar_shares(pictures)
-    training_shares = measure_bar_shares(training_pictures)
+    training_shares = measure_bar_shares(np.concatenate(training_pictures))
     extra_shares = BarShares(
         of_height=shares.of_height - training_shares.of_height,
         of_width=shares.of_width - training_shares.of_width,

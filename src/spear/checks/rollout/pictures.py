@@ -15,7 +15,7 @@ the arm (`flow`) decides between a picture and its mirror images.
 import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 
 import numpy as np
 
@@ -109,7 +109,7 @@ def _turn_quarter_with_bars(pictures: Array, num_quarters: int) -> Array:
     return barred
 
 
-def _scale_light(pictures: Array, factor: float) -> Array:
+def scale_light(pictures: Array, factor: float) -> Array:
     """Brighten or darken pictures, as another exposure does."""
     return np.clip(pictures * factor, 0, 255)
 
@@ -137,15 +137,21 @@ SHAPE_VERSIONS: dict[str, Transform] = {
 EXCHANGED = "exchanged with "
 """The version of pictures that are another camera's; the camera's name follows."""
 
+EXPOSURE_FACTORS = {
+    "exposed for half as long": 0.5,
+    "exposed for 70 % as long": 0.7,
+    "exposed for half as long again": 1.5,
+    "exposed for twice as long": 2.0,
+}
+"""Version of pictures with another exposure → how much brighter they are."""
+
 COLOR_VERSIONS: dict[str, Transform] = {
     "plain": lambda pictures: pictures,
     "with red and blue exchanged": lambda pictures: pictures[..., ::-1],
-    "exposed for half as long": lambda pictures: _scale_light(pictures, 0.5),
-    "exposed for 70 % as long": lambda pictures: _scale_light(pictures, 0.7),
-    "exposed for half as long again": lambda pictures: _scale_light(pictures, 1.5),
-    "exposed for twice as long": lambda pictures: _scale_light(pictures, 2.0),
 }
 """Changes of the colors; they are compared with colors and brightness."""
+for _version, _factor in EXPOSURE_FACTORS.items():
+    COLOR_VERSIONS[_version] = partial(scale_light, factor=_factor)
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from spear.checks.rollout.case import (
     confidence_of_margin,
 )
 from spear.checks.rollout.motion import MIN_MOVES, CommandedMotion, is_surely_better
+from spear.checks.rollout.motion_figures import draw_unexplained
 from spear.types import Array
 
 # Mean difference of a chunk's first action from what the chunk before it planned for that time,
@@ -63,12 +64,8 @@ class SeamJumpsCheck(RolloutCheck):
             ),
             cure="add each chunk to the pose of its own observation, not to an older one",
             file="where your robot's client turns actions into target poses",
-            figure=Figure(
-                "motion that stays unexplained",
-                bars=[
-                    ("chunks alone", best_return.plain_error, f"{best_return.plain_error:.0%}"),
-                    ("with a return", best_return.error, f"{best_return.error:.0%}"),
-                ],
+            figure=draw_unexplained(
+                {"chunks alone": best_return.plain_error, "with a return": best_return.error}
             ),
         )
 

@@ -127,13 +127,8 @@ class SceneShift:
 
 def parse_simpler_shift(text: str) -> Shift:
     """Read "AXIS:LEVEL" or "AXIS". Raises `SpearError` if SIMPLER has no such shift."""
-    shift = Shift.parse(text)
-    if shift.axis not in SIMPLER_AXES:
-        raise SpearError(
-            f"--shift {shift.axis} is not possible in SIMPLER, where objects and arm begin at the "
-            f"benchmark's starts. Give {', '.join(SIMPLER_AXES[:-1])} or {SIMPLER_AXES[-1]}."
-        )
-    return shift
+    reason = "is not possible in SIMPLER, where objects and arm begin at the benchmark's starts"
+    return Shift.parse_possible(text, SIMPLER_AXES, reason)
 
 
 def select_tasks(tasks: Sequence[str], shift: str | None) -> tuple[str, ...]:

@@ -11,7 +11,6 @@ from typing import Any
 
 from rich.table import Table
 
-from spear.errors import SpearError
 from spear.evaluate.results import build_terminal_table
 from spear.evaluate.shift_suite import name_shift
 from spear.evaluate.stats import Estimate
@@ -41,13 +40,8 @@ class ShiftedErrors:
 
 def parse_picture_shift(text: str) -> Shift:
     """Read "AXIS:LEVEL" or "AXIS". Raises `SpearError` if it is no shift of pictures."""
-    shift = Shift.parse(text)
-    if shift.axis not in PICTURE_AXES:
-        raise SpearError(
-            f"--shift {shift.axis} changes instructions, and there is none in 3D questions. Give "
-            f"{', '.join(PICTURE_AXES[:-1])} or {PICTURE_AXES[-1]}."
-        )
-    return shift
+    reason = "changes instructions, and there is none in 3D questions"
+    return Shift.parse_possible(text, PICTURE_AXES, reason)
 
 
 def read_shifted_errors(shift: Shift | None, scores: Mapping[str, Any]) -> ShiftedErrors:
