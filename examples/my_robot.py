@@ -15,8 +15,8 @@ from spear.embodiments.observations import (  # each of them names the key in it
     read_image,
     read_numbers,
     read_prompt,
-    validate_opening,
-    validate_position,
+    validate_and_clip_opening,
+    validate_meters,
     validate_radians,
 )
 from spear.geometry import quat_exp, quat_log
@@ -29,10 +29,10 @@ def observe(observation):
     base frame.
     """
     tcp = read_numbers(observation, "tcp", 6)
-    position = validate_position(tcp[:3] / MM_PER_M, "tcp")
+    position = validate_meters(tcp[:3] / MM_PER_M, "tcp")
     rotation_vector = torch.from_numpy(validate_radians(tcp[3:], "tcp"))
     rotation = quat_exp(rotation_vector).numpy()
-    opening = validate_opening(read_numbers(observation, "gripper", 1)[0], "gripper")
+    opening = validate_and_clip_opening(read_numbers(observation, "gripper", 1)[0], "gripper")
     return {
         "observation/image": read_image(observation, "camera"),
         "observation/state": make_state(position, rotation, opening),

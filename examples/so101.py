@@ -19,7 +19,7 @@ from spear.embodiments.observations import (  # each of them names the key in it
     read_image,
     read_numbers,
     read_prompt,
-    validate_opening,
+    validate_and_clip_opening,
 )
 from spear.embodiments.urdf import compute_urdf_pose, read_urdf_arm
 from spear.embodiments.urdf_inverse_kinematics import solve_urdf_joints
@@ -47,7 +47,7 @@ def read_state(observation, key):
     )
     rotation = quat_multiply(torch.from_numpy(rotations[0]), TOOL_ROTATION).numpy()
     gripper_range = OPEN_GRIPPER - CLOSED_GRIPPER
-    opening = validate_opening((numbers[NUM_JOINTS] - CLOSED_GRIPPER) / gripper_range, key)
+    opening = validate_and_clip_opening((numbers[NUM_JOINTS] - CLOSED_GRIPPER) / gripper_range, key)
     return make_state(positions[0], rotation, opening)
 
 

@@ -78,7 +78,9 @@ def examine_with(
     def examine(available_kb: int) -> str:
         text = f"MemFree: 9 kB\nMemAvailable: {available_kb} kB\n"
         (tmp_path / "meminfo").write_text(text)
-        return next(doctor.examine(get_preset("nano"), torch.device("cpu"), repeats=1)).dtype
+        return next(
+            doctor.measure_implementations(get_preset("nano"), torch.device("cpu"), repeats=1)
+        ).dtype
 
     return examine
 

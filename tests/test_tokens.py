@@ -21,8 +21,8 @@ from spear.tokens import (
     NUM_BINS,
     TOKEN_FORMAT,
     CoordinateTokenizer,
-    draw_new_embeddings,
     extend_tokenizer,
+    sample_new_embeddings,
 )
 
 
@@ -328,7 +328,7 @@ def test_new_embeddings_have_the_mean_and_covariance_of_the_existing_ones() -> N
     mixing = torch.randn(6, 6, generator=generator)  # makes the columns depend on each other
     existing = standard_normals @ mixing + torch.arange(6)
 
-    new_embeddings = draw_new_embeddings(existing, 50_000, generator)
+    new_embeddings = sample_new_embeddings(existing, 50_000, generator)
 
     covariance = torch.cov(existing.T)
     max_variance = float(covariance.diag().max())
@@ -344,8 +344,8 @@ def test_new_embeddings_have_the_mean_and_covariance_of_the_existing_ones() -> N
 def test_the_same_generator_draws_the_same_embeddings() -> None:
     existing = torch.randn(100, 6, generator=torch.Generator().manual_seed(0))
 
-    first = draw_new_embeddings(existing, 5, torch.Generator().manual_seed(1))
-    second = draw_new_embeddings(existing, 5, torch.Generator().manual_seed(1))
+    first = sample_new_embeddings(existing, 5, torch.Generator().manual_seed(1))
+    second = sample_new_embeddings(existing, 5, torch.Generator().manual_seed(1))
 
     assert torch.equal(first, second)
 
@@ -355,7 +355,7 @@ def test_new_embeddings_of_a_singular_covariance_stay_in_its_subspace() -> None:
     # Three embeddings lie in a plane, so their covariance has the rank 2.
     existing = torch.randn(3, 16, generator=generator).bfloat16()
 
-    new_embeddings = draw_new_embeddings(existing, 8, generator)
+    new_embeddings = sample_new_embeddings(existing, 8, generator)
 
     assert new_embeddings.dtype == torch.bfloat16
     assert new_embeddings.shape == (8, 16)
@@ -368,7 +368,7 @@ def test_new_embeddings_of_a_singular_covariance_stay_in_its_subspace() -> None:
 def test_new_embeddings_of_equal_ones_are_the_same() -> None:
     existing = torch.full((10, 4), 0.5)
 
-    new_embeddings = draw_new_embeddings(existing, 2, torch.Generator().manual_seed(0))
+    new_embeddings = sample_new_embeddings(existing, 2, torch.Generator().manual_seed(0))
 
     torch.testing.assert_close(new_embeddings, existing[:2])
 
@@ -380,7 +380,7 @@ def smooth_tables() -> tuple[torch.Tensor, torch.Tensor]:
     standard_normals = torch.randn(500, 12, generator=generator, dtype=torch.float64)
     mixing = torch.randn(12, 12, generator=generator, dtype=torch.float64)
     existing = standard_normals @ mixing + 3.0
-    tables = [draw_new_embeddings(existing, 256, generator, smooth=True) for _ in range(400)]
+    tables = [sample_new_embeddings(existing, 256, generator, smooth=True) for _ in range(400)]
     return existing, torch.stack(tables)
 
 

@@ -131,7 +131,7 @@ class VideoTask:
         raise AssertionError(f"{span.file}: no frame at {time_s} s")
 
     def batch(self, step: int) -> dict[str, Any]:
-        samples = self.mixture.draw(step, self.batch_size)
+        samples = self.mixture.sample(step, self.batch_size)
         arrays = [self.mixture.read_state_and_chunk(sample, HORIZON) for sample in samples]
         batch: dict[str, Any] = {}
         for index, column in enumerate(zip(*arrays, strict=True)):
@@ -185,7 +185,7 @@ def _collect_images(
     """(encoded image, size) of all cameras of the samples of some batches."""
     images: list[tuple[bytes, tuple[int, int]]] = []
     for training_step in range(NUM_BARE_BATCHES):
-        for sample in mixture.draw(training_step, batch_size):
+        for sample in mixture.sample(training_step, batch_size):
             rows_per_step = round(store.rates_hz[sample.episode] / CONTROL_RATE_HZ)
             for camera, size in VIEWS.items():
                 encoded = store.image(sample.episode, rows_per_step * sample.step, camera)

@@ -111,7 +111,7 @@ def measure_start(root: Path) -> dict[str, float]:
         with measure_time(measurements, "normalization"):
             Normalizer.fit([(source.store, source.weight) for source in sources])
         with measure_time(measurements, "first batch"):
-            for sample in mixture.draw(0, BATCH_SIZE):
+            for sample in mixture.sample(0, BATCH_SIZE):
                 mixture.read_state_and_chunk(sample, HORIZON)
 
     measurements["valid steps"] = len(mixture)

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from spear.evaluate.simpler.photograph import CameraView, measure_photographed_fraction
-from spear.evaluate.simpler.shifts import FLAT_TASKS, SAPIEN_AXES, SceneShift, draw_camera
+from spear.evaluate.simpler.shifts import FLAT_TASKS, SAPIEN_AXES, SceneShift, sample_camera
 from spear.geometry import quat_normalize, quat_to_matrix
 from spear.sim.shifts import CAMERA_LEVELS, Shift
 
@@ -47,7 +47,7 @@ def main(num_seeds: int = NUM_SEEDS) -> None:
         for task in FLAT_TASKS:
             for seed in range(num_seeds):
                 rng = SceneShift(Shift("camera", level), seed).make_generator(task)
-                moved = draw_camera(camera, TABLE_Z_M, limits, rng)
+                moved = sample_camera(camera, TABLE_Z_M, limits, rng)
                 fractions.append(measure_photographed_fraction(camera, moved, TABLE_Z_M))
         print(f"{level:5}  {np.mean(fractions):18.0%}  {np.min(fractions):6.0%}")
 

@@ -32,7 +32,7 @@ from spear.cli import run_reporting_errors
 from spear.evaluate.vqa.ask import load_labeled_images
 from spear.evaluate.vqa.run import generate_questions_by_type
 from spear.labels.questions.generate import find_askable_objects
-from spear.labels.store import select_labels
+from spear.labels.store import read_evenly_spread_labels
 from spear.policy import VlmBundle, load_vlm
 from spear.types import LabeledImage
 from spear.util.images import decode_image
@@ -133,7 +133,7 @@ def main(
     bundle = load_vlm(model)
 
     # The objects that the probe learns from.
-    training_labels = select_labels(labels / "external", max_images)
+    training_labels = read_evenly_spread_labels(labels / "external", max_images)
     training_objects = []
     for index, label in enumerate(training_labels):
         training_objects += [(index, object_) for object_ in find_askable_objects(label)]

@@ -460,10 +460,10 @@ class Pilot:
         # Collect a finished inference, and start the next one if needed. In sync, and in the first
         # tick, wait until inference has ended.
         executor = self._executor
-        self._collect_chunk(wait=False)
+        self._pass_finished_chunk_to_executor(wait=False)
         if self._inference is None and executor.needs_chunk():
             self._start_inference(observation)
-        self._collect_chunk(wait=executor.mode == "sync" or executor.tick == 0)
+        self._pass_finished_chunk_to_executor(wait=executor.mode == "sync" or executor.tick == 0)
         self._last_step_time_s = time.monotonic()
         action = executor.next_action()
         if executor.is_standing_still:
@@ -491,7 +491,7 @@ class Pilot:
         result = self._thread.submit(self._policy.infer, observation)
         self._inference = _Inference(self._executor.tick, result, time.monotonic())
 
-    def _collect_chunk(self, wait: bool) -> None:
+    def _pass_finished_chunk_to_executor(self, wait: bool) -> None:
         """Pass the chunk of the running inference to the executor, if inference has ended.
 
         Args:

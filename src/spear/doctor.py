@@ -216,7 +216,9 @@ def describe_machine(preset: Preset, device: torch.device) -> list[tuple[str, st
     return facts
 
 
-def examine(preset: Preset, device: torch.device, repeats: int = 10) -> Iterator[InferenceResult]:
+def measure_implementations(
+    preset: Preset, device: torch.device, repeats: int = 10
+) -> Iterator[InferenceResult]:
     """Yield the result of each implementation on this device, the plain network first.
 
     All implementations are examined in float32, if that fits into memory, and in bfloat16. For
@@ -247,7 +249,7 @@ def examine(preset: Preset, device: torch.device, repeats: int = 10) -> Iterator
     for dtype in fitting_dtypes:
         model = _load_or_make_model(preset, dtype, device)
         speed = measure_machine(device.type, dtype)
-        least_ms = 1000 * speed.compute_least_seconds(*_count_phases(model, inputs))
+        least_ms = 1000 * speed.compute_least_seconds(*_list_phases(model, inputs))
         implementations = _list_implementations(model, inputs)
         for name, run in implementations.items():
             dtype_name = str(dtype).removeprefix("torch.")
@@ -343,7 +345,7 @@ def _make_observation(preset: Preset, device: torch.device) -> Inputs:
     return {name: tensor.to(device) for name, tensor in inputs.items()}
 
 
-def _count_phases(model: Any, inputs: Inputs) -> list[Phase]:
+def _list_phases(model: Any, inputs: Inputs) -> list[Phase]:
     """Return the phases of one inference: the prefix, which the VLM reads, and each flow step.
 
     Each phase has its floating-point operations, and the bytes of the weights that it reads.

@@ -27,11 +27,11 @@ from spear.embodiments.observations import (
 from spear.errors import SpearError, check_known, notice, unknown_name_error
 from spear.models.decode import LogitRecorder, decode_greedily
 from spear.models.devices import (
-    choose_device,
     ignore_default_device,
     is_bfloat16_fast,
     keep_freed_memory,
     limit_threads,
+    prepare_device,
 )
 from spear.models.processing import Processor, map_pixel
 from spear.models.quantize import Quantization, check_quantization, quantize_model
@@ -245,7 +245,7 @@ def load_vlm(
     Args:
         name: a folder, or the name of a shipped model. If it holds a policy, the SPEAR-VLM inside
             the policy is loaded.
-        device: "cpu", "cuda" and so on, see `choose_device`.
+        device: "cpu", "cuda" and so on, see `prepare_device`.
         dtype: data type of the weights. "bfloat16" takes half the memory of "float32".
 
     Returns:
@@ -280,7 +280,7 @@ def _load_model(
     """
     folder = locate(name)
     if isinstance(device, str):
-        device = choose_device(device)
+        device = prepare_device(device)
     torch_dtype = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
     if not isinstance(torch_dtype, torch.dtype):
         raise unknown_name_error("dtype", str(dtype), ["float32", "bfloat16", "float16"])
@@ -357,7 +357,7 @@ class Spear1Policy:
 
         Args:
             name: a folder, or the name of a shipped policy.
-            device: "cpu", "cuda" and so on, see `choose_device`.
+            device: "cpu", "cuda" and so on, see `prepare_device`.
             steps: number of Euler steps of the flow; None is the model's own.
             seed: seed of the noise.
             dataset: the training dataset whose normalization statistics to use. Give a dataset if,
@@ -502,18 +502,18 @@ class Spear1Policy:
         Returns:
             Name → tensor, the arguments of the network's sampling.
         """
-        checked = [_check_once(observation) for observation in observations]
+        checked = [_validate_unless_checked(observation) for observation in observations]
         states = torch.from_numpy(
             np.stack([observation["observation/state"] for observation in checked])
         )
         pixels, is_present = self._prepare_images(checked)
-        self._monitor.check_batch(
+        self._monitor.report_findings_in_batch(
             self.training_distribution, checked, states.numpy(), pixels, is_present
         )
         prompts = [observation["prompt"] for observation in checked]
         text = self.processor.encode_instructions(prompts, self.truncate_instructions)
         attention_mask = text["attention_mask"]
-        noise = torch.cat([self._draw_noise(observation) for observation in checked])
+        noise = torch.cat([self._sample_noise(observation) for observation in checked])
         prefixes = [observation.get("committed", ()) for observation in checked]
         committed = self._prepare_committed(prefixes)
 
@@ -624,7 +624,7 @@ class Spear1Policy:
         device = self.model.device
         return flow.CommittedPrefix(actions.to(device), is_committed.to(device))
 
-    def _draw_noise(self, observation: Mapping[str, Any]) -> Tensor:
+    def _sample_noise(self, observation: Mapping[str, Any]) -> Tensor:
         """Draw the noise [1, H, 8] from which the flow to an observation's actions begins."""
         observation_seed = int(observation.get("seed", self._num_observations))
         self._num_observations += 1
@@ -634,7 +634,7 @@ class Spear1Policy:
         return flow.sample_noise(shape, self.model.flow_config, generator).to_vector()
 
 
-def _check_once(observation: Mapping[str, Any]) -> CheckedObservation:
+def _validate_unless_checked(observation: Mapping[str, Any]) -> CheckedObservation:
     """Check an observation, unless it has been checked before."""
     if isinstance(observation, CheckedObservation):
         return observation

@@ -145,7 +145,7 @@ def drawn_samples(mixture: Mixture) -> list[Sample]:
     """4000 samples of the mixture."""
     samples: list[Sample] = []
     for training_step in range(40):
-        samples += mixture.draw(training_step, 100)
+        samples += mixture.sample(training_step, 100)
     return samples
 
 
@@ -257,7 +257,7 @@ def test_the_order_depends_on_seed_and_step_alone(
     training_steps = list(range(first, first + 6))
 
     mixture = Mixture(sources, seed)
-    drawn = {step: mixture.draw(step, batch_size) for step in training_steps}
+    drawn = {step: mixture.sample(step, batch_size) for step in training_steps}
 
     for samples in drawn.values():
         for sample in samples:
@@ -270,11 +270,11 @@ def test_the_order_depends_on_seed_and_step_alone(
     for worker in data.draw(st.permutations(range(num_workers))):
         mixture_of_worker = Mixture(sources, seed)
         for step in training_steps[worker::num_workers]:
-            assert_same_samples(mixture_of_worker.draw(step, batch_size), drawn[step])
+            assert_same_samples(mixture_of_worker.sample(step, batch_size), drawn[step])
 
     resumed_mixture = Mixture(sources, seed)
     for step in training_steps:
-        assert_same_samples(resumed_mixture.draw(step, batch_size), drawn[step])
+        assert_same_samples(resumed_mixture.sample(step, batch_size), drawn[step])
 
 
 def test_the_length_is_the_number_of_valid_steps(mixture: Mixture) -> None:
@@ -288,7 +288,7 @@ def test_the_length_is_the_number_of_valid_steps(mixture: Mixture) -> None:
 
 
 def test_the_arrays_of_a_sample_are_those_of_its_step(mixture: Mixture) -> None:
-    for sample in mixture.draw(training_step=5, batch_size=BATCH_SIZE):
+    for sample in mixture.sample(training_step=5, batch_size=BATCH_SIZE):
         episode = mixture.stores[sample.dataset].without_images(sample.episode)
 
         state, action, mask = mixture.read_state_and_chunk(sample, horizon=5)
@@ -335,7 +335,7 @@ def test_jitter_leaves_the_bars_of_an_image_black(
     plain = TrainingSamples(mixture, views, augment=0.0).batch(3, BATCH_SIZE)
     jittered = TrainingSamples(mixture, views, augment=1.0).batch(3, BATCH_SIZE)
 
-    for index, sample in enumerate(mixture.draw(3, BATCH_SIZE)):
+    for index, sample in enumerate(mixture.sample(3, BATCH_SIZE)):
         picture = plain["images"]["external"][index, rows, columns]
         expected = np.zeros((height, width, 3), np.uint8)
         expected[rows, columns] = jitter_colors(picture, sample.draws, strength=1.0)

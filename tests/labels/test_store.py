@@ -13,7 +13,13 @@ import pytest
 from labels_scenes import make_random_frame
 from refusals import refuses
 from spear.labels.pipeline import label_with_ground_truth
-from spear.labels.store import SCHEMA, count_labels, read_labels, select_labels, write_labels
+from spear.labels.store import (
+    SCHEMA,
+    count_labels,
+    read_evenly_spread_labels,
+    read_labels,
+    write_labels,
+)
 from spear.types import LabeledImage
 
 
@@ -61,7 +67,7 @@ def test_a_shard_gives_its_labels_alone(labels: list[LabeledImage], shards: list
 def test_selected_labels_are_spread_evenly(
     labels: list[LabeledImage], shards: list[Path], tmp_path: Path, max_images: int
 ) -> None:
-    selected_labels = select_labels(tmp_path, max_images)
+    selected_labels = read_evenly_spread_labels(tmp_path, max_images)
 
     num_selected = min(max_images, 23)
     expected_labels = [labels[i * 23 // num_selected] for i in range(num_selected)]

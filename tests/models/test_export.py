@@ -14,11 +14,11 @@ from spear.models import export
 from spear.models.export import (
     MAX_DIFFERENCE,
     ExportedPolicy,
-    check_graphs,
     export_policy,
     load_onnxruntime_graphs,
     load_openvino_graphs,
     make_example,
+    measure_and_check_graph_difference,
     quantize_graphs,
     sample_by_graphs,
     sample_by_network,
@@ -75,7 +75,7 @@ class TestGraphs:
     """The graphs, of which the export takes most of the time."""
 
     def test_onnxruntime_samples_the_networks_actions(self, model: Any, folder: Path) -> None:
-        assert check_graphs(model, folder) <= MAX_DIFFERENCE
+        assert measure_and_check_graph_difference(model, folder) <= MAX_DIFFERENCE
 
     def test_openvino_samples_the_networks_actions(self, model: Any, folder: Path) -> None:
         pytest.importorskip("openvino", reason="needs the extra openvino")
@@ -97,7 +97,12 @@ class TestGraphs:
         assert not torch.equal(actions, sample_by_graphs(graphs, exported, inputs))
 
     def test_graphs_of_another_network_are_refused(self, folder: Path) -> None:
-        refuses("differ from the network", check_graphs, make_spear1(seed=1), folder)
+        refuses(
+            "differ from the network",
+            measure_and_check_graph_difference,
+            make_spear1(seed=1),
+            folder,
+        )
 
     def test_8_bits_change_actions_little(self, model: Any, folder: Path) -> None:
         quantize_graphs(folder)

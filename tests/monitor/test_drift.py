@@ -18,7 +18,7 @@ from spear.monitor.drift import (
     OBSERVATION_INTERVAL,
     NoticeLimit,
 )
-from spear.monitor.observations import check_observations
+from spear.monitor.observations import examine_observations
 from spear.policy import Spear1Policy
 from spear.serve.service import Service
 from spear.types import Action, Array
@@ -96,7 +96,7 @@ def collect_notices(policy: Spear1Policy, observations: Sequence[dict[str, Any]]
 def test_exchanged_cameras_are_found() -> None:
     expected = make_distribution({"left": IMAGE, "right": 255 - IMAGE})
 
-    findings = check_observations(
+    findings = examine_observations(
         expected, STATE[None], {"left": 255 - IMAGE.transpose(2, 0, 1)[None]}
     )
 

@@ -15,7 +15,7 @@ from refusals import Command, refuses
 from spear.labels.models.ground_truth import GroundTruth
 from spear.labels.pipeline import label_images
 from spear.labels.questions.store import generate_label_questions, read_questions, write_questions
-from spear.labels.store import count_labels, select_labels, write_labels
+from spear.labels.store import count_labels, read_evenly_spread_labels, write_labels
 from spear.question_types import QUESTION_TYPES, QUESTION_TYPES_2D
 from spear.report.labels import write_label_page, write_rerun
 from spear.types import Frame, LabeledImage
@@ -105,7 +105,7 @@ def test_questions_are_described_and_not_taken_for_labels(folder: Path) -> None:
 
 
 def test_the_labels_on_the_page_are_spread_over_the_folder(folder: Path) -> None:
-    sources = [label.source for label in select_labels(folder, 5)]
+    sources = [label.source for label in read_evenly_spread_labels(folder, 5)]
 
     assert sources == [f"scene & {number}" for number in (0, 2, 4, 7, 9)]
 
@@ -130,7 +130,7 @@ def test_the_page_is_self_contained_and_shows_labels_and_questions(
 ) -> None:
     write_questions(folder)
 
-    write_label_page(folder, select_labels(folder, 5), tmp_path / "page.html")
+    write_label_page(folder, read_evenly_spread_labels(folder, 5), tmp_path / "page.html")
 
     html = (tmp_path / "page.html").read_text()
     # Images are in the page, and nothing is loaded from elsewhere.
@@ -150,7 +150,7 @@ def test_the_page_is_self_contained_and_shows_labels_and_questions(
 
 
 def test_the_page_generates_questions_if_none_were_written(folder: Path, tmp_path: Path) -> None:
-    write_label_page(folder, select_labels(folder, 2), tmp_path / "page.html")
+    write_label_page(folder, read_evenly_spread_labels(folder, 2), tmp_path / "page.html")
 
     assert "none of them written yet" in (tmp_path / "page.html").read_text()
 
@@ -162,7 +162,7 @@ def test_a_broken_list_of_skipped_images_is_refused(folder: Path, tmp_path: Path
         r"skipped\.parquet is broken",
         write_label_page,
         folder,
-        select_labels(folder, 2),
+        read_evenly_spread_labels(folder, 2),
         tmp_path / "page.html",
     )
 

@@ -66,8 +66,8 @@ def test_wild_cameras_stay_in_their_ranges() -> None:
         wild_look = place_in_world(sample_scene("put_on", seed), "wild").appearance
         orbit = CameraOrbit.of(wild_look)
 
-        # Ranges of `_draw_wild_look`: elevation 15° … 70°, azimuth ± 60° around that of the default
-        # world, which itself varies by up to 5°, view angle 30° … 65°.
+        # Ranges of `_sample_wild_look`: elevation 15° … 70°, azimuth ± 60° around that of the
+        # default world, which itself varies by up to 5°, view angle 30° … 65°.
         assert 15 <= orbit.elevation_deg <= 70
         assert abs(orbit.azimuth_deg - nominal.azimuth_deg) < 65
         assert 30 <= wild_look.fovy_deg <= 65

@@ -30,7 +30,7 @@ from spear.models.presets import build_vlm_config, get_preset
 from spear.models.processing import Processor
 from spear.models.vlm import SpearVLMForConditionalGeneration
 from spear.policy import Spear1Policy, load_vlm, locate
-from spear.tokens import draw_new_embeddings
+from spear.tokens import sample_new_embeddings
 from spear.train.build import build, check
 from spear.train.optimize import set_weight_precision
 from spear.train.options import TrainingInputs
@@ -86,7 +86,7 @@ def test_new_3d_tokens_have_new_embeddings_and_words_keep_theirs(
     assert model.config.text_config.vocab_size == len(rows)
     assert torch.equal(rows[:first_token], original_rows[:first_token])
     words = original_rows[: original.processor.location_start]
-    expected = draw_new_embeddings(words, bins, torch.Generator().manual_seed(0))
+    expected = sample_new_embeddings(words, bins, torch.Generator().manual_seed(0))
     assert torch.equal(rows[first_token : first_token + bins], expected)
     # No 3D token that has an old embedding keeps it.
     end_token = first_token + FEW_BINS

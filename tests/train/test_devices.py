@@ -20,7 +20,7 @@ from torch.utils._device import _device_constructors
 from models_tiny import TINY
 from refusals import refuses
 from spear.models import devices
-from spear.models.devices import choose_device, is_bfloat16_fast, limit_threads
+from spear.models.devices import is_bfloat16_fast, limit_threads, prepare_device
 from spear.models.presets import build_vlm_config
 from spear.models.stage0 import MogeDepthConfig, MogeForDepth
 from spear.train import loop
@@ -142,7 +142,7 @@ def current_devices(monkeypatch: pytest.MonkeyPatch) -> list[torch.device]:
 
 
 def test_the_cpu_can_be_chosen(current_devices: list[torch.device]) -> None:
-    assert choose_device("cpu") == CPU
+    assert prepare_device("cpu") == CPU
 
     assert not current_devices
     assert torch.backends.cudnn.allow_tf32
@@ -152,7 +152,7 @@ def test_the_cpu_can_be_chosen(current_devices: list[torch.device]) -> None:
 def test_a_gpu_is_chosen_and_computes_exactly(
     name: str, index: int, current_devices: list[torch.device]
 ) -> None:
-    assert choose_device(name) == torch.device("cuda", index)
+    assert prepare_device(name) == torch.device("cuda", index)
 
     assert not torch.backends.cudnn.allow_tf32
 
@@ -169,7 +169,7 @@ def test_a_gpu_is_chosen_and_computes_exactly(
 def test_unknown_devices_are_refused(
     name: str, words: str, current_devices: list[torch.device]
 ) -> None:
-    refuses(words, choose_device, name)
+    refuses(words, prepare_device, name)
 
 
 def test_each_of_several_processes_takes_its_own_gpu(
@@ -178,7 +178,7 @@ def test_each_of_several_processes_takes_its_own_gpu(
     monkeypatch.setenv("WORLD_SIZE", "4")
     monkeypatch.setenv("LOCAL_RANK", "1")
 
-    assert choose_device("auto") == torch.device("cuda", 1)
+    assert prepare_device("auto") == torch.device("cuda", 1)
     assert current_devices[-1] == torch.device("cuda", 1)
 
 
@@ -188,15 +188,15 @@ def test_processes_cannot_share_a_gpu(
     monkeypatch.setenv("WORLD_SIZE", "4")
     monkeypatch.setenv("LOCAL_RANK", "2")
 
-    refuses("cuda:0", choose_device, "cuda:0")
-    refuses("cuda:2", choose_device, "auto")  # there are two GPUs
+    refuses("cuda:0", prepare_device, "cuda:0")
+    refuses("cuda:2", prepare_device, "auto")  # there are two GPUs
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="is about a machine without a GPU")
 def test_without_a_gpu_auto_is_the_cpu_and_cuda_is_refused() -> None:
-    assert choose_device("auto") == CPU
+    assert prepare_device("auto") == CPU
 
-    refuses("no GPU", choose_device, "cuda")
+    refuses("no GPU", prepare_device, "cuda")
 
 
 class TensorCreations(TorchFunctionMode):

@@ -35,12 +35,12 @@ from spear.audit.hypotheses import (
     fit_translations,
     list_tested_state_formats,
 )
-from spear.audit.joint_limits import check_joint_limits
+from spear.audit.joint_limits import examine_joint_limits
 from spear.checks.cameras import View, check_cameras, summarize_view
 from spear.checks.gripper import check_gripper
 from spear.checks.recording import Recording
 from spear.checks.result import Check, Verdict
-from spear.checks.states import check_rate, find_state_problems
+from spear.checks.states import examine_rate, find_state_problems
 from spear.data.actions import check_instruction, compute_and_check_norms
 from spear.data.readers.bad_rows import mask_actions_before_gaps
 from spear.data.readers.build_episode import (
@@ -247,12 +247,12 @@ def audit_dataset(
     layout = find_logged_layout(path, layout_file)
     report = _audit_numbers(path, split, layout)
     cameras = check_cameras(summarize_cameras(path, split, layout))
-    texts = check_instruction_and_success(path, split, layout)
+    texts = examine_instruction_and_success(path, split, layout)
     joints = []
     if layout.arm is not None:
         folder = open_dataset(path)
         assert not isinstance(folder, EpisodeStore)  # stores have poses
-        joints = check_joint_limits(folder, split, layout)
+        joints = examine_joint_limits(folder, split, layout)
     return replace(
         report,
         fitting_formats=_find_fitting_formats(path, split, layout, report),
@@ -279,9 +279,9 @@ def _audit_numbers(path: str | Path, split: str, layout: DatasetLayout) -> Repor
 
     checks = [*report.checks, *check_gripper(recordings)]
     if not report.state_problems:
-        checks += check_rate(recordings)
+        checks += examine_rate(recordings)
     if layout.rotation_format not in UNMISTAKABLE_FORMATS:
-        checks += _check_rotation_format(report, str(layout.rotation_format))
+        checks += _examine_rotation_format(report, str(layout.rotation_format))
     return replace(report, skipped=skipped.reasons, checks=checks)
 
 
@@ -359,7 +359,7 @@ def _find_fitting_formats(
     return fitting_formats
 
 
-def _check_rotation_format(report: Report, layout_format: str) -> list[Check]:
+def _examine_rotation_format(report: Report, layout_format: str) -> list[Check]:
     """Check whether the actions tell in which format orientations are written.
 
     Logged rotations that are targets never tell, because they are the next states in the same
@@ -437,7 +437,7 @@ def _summarize_camera(
     return None
 
 
-def check_instruction_and_success(
+def examine_instruction_and_success(
     path: str | Path, split: str, layout: DatasetLayout
 ) -> list[Check]:
     """Report instructions, and success, if they can be read in none of the first episodes."""
@@ -661,7 +661,7 @@ def audit_recordings(
     checks = []
     if stretches.are_units_episodes:
         for action_part in action_parts:
-            checks += _check_odd_episodes(action_part, len(recordings))
+            checks += _examine_odd_episodes(action_part, len(recordings))
     return Report(
         path=path,
         num_episodes=len(recordings),
@@ -673,7 +673,7 @@ def audit_recordings(
     )
 
 
-def _check_odd_episodes(action_part: ActionPart, num_episodes: int) -> list[Check]:
+def _examine_odd_episodes(action_part: ActionPart, num_episodes: int) -> list[Check]:
     """Check whether the layout explains some episodes far less well than the others.
 
     The units of resampling must be episodes.
@@ -787,7 +787,7 @@ def _judge_part(name: str, fits: Sequence[Fit], answers: Mapping[str, str | None
 
     ranked = sorted(fits, key=rank)
     best = ranked[0]
-    resamples = _draw_resample_counts(len(best.error))
+    resamples = _sample_bootstrap_counts(len(best.error))
     note = _explain_undecidable(name, best)
     is_undecidable = note != ""
 
@@ -841,7 +841,7 @@ def _judge_layout(
     return "agrees"
 
 
-def _draw_resample_counts(num_units: int) -> Array:
+def _sample_bootstrap_counts(num_units: int) -> Array:
     """Draw, for each resample of the bootstrap, how often it contains each unit of resampling.
 
     Returns:

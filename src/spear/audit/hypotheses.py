@@ -641,7 +641,7 @@ def fit_rotations(
     recorded = _summarize_recorded_rotations(rotation, stretches)
     num_steps = int(stretches.is_step.sum())
     step_s = 1 / recordings[0].rate_hz
-    scales = _choose_rotation_scales(logged, recorded.rms_step_rad, stretches, step_s, units)
+    scales = _list_rotation_scales(logged, recorded.rms_step_rad, stretches, step_s, units)
     hypotheses, logged_quaternions = _interpret_logged_rotations(logged, scales)
     fits: list[Fit] = []
 
@@ -693,7 +693,7 @@ def fit_rotations(
     return fits
 
 
-def _choose_rotation_scales(
+def _list_rotation_scales(
     logged: Array,
     rms_step_rad: float,
     stretches: Stretches,

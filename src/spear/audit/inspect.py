@@ -107,7 +107,7 @@ def _describe_foreign_dataset(folder: Dataset) -> str:
     """Describe a dataset in another format than ours."""
     episodes: list[Steps] = []
     reasons: list[str] = []
-    for steps in _sample_episodes(folder):
+    for steps in _read_first_or_spread_episodes(folder):
         if isinstance(steps, SpearError):
             reasons.append(str(steps))
         else:
@@ -211,7 +211,7 @@ def _find_rate_and_instructions(
     return rate, texts
 
 
-def _sample_episodes(folder: Dataset) -> list[Steps | SpearError]:
+def _read_first_or_spread_episodes(folder: Dataset) -> list[Steps | SpearError]:
     """Read some episodes, or what is wrong with each.
 
     Of an RLDS dataset these are the first episodes. Of a LeRobot dataset they are spread over all

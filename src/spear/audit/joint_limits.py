@@ -18,7 +18,7 @@ MAX_EPISODES = 12  # the joints of this many episodes are read, the first ones
 MAX_EXCESS_RAD = 0.26  # 15°: a calibration puts the zero of a joint a few degrees off
 
 
-def check_joint_limits(folder: Dataset, split: str, layout: DatasetLayout) -> list[Check]:
+def examine_joint_limits(folder: Dataset, split: str, layout: DatasetLayout) -> list[Check]:
     """Check whether joints stay within their limits, and say where the tip goes.
 
     The layout must have an arm. Targets of joints say nothing about zeros, signs and the tip,

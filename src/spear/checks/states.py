@@ -71,7 +71,7 @@ def find_plausible_length_unit(reach: float) -> str | None:
     return None
 
 
-def check_rate(recordings: Sequence[Recording]) -> list[Check]:
+def examine_rate(recordings: Sequence[Recording]) -> list[Check]:
     """Check whether the arm moves about as fast as arms do.
 
     A wrong rate (`rate_hz` of the layout) shows nowhere but in implausible speeds.

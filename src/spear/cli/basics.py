@@ -113,10 +113,10 @@ def ask(options: AskOptions) -> None:
             "meaningful answer about a photo."
         )
     if options.save_image:
-        _draw_answer(answer, picture, options.save_image)
+        _save_drawn_answer(answer, picture, options.save_image)
 
 
-def _draw_answer(answer: Any, picture: "Frame", file: Path) -> None:
+def _save_drawn_answer(answer: Any, picture: "Frame", file: Path) -> None:
     """Save the picture with the answer's box drawn on it."""
     if answer is None:
         notice(f"{file} is not written, because there is no answer to draw.")
@@ -326,13 +326,13 @@ def doctor(options: DoctorOptions) -> None:
     if options.checkpoint is not None:
         _compare_checkpoint(options.checkpoint)
         return
-    from spear.doctor import COLUMNS, DisagreementError, describe_machine, examine
-    from spear.models.devices import choose_device
+    from spear.doctor import COLUMNS, DisagreementError, describe_machine, measure_implementations
+    from spear.models.devices import prepare_device
     from spear.models.presets import get_preset
     from spear.report.page import render
 
     preset = get_preset(options.preset)
-    device = choose_device(options.device)
+    device = prepare_device(options.device)
     facts = describe_machine(preset, device)
     # The lines are Markdown. Two spaces at the end of a line are a line break.
     lines = [f"{name}: {description}  " for name, description in facts]
@@ -341,7 +341,7 @@ def doctor(options: DoctorOptions) -> None:
     print("\n".join(lines), flush=True)
 
     results: list[InferenceResult] = []
-    for result in examine(preset, device):
+    for result in measure_implementations(preset, device):
         results.append(result)
         row = _format_markdown_row(result.to_row())
         lines.append(row)

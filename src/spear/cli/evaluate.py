@@ -236,7 +236,7 @@ def evaluate_data(options: EvaluateDataOptions) -> None:
     from spear.report.comparison import make_open_loop_page
 
     # Find mistakes in the options before loading the weights and preparing the data.
-    train_folder, train_split = _choose_training_episodes(options)
+    train_folder, train_split = _choose_training_folder_and_split(options)
     _check_splits_are_disjoint(options, train_folder, train_split)
     policy = Spear1Policy.load(
         options.policy, options.device, dataset=options.norm_stats, dtype=options.dtype
@@ -273,7 +273,7 @@ def evaluate_data(options: EvaluateDataOptions) -> None:
         print(f"page: {options.report}")
 
 
-def _choose_training_episodes(options: EvaluateDataOptions) -> tuple[Path, str]:
+def _choose_training_folder_and_split(options: EvaluateDataOptions) -> tuple[Path, str]:
     """Return the folder and the split of the episodes whose mean action is a baseline.
 
     Without --train the folder is that of the held-out episodes, and without --train-split the split

@@ -36,13 +36,18 @@ def export_onnx(options: ExportOnnxOptions) -> None:
         spear export onnx --policy runs/mine --int8
     """
     check_new_folder(options.out)
-    from spear.models.export import GRAPHS, check_graphs, export_policy, quantize_graphs
+    from spear.models.export import (
+        GRAPHS,
+        export_policy,
+        measure_and_check_graph_difference,
+        quantize_graphs,
+    )
     from spear.policy import Spear1Policy
 
     policy = Spear1Policy.load(options.policy, "cpu")
     options.out.mkdir(parents=True, exist_ok=True)
     export_policy(policy.model, policy.image_sizes, policy.processor.prompt_tokens, options.out)
-    difference = check_graphs(policy.model, options.out)
+    difference = measure_and_check_graph_difference(policy.model, options.out)
     if options.int8:
         quantize_graphs(options.out)
     if policy.folder is not None:
@@ -51,11 +56,11 @@ def export_onnx(options: ExportOnnxOptions) -> None:
                 shutil.copyfile(policy.folder / name, options.out / name)
 
     for name in GRAPHS:
-        print(f"{options.out / name}.onnx: {_count_megabytes(options.out, name):.1f} MB")
+        print(f"{options.out / name}.onnx: {_measure_graph_size_mb(options.out, name):.1f} MB")
     print(f"the actions differ from the network's by {difference:.1e} of the largest number")
 
 
-def _count_megabytes(folder: Path, name: str) -> float:
+def _measure_graph_size_mb(folder: Path, name: str) -> float:
     """Return the size of a graph with its weights, which may be in a file of their own."""
     num_bytes = 0
     for suffix in (".onnx", ".onnx.data"):

@@ -187,12 +187,12 @@ def _print_plan(options: LabelOptions) -> None:
     plan assumes that OTHER runs on every image.
     """
     from spear.labels.run import prepare_run
-    from spear.models.devices import choose_device
+    from spear.models.devices import prepare_device
     from spear.sim_data.label_scenes import list_scenes
 
     if not options.photos:
         raise SpearError("--dry-run has nothing to plan. Name the PHOTOS to label.")
-    device = choose_device(options.device)
+    device = prepare_device(options.device)
     _, images, settings = prepare_run(options, list_scenes)
     num_images = sum(1 for _ in images)  # `images` is an iterator
     size_px = options.max_size or DEFAULT_PLANNED_SIZE_PX
@@ -315,11 +315,11 @@ def show(options: ShowOptions) -> None:
         spear label show runs/my_labels
         spear label show runs/my_labels --num-images 6 --save-rerun labels.rrd
     """
-    from spear.labels.store import select_labels
+    from spear.labels.store import read_evenly_spread_labels
     from spear.report.labels import write_label_page, write_rerun
 
     folder = _find_shard_folder(options.labels)
-    labels = select_labels(folder, options.num_images)
+    labels = read_evenly_spread_labels(folder, options.num_images)
     page = options.out or options.labels / "show.html"
     write_label_page(folder, labels, page)
     print(f"open {page.resolve()}")

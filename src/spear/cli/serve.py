@@ -139,7 +139,7 @@ def _load_and_warm_up(options: ServeOptions) -> "tuple[Spear1Policy, Service]":
 
     from spear import embodiments
     from spear.chunks import check_replan_interval
-    from spear.models.devices import choose_device
+    from spear.models.devices import prepare_device
     from spear.monitor.distribution import TrainingDistribution
     from spear.policy import Spear1Policy, locate
     from spear.serve.service import Service, check_cameras
@@ -152,7 +152,7 @@ def _load_and_warm_up(options: ServeOptions) -> "tuple[Spear1Policy, Service]":
         # The cameras that nearly all training steps had, so that the policy relies on them.
         usual_cameras = distribution.usual_cameras if distribution else []
         check_cameras(robot, usual_cameras, options.robot)
-    device = choose_device(options.device)
+    device = prepare_device(options.device)
     print(f"loading {options.policy} on {device} …", file=sys.stderr, flush=True)
     policy = Spear1Policy.load(
         folder,

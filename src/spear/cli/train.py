@@ -104,7 +104,7 @@ def train(options: TrainOptions) -> None:
         sharded=options.parallel == "fsdp",
     )
     inputs_without_episodes = TrainingInputs(options.labels, (), init, depth_encoder)
-    run.check_run(recipe, out, inputs_without_episodes, run_options, options.device)
+    run.validate_run(recipe, out, inputs_without_episodes, run_options, options.device)
     _check_demonstrations(options)
 
     # Prepare the data, and train.

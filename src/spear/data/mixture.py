@@ -105,7 +105,7 @@ class Mixture:
         """The number of valid steps of all datasets."""
         return sum(int(starts[-1]) for starts in self._episode_starts)
 
-    def draw(self, training_step: int, batch_size: int) -> list[Sample]:
+    def sample(self, training_step: int, batch_size: int) -> list[Sample]:
         """Draw the samples of a training step."""
         # Philox is a counter-based generator. With the training step as the high part of its
         # counter, the numbers of one step never depend on those of another.
@@ -201,7 +201,7 @@ class TrainingSamples:
 
     def batch(self, training_step: int, batch_size: int) -> dict[str, Any]:
         """Make the batch of a training step. Raises SpearError if an image is broken."""
-        samples = self.mixture.draw(training_step, batch_size)
+        samples = self.mixture.sample(training_step, batch_size)
         states: list[Array] = []
         chunks: list[Array] = []
         masks: list[Array] = []

@@ -15,7 +15,7 @@ from spear.data.store.episode_store import EpisodeStore
 from spear.diagnose.policy_case import PolicyCase
 from spear.embodiments import load as load_embodiment
 from spear.errors import SpearError, suppress_notices
-from spear.models.devices import choose_device
+from spear.models.devices import prepare_device
 from spear.policy import Spear1Policy
 from spear.types import Array
 from spear.util.images import decode_image, fit_image
@@ -142,7 +142,7 @@ def load_policy_case(
 
     The arguments are those of `load_case`.
     """
-    policy = Spear1Policy.load(policy_name, choose_device(device), dataset=norm_stats)
+    policy = Spear1Policy.load(policy_name, prepare_device(device), dataset=norm_stats)
     training = None
     demonstrations: list[RecordedEpisode] = []
     instructions: list[str] = []

@@ -41,7 +41,7 @@ from spear.embodiments.observations import (
     read_numbers,
     read_prompt,
     remove_padding,
-    validate_opening,
+    validate_and_clip_opening,
     validate_radians,
 )
 from spear.errors import import_optional, notice
@@ -132,7 +132,7 @@ def observe(
     """
     joints = validate_radians(read_numbers(observation, JOINTS_KEY, 7), JOINTS_KEY)
     gripper_reading = float(read_numbers(observation, GRIPPER_KEY, 1)[0])
-    gripper_position = validate_opening(gripper_reading, GRIPPER_KEY)  # 0 open … 1 closed
+    gripper_position = validate_and_clip_opening(gripper_reading, GRIPPER_KEY)  # 0 open … 1 closed
 
     arm = _import_kinematics()
     # By how much each joint is beyond one of its limits, [7] rad; negative within the limits.

@@ -38,8 +38,8 @@ from spear.embodiments.observations import (
     read_image,
     read_numbers,
     read_prompt,
-    validate_opening,
-    validate_position,
+    validate_and_clip_opening,
+    validate_meters,
     validate_radians,
 )
 from spear.geometry import quat_conjugate, quat_exp, quat_log, quat_multiply
@@ -77,11 +77,11 @@ def observe(observation: Observation) -> dict[str, Any]:
     Images are mirrored back, and the pose is converted to the frame of the robot's base.
     """
     values = read_numbers(observation, OBSERVED_STATE_KEY, 8)
-    position = validate_position(values[:3], f"{OBSERVED_STATE_KEY}[0:3]")
+    position = validate_meters(values[:3], f"{OBSERVED_STATE_KEY}[0:3]")
     vector = validate_radians(values[3:6], f"{OBSERVED_STATE_KEY}[3:6]")
     finger_distance_m = values[6] - values[7]
     measured_opening = float(finger_distance_m / (2 * FINGER_TRAVEL_M))
-    opening = validate_opening(measured_opening, f"{OBSERVED_STATE_KEY}[6:8]")
+    opening = validate_and_clip_opening(measured_opening, f"{OBSERVED_STATE_KEY}[6:8]")
 
     hand_rotation = quat_exp(torch.from_numpy(np.float64(vector)))
     rotation = quat_multiply(hand_rotation, quat_conjugate(HAND_ROTATION)).numpy()

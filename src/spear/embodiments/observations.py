@@ -264,7 +264,7 @@ def _has_only_numbers(values: list[Any]) -> bool:
     return all(isinstance(value, int | float | np.generic) for value in values)
 
 
-def validate_position(position: Array, name: str) -> Array:
+def validate_meters(position: Array, name: str) -> Array:
     """Return positions [..., 3] in meters unchanged, after a check of their coordinates.
 
     Raises `SpearError`, which contains `name`, if no arm can reach a position.
@@ -291,7 +291,7 @@ def validate_radians(angles: Array, name: str) -> Array:
     return angles
 
 
-def validate_opening(opening: float, name: str) -> float:
+def validate_and_clip_opening(opening: float, name: str) -> float:
     """Return a gripper opening clipped to 0 … 1.
 
     Raises `SpearError`, which contains `name`, if the opening is further than 0.1 outside.
@@ -353,10 +353,12 @@ def read_committed(observation: Observation) -> dict[str, Array]:
         )
     flat_numbers = read_numbers({COMMITTED_KEY: actions.ravel()}, COMMITTED_KEY, actions.size)
     checked = flat_numbers.reshape(actions.shape).astype(np.float32)  # [d, 8]
-    validate_position(checked[:, :3], f"{COMMITTED_KEY}[0:3]")
+    validate_meters(checked[:, :3], f"{COMMITTED_KEY}[0:3]")
     quaternions = torch.from_numpy(checked[:, 3:7])
     checked[:, 3:7] = validate_unit_quat(quaternions, f"{COMMITTED_KEY}[3:7]").numpy()
-    checked[:, 7] = [validate_opening(opening, f"{COMMITTED_KEY}[7]") for opening in checked[:, 7]]
+    checked[:, 7] = [
+        validate_and_clip_opening(opening, f"{COMMITTED_KEY}[7]") for opening in checked[:, 7]
+    ]
     return {COMMITTED_KEY: checked}
 
 
@@ -409,8 +411,8 @@ def read_arm(
     """
     last_index = len(values) - 1
     image = remove_padding(read_image(observation, image_key))
-    position = validate_position(values[:3], f"{state_key}[0:3]")
-    opening = validate_opening(values[last_index], f"{state_key}[{last_index}]")
+    position = validate_meters(values[:3], f"{state_key}[0:3]")
+    opening = validate_and_clip_opening(values[last_index], f"{state_key}[{last_index}]")
     rotation_name = f"{state_key}[3:{last_index}]"
     state = make_state(position, rotation, opening, rotation_name)
     prompt = read_prompt(observation, prompt_key)

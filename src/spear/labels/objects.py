@@ -151,7 +151,7 @@ def label_object(detection: Detection, mask: Array, image: ImageGeometry) -> Lab
     if error_px:
         inside = _correct_mask(inside, points, is_known, image, window, error_px)
     lit_part = image.lit_part + np.array([end_px, -end_px])  # `end_px` smaller on each side
-    outline = _examine_outline(inside, window, lit_part, points, is_known)
+    outline = _measure_outline(inside, window, lit_part, points, is_known)
     cloud = _collect_points(inside & is_known, points, error_px, image.noise)
 
     scores = {
@@ -327,7 +327,7 @@ class _Outline(NamedTuple):
     points_beside: Array
 
 
-def _examine_outline(
+def _measure_outline(
     inside: Array, window: tuple[slice, slice], lit_part: Array, points: Array, is_known: Array
 ) -> _Outline:
     """Examine the outline of an object's mask in a window of the image.

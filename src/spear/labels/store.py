@@ -213,7 +213,7 @@ def count_labels(path: str | Path) -> int:
     return sum(_open_shard(shard).metadata.num_rows for shard in find_shards(path))
 
 
-def select_labels(path: str | Path, max_images: int) -> list[LabeledImage]:
+def read_evenly_spread_labels(path: str | Path, max_images: int) -> list[LabeledImage]:
     """Read at most `max_images` labels, spread evenly over a shard or folder.
 
     Only the row groups that contain these labels are read.

@@ -46,7 +46,7 @@ def ignore_default_device(function: Callable[P, T]) -> Callable[P, T]:
     return run
 
 
-def choose_device(name: str = "auto") -> torch.device:
+def prepare_device(name: str = "auto") -> torch.device:
     """Return the device that a name stands for. A GPU becomes PyTorch's current one.
 
     With a GPU, float32 convolutions of this process compute in full precision from now on.

@@ -381,7 +381,7 @@ def sample_by_network(
     return actions.to_vector()
 
 
-def check_graphs(model: Spear1ForActionPrediction, folder: Path) -> float:
+def measure_and_check_graph_difference(model: Spear1ForActionPrediction, folder: Path) -> float:
     """Compare the exported graphs, run by onnxruntime, with the network on a random observation.
 
     Returns:

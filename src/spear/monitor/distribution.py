@@ -91,7 +91,7 @@ class TrainingDistribution:
         num_batches = math.ceil(NUM_SAMPLES / batch_size)
         initial_openings = []
         for step in range(num_batches):
-            for sample in plain.mixture.draw(step, batch_size):
+            for sample in plain.mixture.sample(step, batch_size):
                 episode = plain.mixture.read_episode_without_images(sample)
                 initial_openings.append(episode.gripper[0])
         batches = [plain.batch(step, batch_size) for step in range(num_batches)]

@@ -14,7 +14,7 @@ import torch
 from spear.errors import notice, to_sentence
 from spear.monitor.distribution import TrainingDistribution
 from spear.monitor.motion import MAX_OPPOSITE_SHARE, FrozenCameraCheck, MotionChecks
-from spear.monitor.observations import Finding, check_first_state, check_observations
+from spear.monitor.observations import Finding, examine_first_state, examine_observations
 from spear.types import Array
 
 NUM_FIRST_OBSERVATIONS = 64  # first observations of each robot that are compared with training
@@ -93,7 +93,7 @@ class DriftMonitor:
             monitor.motion.set_chunk(None)
             monitor.num_observations = 0
 
-    def check_batch(
+    def report_findings_in_batch(
         self,
         expected: TrainingDistribution | None,
         observations: Sequence[Mapping[str, Any]],
@@ -114,7 +114,7 @@ class DriftMonitor:
         monitors = {}
         for robot, state in zip(robots, states, strict=True):
             monitor = self._find_or_add_robot(robot)
-            self._check_state(expected, monitor, state)
+            self._report_findings_in_state(expected, monitor, state)
             monitors[robot] = monitor
 
         for robot, monitor in monitors.items():
@@ -125,11 +125,11 @@ class DriftMonitor:
                     images[camera] = pixels[camera][rows].numpy()
             # This check compares a single observation with the robot's previous one.
             if len(rows) == 1:
-                for finding in monitor.frozen_cameras.check(states[rows[0]], images):
+                for finding in monitor.frozen_cameras.examine(states[rows[0]], images):
                     self._report_finding(finding, monitor)
             monitor.num_observations += len(rows)
             if expected and _is_comparison_due(monitor.num_observations, len(rows)):
-                for finding in check_observations(expected, states[rows], images):
+                for finding in examine_observations(expected, states[rows], images):
                     self._report_unlike_training(finding, monitor)
 
     def record_commands(self, observations: Sequence[Mapping[str, Any]], chunks: Array) -> None:
@@ -158,7 +158,7 @@ class DriftMonitor:
         message = f"the observations are unlike those of training. {to_sentence(finding.message)}"
         self._report_finding(Finding(finding.key, message), monitor)
 
-    def _check_state(
+    def _report_findings_in_state(
         self, expected: TrainingDistribution | None, monitor: RobotMonitor, state: Array
     ) -> None:
         """Check the state [8] of a monitor's robot, and report findings.
@@ -167,7 +167,7 @@ class DriftMonitor:
         was sent before.
         """
         if monitor.is_first_state and expected:
-            for finding in check_first_state(expected, state):
+            for finding in examine_first_state(expected, state):
                 self._report_unlike_training(finding, monitor)
 
         # If the grippers in the training data often do the opposite of their commands, the robot's
@@ -176,7 +176,7 @@ class DriftMonitor:
             expected is not None and expected.opposite_gripper_share < MAX_OPPOSITE_SHARE / 2
         )
         # A motion check does not repeat its finding at every step, so each finding is reported.
-        for finding in monitor.motion.check(state):
+        for finding in monitor.motion.examine(state):
             if finding.key != "gripper" or is_gripper_checked:
                 self._limit.print_or_drop(monitor.message_prefix + finding.message)
         monitor.is_first_state = False

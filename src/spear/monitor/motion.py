@@ -30,7 +30,7 @@ class FrozenCameraCheck:
     def __init__(self) -> None:
         self._cameras: dict[str, RepeatedPicture] = {}
 
-    def check(self, state: Array, images: Mapping[str, Array]) -> Iterator[Finding]:
+    def examine(self, state: Array, images: Mapping[str, Array]) -> Iterator[Finding]:
         """Check one observation.
 
         Args:
@@ -56,7 +56,7 @@ class FrozenStateCheck:
         # Length of the actions that were sent since the state last changed.
         self._commanded_m: float | np.floating = 0.0
 
-    def check(self, is_same_state: bool, chunk: Array) -> Iterator[Finding]:
+    def examine(self, is_same_state: bool, chunk: Array) -> Iterator[Finding]:
         """Check whether the state changed after a chunk was sent, and add up the commanded motion.
 
         Args:
@@ -85,7 +85,7 @@ class GripperCheck:
     def __init__(self) -> None:
         self._were_opposite: list[bool] = []  # one entry per compared opening
 
-    def check(self, opening: float, chunk: Array) -> Iterator[Finding]:
+    def examine(self, opening: float, chunk: Array) -> Iterator[Finding]:
         """Collect the gripper opening after the robot executed some actions of a chunk [H, 8].
 
         The first `NUM_STEPS` openings are judged together.
@@ -115,7 +115,7 @@ class MotionAxesCheck:
     def __init__(self) -> None:
         self._direction_products: list[Array] = []  # d ⊗ c, [3, 3] each
 
-    def check(self, displacement: Array, paths: Array) -> Iterator[Finding]:
+    def examine(self, displacement: Array, paths: Array) -> Iterator[Finding]:
         """Collect in which direction the arm moved.
 
         The first `NUM_STEPS` motions are judged together.
@@ -194,7 +194,7 @@ class MotionChecks:
         """
         self._chunk = None if chunk is None else chunk.copy()
 
-    def check(self, state: Array) -> list[Finding]:
+    def examine(self, state: Array) -> list[Finding]:
         """Compare how the robot moved to its new state [8] with the chunk that it was sent last.
 
         Then the state is remembered for the next comparison, and the chunk is forgotten. So there
@@ -208,13 +208,13 @@ class MotionChecks:
         if chunk is None:
             return []
 
-        findings = list(self._frozen_state.check(is_same_state, chunk))
+        findings = list(self._frozen_state.examine(is_same_state, chunk))
         # Do not judge gripper and axes by a motion that is too long to come from the chunk.
         paths = chunk[:, :3].cumsum(0, np.float64)  # [H, 3] after 1, 2, … H actions
         longest_path_m = np.linalg.norm(paths, axis=1).max()
         max_distance_m = MAX_OVERSHOOT_RATIO * longest_path_m + OVERSHOOT_MARGIN_M
         if np.linalg.norm(displacement) > max_distance_m:
             return findings
-        findings += self._gripper.check(state[7], chunk)
-        findings += self._axes.check(displacement, paths)
+        findings += self._gripper.examine(state[7], chunk)
+        findings += self._axes.examine(displacement, paths)
         return findings

@@ -37,7 +37,7 @@ class Finding(NamedTuple):
     message: str
 
 
-def check_first_state(expected: TrainingDistribution, state: Array) -> Iterator[Finding]:
+def examine_first_state(expected: TrainingDistribution, state: Array) -> Iterator[Finding]:
     """Compare the gripper opening of a robot's first state [8] with the first ones of training."""
     opening = state[7]
     mean_opening = expected.mean_initial_opening
@@ -49,7 +49,7 @@ def check_first_state(expected: TrainingDistribution, state: Array) -> Iterator[
         )
 
 
-def check_observations(
+def examine_observations(
     expected: TrainingDistribution, states: Array, images: Mapping[str, Array]
 ) -> Iterator[Finding]:
     """Compare observations of one robot with the training data.
@@ -62,18 +62,18 @@ def check_observations(
     Yields:
         One finding for each thing that is unlike training.
     """
-    yield from check_positions(expected, states[:, :3])
-    yield from check_rotations(expected, states[:, 3:7])
+    yield from examine_positions(expected, states[:, :3])
+    yield from examine_rotations(expected, states[:, 3:7])
     for camera, pixels in images.items():
-        yield from check_color_order(expected, camera, pixels)
+        yield from examine_color_order(expected, camera, pixels)
         if are_blank(np.moveaxis(pixels, 1, -1)).all():
             message = f"camera {camera!r} shows nothing. Check that it is on and not covered."
             yield Finding(camera, message)
         else:
-            yield from check_image_transform(expected, camera, pixels)
+            yield from examine_image_transform(expected, camera, pixels)
 
 
-def check_positions(expected: TrainingDistribution, positions: Array) -> Iterator[Finding]:
+def examine_positions(expected: TrainingDistribution, positions: Array) -> Iterator[Finding]:
     """Report each axis along which positions [B, 3] (m) lie far outside the range of training."""
     limits = np.array([expected.min_position_m, expected.max_position_m])  # [2, 3]
     distance_from_middle = np.abs(positions - limits.mean(0))  # [B, 3]
@@ -90,7 +90,7 @@ def check_positions(expected: TrainingDistribution, positions: Array) -> Iterato
         )
 
 
-def check_rotations(expected: TrainingDistribution, rotations: Array) -> Iterator[Finding]:
+def examine_rotations(expected: TrainingDistribution, rotations: Array) -> Iterator[Finding]:
     """Report orientations that are much farther from the mean orientation than any of training.
 
     rotations: [B, 4], of which only the farthest one is reported.
@@ -106,7 +106,7 @@ def check_rotations(expected: TrainingDistribution, rotations: Array) -> Iterato
         )
 
 
-def check_color_order(
+def examine_color_order(
     expected: TrainingDistribution, camera: str, pixels: Array
 ) -> Iterator[Finding]:
     """Report images [B, 3, h, w] whose colors match training only with red and blue exchanged."""
@@ -123,7 +123,7 @@ def check_color_order(
         )
 
 
-def check_image_transform(
+def examine_image_transform(
     expected: TrainingDistribution, camera: str, pixels: Array
 ) -> Iterator[Finding]:
     """Report images [B, 3, h, w] that match those of training better if a mistake is undone.

@@ -157,7 +157,7 @@ def draw_chart(
     drawn_lines = []
     for index, line in enumerate(lines):
         default_color = LINE_COLORS[index % len(LINE_COLORS)]
-        drawn_lines.append(_draw_line(line, default_color, to_x, to_y))
+        drawn_lines.append(_make_line_values(line, default_color, to_x, to_y))
     x_ticks = x.ticks or _choose_ticks(x_range, x, max_ticks=box_width_px // X_TICK_SPACING_PX)
     y_ticks = y.ticks or _choose_ticks(y_range, y, max_ticks=box_height_px // Y_TICK_SPACING_PX)
     has_zero_line = not y.log and y_range[0] < 0 < y_range[1]
@@ -175,7 +175,7 @@ def draw_chart(
     )
 
 
-def _draw_line(
+def _make_line_values(
     line: Line,
     default_color: str,
     to_x: Callable[[float], float],

@@ -116,7 +116,7 @@ class Batcher:
         """Answer requests until cancelled."""
         try:
             while True:
-                self._batch = await self._collect_batch()
+                self._batch = await self._wait_for_batch()
                 if self._batch:  # otherwise everyone who asked has left
                     await self._answer_batch()
                 self._batch = []  # requests may be large
@@ -177,7 +177,7 @@ class Batcher:
             LOG.exception("inference failed")
             return [error.with_traceback(None)] * len(requests)
 
-    async def _collect_batch(self) -> list[_QueuedRequest]:
+    async def _wait_for_batch(self) -> list[_QueuedRequest]:
         """Wait for requests, and take those that are still wanted off the queue."""
         while not self._queue:
             await self._wait_for_arrival()

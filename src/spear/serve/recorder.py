@@ -119,7 +119,7 @@ class SessionRecorder:
             if not is_full and not self._has_failed:
                 self._queued_bytes = queued_bytes
         if self._has_failed or is_full:
-            self._count_dropped()
+            self._record_drop()
             return
         self._recorded_clients.add(exchange.client)
         self._queue.put(exchange)
@@ -138,7 +138,7 @@ class SessionRecorder:
             num_dropped = format_count(self.num_dropped, "observations")
             notice(f"{self._writer.folder} lacks {num_dropped} that were answered.")
 
-    def _count_dropped(self) -> None:
+    def _record_drop(self) -> None:
         """Count an observation that is not recorded. The first one gives a notice."""
         self.num_dropped += 1
         if self.num_dropped == 1 and not self._has_failed:

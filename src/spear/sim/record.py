@@ -232,7 +232,7 @@ class ArmDisturber:
         self.num_steps_left -= 1
         if self.policy is not None:
             return self.policy.act(self.policy.folder, observation, seed, step), True
-        return self._draw_pushed_action(action, is_holding), True
+        return self._sample_pushed_action(action, is_holding), True
 
     def _maybe_begin_disturbance(self, is_holding: bool) -> None:
         """Begin a push, or a turn of the policy, with its probability."""
@@ -249,7 +249,7 @@ class ArmDisturber:
                 num_steps = rng.integers(1, MAX_PUSH_STEPS + 1)
             self.num_steps_left = int(num_steps)
 
-    def _draw_pushed_action(self, action: Array, is_holding: bool) -> Array:
+    def _sample_pushed_action(self, action: Array, is_holding: bool) -> Array:
         """Return the action [8] of a random push, given the expert's `action`."""
         rng = self.rng
         translation = rng.normal(0, self.disturbance.translation, 3)

@@ -161,15 +161,15 @@ def sample_scene(family: str, seed: int) -> SceneSpec:
     check_known("task family", FAMILIES, family)
     # The random numbers are drawn in this order in all versions, so that a seed keeps its scene.
     rng = np.random.default_rng([FAMILIES.index(family), seed])
-    source, target = _choose_roles(family, rng)
+    source, target = _sample_roles(family, rng)
     distractor_pool = [name for name in DISTRACTORS if name not in (source, target)]
     num_distractors = int(rng.integers(0, MAX_DISTRACTORS + 1))
-    distractors = _draw_names(rng, distractor_pool, num_distractors)
+    distractors = _sample_names(rng, distractor_pool, num_distractors)
     objects = _place_objects([target, source, *distractors], rng)
     offset = rng.uniform(-MAX_START_OFFSET_M, MAX_START_OFFSET_M, 3)
     ee_position = NOMINAL_START_POSITION_M + offset
     ee_rotation = _sample_ee_rotation(rng, MAX_START_TILT_RAD, MAX_START_YAW_RAD)
-    instruction = _write_instruction(family, source, target, rng)
+    instruction = _sample_instruction(family, source, target, rng)
     appearance = _sample_appearance(rng)
     return SceneSpec(
         family=family,
@@ -191,9 +191,9 @@ def sample_clutter_scene(seed: int) -> SceneSpec:
     # The random numbers are drawn in this order in all versions, so that a seed keeps its scene.
     rng = np.random.default_rng([len(FAMILIES), seed])
     num_objects = int(rng.integers(2, 6))
-    names = _draw_names(rng, DISTRACTORS, num_objects, repeat_probability=0.15)
+    names = _sample_names(rng, DISTRACTORS, num_objects, repeat_probability=0.15)
     num_supports = int(rng.choice([0, 1, 2], p=[0.15, 0.7, 0.15]))
-    supports = _draw_names(rng, SUPPORTS, num_supports)
+    supports = _sample_names(rng, SUPPORTS, num_supports)
     objects = _place_objects([*supports, *names], rng)
 
     # The gripper: in half of the scenes fully open; in most over an object that it could grasp.
@@ -270,7 +270,7 @@ def _sample_color(rng: np.random.Generator, colors: Sequence[Color], spread: flo
 # --- What is in a scene, and what to do ---
 
 
-def _choose_roles(family: str, rng: np.random.Generator) -> tuple[str, str]:
+def _sample_roles(family: str, rng: np.random.Generator) -> tuple[str, str]:
     """Draw the kind of the source and the kind of the target."""
     if family == "put_on":
         target = str(rng.choice(list(PUT_ON)))
@@ -283,20 +283,20 @@ def _choose_roles(family: str, rng: np.random.Generator) -> tuple[str, str]:
     return str(source), str(target)
 
 
-def _write_instruction(family: str, source: str, target: str, rng: np.random.Generator) -> str:
+def _sample_instruction(family: str, source: str, target: str, rng: np.random.Generator) -> str:
     """Draw an instruction of the task family, and names for the kinds of source and target."""
     is_in_bowl = family == "put_on" and target == "bowl"
-    template = _choose_word(TEMPLATES["put_in_bowl" if is_in_bowl else family], rng)
-    source_word = _choose_word(SYNONYMS.get(source, (source,)), rng)
-    target_word = _choose_word(SYNONYMS.get(target, (target,)), rng)
+    template = _sample_word(TEMPLATES["put_in_bowl" if is_in_bowl else family], rng)
+    source_word = _sample_word(SYNONYMS.get(source, (source,)), rng)
+    target_word = _sample_word(SYNONYMS.get(target, (target,)), rng)
     return template.format(source=source_word, target=target_word)
 
 
-def _choose_word(words: Sequence[str], rng: np.random.Generator) -> str:
+def _sample_word(words: Sequence[str], rng: np.random.Generator) -> str:
     return words[int(rng.integers(len(words)))]
 
 
-def _draw_names(
+def _sample_names(
     rng: np.random.Generator, pool: Sequence[str], count: int, repeat_probability: float = 0.0
 ) -> list[str]:
     """Draw `count` different names of `pool`, or all if there are fewer.

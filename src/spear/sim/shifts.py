@@ -40,9 +40,9 @@ from spear.sim.textures import UNSEEN_TEXTURES
 from spear.sim.worlds import (
     CameraOrbit,
     add_clutter,
-    draw_any_color,
-    draw_color_near,
-    draw_light_from_above,
+    sample_any_color,
+    sample_color_near,
+    sample_light_from_above,
 )
 
 SCENE_AXES = ("camera", "light", "background", "layout", "robot", "language")
@@ -220,12 +220,12 @@ def shift_scene(scene: SceneSpec, shift: Shift) -> SceneSpec:
     if shift.axis == "robot":
         return dataclasses.replace(
             scene,
-            ee_position=_draw_start_position(shift.level, rng),
-            ee_rotation=_draw_start_rotation(shift.level, rng),
+            ee_position=_sample_start_position(shift.level, rng),
+            ee_rotation=_sample_start_rotation(shift.level, rng),
         )
     if shift.axis == "language":
         return dataclasses.replace(
-            scene, instruction=_draw_unseen_instruction(scene, shift.level, rng)
+            scene, instruction=_sample_unseen_instruction(scene, shift.level, rng)
         )
     return scene
 
@@ -239,7 +239,7 @@ def _shift_camera(
     appearance: SceneAppearance, level: CameraLevel, rng: np.random.Generator
 ) -> SceneAppearance:
     """Move the external camera around the point that it looks at, and change its view angle."""
-    moved_orbit = draw_orbit_near(CameraOrbit.of(appearance), level, rng)
+    moved_orbit = sample_orbit_near(CameraOrbit.of(appearance), level, rng)
     return dataclasses.replace(
         appearance,
         camera=moved_orbit.position(),
@@ -248,7 +248,7 @@ def _shift_camera(
     )
 
 
-def draw_orbit_near(
+def sample_orbit_near(
     orbit: CameraOrbit, level: CameraLevel, rng: np.random.Generator
 ) -> CameraOrbit:
     """Draw another azimuth, elevation and distance around the same target."""
@@ -268,18 +268,18 @@ def _shift_light(
     appearance: SceneAppearance, level: LightLevel, rng: np.random.Generator
 ) -> SceneAppearance:
     """Change the light's direction, brightness and color."""
-    factor, tint = draw_brightness_and_tint(level, rng)
+    factor, tint = sample_brightness_and_tint(level, rng)
     diffuse = np.clip(np.array(appearance.diffuse) * factor * tint, 0, 1)
     ambient = np.clip(np.array(appearance.ambient) * factor * tint, 0, 1)
     return dataclasses.replace(
         appearance,
-        light=draw_light_from_above(rng),
+        light=sample_light_from_above(rng),
         diffuse=(float(diffuse[0]), float(diffuse[1]), float(diffuse[2])),
         ambient=(float(ambient[0]), float(ambient[1]), float(ambient[2])),
     )
 
 
-def draw_brightness_and_tint(
+def sample_brightness_and_tint(
     level: LightLevel, rng: np.random.Generator
 ) -> tuple[float, NDArray[np.float64]]:
     """Draw how the light changes.
@@ -301,9 +301,9 @@ def _shift_background(
     for name in SURFACES:
         material, color = appearance.surfaces[name]
         if level == 1:
-            color = draw_color_near(color, BACKGROUND_COLOR_DISTANCE, rng)
+            color = sample_color_near(color, BACKGROUND_COLOR_DISTANCE, rng)
         else:
-            color = draw_any_color(rng)
+            color = sample_any_color(rng)
         if level == 3:
             material = str(rng.choice(tuple(UNSEEN_TEXTURES)))
         surfaces[name] = (material, color)
@@ -316,7 +316,7 @@ def _exclude_task_objects(scene: SceneSpec, kinds: Sequence[str]) -> tuple[str, 
     return tuple(kind for kind in kinds if kind not in task_kinds)
 
 
-def _draw_start_position(level: int, rng: np.random.Generator) -> tuple[float, float, float]:
+def _sample_start_position(level: int, rng: np.random.Generator) -> tuple[float, float, float]:
     """Draw a start position (m) outside of the box in which training's start positions are.
 
     An outer box is larger than training's box by the level's distance on each side. The position is
@@ -333,20 +333,20 @@ def _draw_start_position(level: int, rng: np.random.Generator) -> tuple[float, f
     return float(x), float(y), max(float(z), MIN_START_HEIGHT_M)
 
 
-def _draw_start_rotation(level: int, rng: np.random.Generator) -> Quat:
+def _sample_start_rotation(level: int, rng: np.random.Generator) -> Quat:
     """Draw a start orientation: pointing down, with a larger yaw than in training."""
     extra_deg = rng.uniform(0, START_TURN_DEG[level])
     yaw = math.radians(TRAINING_YAW_DEG + extra_deg) * float(rng.choice([-1.0, 1.0]))
     return math.cos(yaw / 2), 0.0, 0.0, math.sin(yaw / 2)
 
 
-def _draw_unseen_instruction(scene: SceneSpec, level: int, rng: np.random.Generator) -> str:
+def _sample_unseen_instruction(scene: SceneSpec, level: int, rng: np.random.Generator) -> str:
     """Draw an instruction for a scene with words that training does not have."""
     source = scene.objects[SOURCE_INDEX]
     target = scene.objects[TARGET_INDEX]
     is_in_bowl = scene.family == "put_on" and target.kind == "bowl"
     template_family = "put_in_bowl" if is_in_bowl else scene.family
-    return draw_unseen_instruction(
+    return sample_unseen_instruction(
         UNSEEN_TEMPLATES[template_family],
         ObjectNames.of(source.kind),
         ObjectNames.of(target.kind),
@@ -356,7 +356,7 @@ def _draw_unseen_instruction(scene: SceneSpec, level: int, rng: np.random.Genera
     )
 
 
-def draw_unseen_instruction(
+def sample_unseen_instruction(
     templates: Sequence[str],
     source: ObjectNames,
     target: ObjectNames,
@@ -378,18 +378,18 @@ def draw_unseen_instruction(
         level: The level of the shift.
         rng: Generator of random numbers.
     """
-    template = _draw_text(templates, rng)
+    template = _sample_text(templates, rng)
     if level == 1:
-        source_name = _draw_text(source.seen, rng)
-        target_name = _draw_text(target.seen, rng)
+        source_name = _sample_text(source.seen, rng)
+        target_name = _sample_text(target.seen, rng)
         return template.format(source=source_name, target=target_name)
 
-    source_name = _draw_text(source.unseen, rng)
-    target_name = _draw_text(target.unseen, rng)
+    source_name = _sample_text(source.unseen, rng)
+    target_name = _sample_text(target.unseen, rng)
     if level == 3:
         source_name = relation or source_name
     sentence = template.format(source=source_name, target=target_name)
-    return _draw_text(POLITE_PREFIXES, rng) + sentence + _draw_text(POLITE_SUFFIXES, rng)
+    return _sample_text(POLITE_PREFIXES, rng) + sentence + _sample_text(POLITE_SUFFIXES, rng)
 
 
 def describe_by_relation(scene: SceneSpec, index: int) -> str | None:
@@ -441,6 +441,6 @@ def _measure_lateral_offsets(scene: SceneSpec) -> list[float]:
     return coordinates
 
 
-def _draw_text(texts: Sequence[str], rng: np.random.Generator) -> str:
+def _sample_text(texts: Sequence[str], rng: np.random.Generator) -> str:
     """Draw one of some words, phrases or templates."""
     return texts[int(rng.integers(len(texts)))]

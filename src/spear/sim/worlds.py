@@ -154,23 +154,23 @@ def place_in_world(scene: SceneSpec, name: str) -> SceneSpec:
         number = int(lab[2])
         is_colorful = lab[1] is not None
         if is_colorful:
-            appearance = _draw_colorful_lab_look(number)
+            appearance = _sample_colorful_lab_look(number)
         else:
             rng = np.random.default_rng([_LAB_STREAM, number])
-            appearance = _draw_lab_look(scene.appearance, rng)
+            appearance = _sample_lab_look(scene.appearance, rng)
         return dataclasses.replace(scene, appearance=appearance)
 
     if name == VARIED:
         rng = np.random.default_rng([_VARIED_STREAM, *scene.family.encode(), scene.seed])
-        appearance = _draw_varied_look(scene.appearance, rng)
+        appearance = _sample_varied_look(scene.appearance, rng)
         num_clutter = int(rng.integers(0, 10))
     elif name == COLORFUL:
         rng = np.random.default_rng([_COLORFUL_STREAM, *scene.family.encode(), scene.seed])
-        appearance = _draw_colorful_look(scene.appearance, rng)
+        appearance = _sample_colorful_look(scene.appearance, rng)
         num_clutter = int(rng.integers(0, 7))
     else:
         rng = np.random.default_rng([_WILD_STREAM, *scene.family.encode(), scene.seed])
-        appearance = _draw_wild_look(scene.appearance, rng)
+        appearance = _sample_wild_look(scene.appearance, rng)
         num_clutter = int(rng.integers(0, 5))
     objects = add_clutter(scene.objects, TASK_FREE_KINDS, num_clutter, rng)
     return dataclasses.replace(scene, appearance=appearance, objects=objects)
@@ -199,19 +199,19 @@ def add_clutter(
     return tuple(result)
 
 
-def draw_any_color(rng: np.random.Generator) -> Color:
+def sample_any_color(rng: np.random.Generator) -> Color:
     """Draw any color, with red, green and blue uniform from 0.05 to 0.95."""
     red, green, blue = rng.uniform(0.05, 0.95, 3)
     return float(red), float(green), float(blue)
 
 
-def draw_color_near(color: Color, distance: float, rng: np.random.Generator) -> Color:
+def sample_color_near(color: Color, distance: float, rng: np.random.Generator) -> Color:
     """Draw a color whose red, green and blue each differ from `color`'s by at most `distance`."""
     red, green, blue = np.clip(color + rng.uniform(-distance, distance, 3), 0, 1)
     return float(red), float(green), float(blue)
 
 
-def draw_light_from_above(rng: np.random.Generator) -> Vec3:
+def sample_light_from_above(rng: np.random.Generator) -> Vec3:
     """Draw the direction [3] in which light shines, a unit vector.
 
     The light comes from a point that is uniform on the sphere at least 15° above the horizon.
@@ -222,7 +222,7 @@ def draw_light_from_above(rng: np.random.Generator) -> Vec3:
     return -horizontal * math.cos(azimuth), -horizontal * math.sin(azimuth), -height
 
 
-def _draw_wild_look(appearance: SceneAppearance, rng: np.random.Generator) -> SceneAppearance:
+def _sample_wild_look(appearance: SceneAppearance, rng: np.random.Generator) -> SceneAppearance:
     """Draw the appearance of a wild world, with a camera around the one of `appearance`."""
     orbit = CameraOrbit.of(appearance)
     # The target is moved by up to 6 cm along x and y, and by up to 3 cm along z.
@@ -238,17 +238,19 @@ def _draw_wild_look(appearance: SceneAppearance, rng: np.random.Generator) -> Sc
     brightness = rng.uniform(0.3, 0.8)
     fill_lights = []
     for _ in range(int(rng.integers(0, 3))):
-        color = draw_color_near((0.2, 0.2, 0.2), distance=0.1, rng=rng)
-        fill_lights.append((draw_light_from_above(rng), color))
+        color = sample_color_near((0.2, 0.2, 0.2), distance=0.1, rng=rng)
+        fill_lights.append((sample_light_from_above(rng), color))
     return dataclasses.replace(
         appearance,
         camera=camera.position(),
         target=camera.target,
         fovy_deg=float(rng.uniform(30, 65)),
-        surfaces={name: (str(rng.choice(textures)), draw_any_color(rng)) for name in SURFACES},
-        light=draw_light_from_above(rng),
-        diffuse=draw_color_near((brightness + warmth, brightness, brightness - warmth), 0.02, rng),
-        ambient=draw_color_near((0.4, 0.4, 0.4), 0.12, rng),
+        surfaces={name: (str(rng.choice(textures)), sample_any_color(rng)) for name in SURFACES},
+        light=sample_light_from_above(rng),
+        diffuse=sample_color_near(
+            (brightness + warmth, brightness, brightness - warmth), 0.02, rng
+        ),
+        ambient=sample_color_near((0.4, 0.4, 0.4), 0.12, rng),
         fill_lights=tuple(fill_lights),
         table_half_size_m=(float(rng.uniform(0.5, 0.9)), float(rng.uniform(0.5, 1.1))),
         table_height_m=float(rng.uniform(0.4, 1.1)),
@@ -256,13 +258,13 @@ def _draw_wild_look(appearance: SceneAppearance, rng: np.random.Generator) -> Sc
     )
 
 
-def _draw_varied_look(appearance: SceneAppearance, rng: np.random.Generator) -> SceneAppearance:
+def _sample_varied_look(appearance: SceneAppearance, rng: np.random.Generator) -> SceneAppearance:
     """Draw the appearance of a varied world.
 
     The camera is moved in the same ways as in a wild world, but all its changes are multiplied by
     one factor, uniform from 0 to 1: half of the scenes have less than half of the largest change.
     """
-    wild = _draw_wild_look(appearance, rng)
+    wild = _sample_wild_look(appearance, rng)
     orbit = CameraOrbit.of(appearance)
     share = rng.uniform(0, 1)  # of the largest change of the camera
     elevation_deg = orbit.elevation_deg + share * rng.uniform(-30, 30)
@@ -286,7 +288,7 @@ def _draw_varied_look(appearance: SceneAppearance, rng: np.random.Generator) -> 
     )
 
 
-def _draw_colorful_look(appearance: SceneAppearance, rng: np.random.Generator) -> SceneAppearance:
+def _sample_colorful_look(appearance: SceneAppearance, rng: np.random.Generator) -> SceneAppearance:
     """Draw the appearance of a colorful world: that of the default world, changed moderately.
 
     The camera's changes are multiplied by one factor, uniform from 0 to 1, as in a varied world.
@@ -306,7 +308,7 @@ def _draw_colorful_look(appearance: SceneAppearance, rng: np.random.Generator) -
         texture, _ = appearance.surfaces[name]
         if rng.random() < 0.5:
             texture = str(rng.choice(tuple(WILD_TEXTURES)))
-        surfaces[name] = (texture, draw_any_color(rng))
+        surfaces[name] = (texture, sample_any_color(rng))
 
     brightness = math.exp(rng.uniform(-math.log(2), math.log(2)))
     warmth = rng.uniform(-0.3, 0.3)
@@ -315,17 +317,17 @@ def _draw_colorful_look(appearance: SceneAppearance, rng: np.random.Generator) -
         camera=camera.position(),
         fovy_deg=EXTERNAL_CAMERA_FOV_Y_DEG + float(share * rng.uniform(-8, 8)),
         surfaces=surfaces,
-        light=draw_light_from_above(rng),
+        light=sample_light_from_above(rng),
         diffuse=_tint(appearance.diffuse, brightness, warmth),
         ambient=_tint(appearance.ambient, brightness, warmth),
         has_four_walls=True,
     )
 
 
-def _draw_colorful_lab_look(number: int) -> SceneAppearance:
+def _sample_colorful_lab_look(number: int) -> SceneAppearance:
     """The appearance of a colorful laboratory: a scene of the default world, changed moderately."""
     rng = np.random.default_rng([_COLORFUL_LAB_STREAM, number])
-    return _draw_colorful_look(sample_clutter_scene(number).appearance, rng)
+    return _sample_colorful_look(sample_clutter_scene(number).appearance, rng)
 
 
 def _tint(color: Color, brightness: float, warmth: float) -> Color:
@@ -335,14 +337,14 @@ def _tint(color: Color, brightness: float, warmth: float) -> Color:
     return float(red), float(green), float(blue)
 
 
-def _draw_lab_look(appearance: SceneAppearance, rng: np.random.Generator) -> SceneAppearance:
+def _sample_lab_look(appearance: SceneAppearance, rng: np.random.Generator) -> SceneAppearance:
     """Draw the appearance of a laboratory: a wild world, with the camera where a person mounts it.
 
     The result is the same for every scene, because `rng` is seeded with the laboratory's number
-    alone, and nothing of the scene's own camera remains. `_draw_wild_look` uses that camera's
+    alone, and nothing of the scene's own camera remains. `_sample_wild_look` uses that camera's
     target, azimuth and distance, but this function replaces all three.
     """
-    wild = _draw_wild_look(appearance, rng)
+    wild = _sample_wild_look(appearance, rng)
     wild_orbit = CameraOrbit.of(wild)
     target_m = (0.48, 0.01, 0.09)  # middle of the targets of the default world's cameras
     camera = CameraOrbit(
@@ -376,6 +378,6 @@ def _place_freely(
         if is_free:
             yaw = float(rng.uniform(-math.pi, math.pi))
             rotation = (math.cos(yaw / 2), 0.0, 0.0, math.sin(yaw / 2))
-            color = draw_color_near(kind.colors[int(rng.integers(len(kind.colors)))], 0.15, rng)
+            color = sample_color_near(kind.colors[int(rng.integers(len(kind.colors)))], 0.15, rng)
             return SceneObject(name, (x, y, kind.height), rotation, color)
     return None

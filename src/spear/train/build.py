@@ -43,7 +43,7 @@ from spear.models.weights import load as weights
 from spear.models.weights.folders import is_simulator_only
 from spear.monitor.distribution import TrainingDistribution
 from spear.question_types import QUESTION_TYPES_PIXEL
-from spear.tokens import CoordinateTokenizer, draw_new_embeddings
+from spear.tokens import CoordinateTokenizer, sample_new_embeddings
 from spear.train import optimize, parallel, tasks
 from spear.train.optimize import Task
 from spear.train.options import Recipe, TrainingInputs, check_inputs
@@ -649,7 +649,7 @@ def _renew_coordinate_embeddings(
     old_rows = vlm.get_parameter(EMBEDDINGS_NAME).detach()
     word_rows = old_rows[: processor.location_start]
     generator = torch.Generator().manual_seed(seed)
-    new_rows = draw_new_embeddings(word_rows, num_bins, generator, smooth=recipe.smooth_tokens)
+    new_rows = sample_new_embeddings(word_rows, num_bins, generator, smooth=recipe.smooth_tokens)
     rows = torch.cat([old_rows[:first_id], new_rows, old_rows[end_id:]])
 
     # Only the weight is replaced, not the module: Gemma's embedding module scales the rows that it
@@ -693,7 +693,7 @@ def _make_new_vlm(
     )
     with torch.no_grad():
         for first_id, count in number_tokens:
-            rows = draw_new_embeddings(word_rows, count, generator, smooth=True)
+            rows = sample_new_embeddings(word_rows, count, generator, smooth=True)
             embeddings[first_id : first_id + count] = rows
     return processor, vlm
 

@@ -15,7 +15,7 @@ import shutil
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pyarrow.parquet as pq
 import torch
@@ -25,7 +25,7 @@ from spear.data.readers.dataset_layout import REGISTRY
 from spear.data.readers.formats import check_holds_no_input, get_dataset_name
 from spear.data.store.episode_store import EpisodeStore, WeightedStore
 from spear.errors import is_first_process, notice
-from spear.models.devices import choose_device, keep_freed_memory
+from spear.models.devices import keep_freed_memory, prepare_device
 from spear.models.weights.folders import (
     hash_files,
     is_simulator_only,
@@ -81,7 +81,7 @@ def train(
         out: the run's folder.
         inputs: what to learn from and to start from.
         options: seed, workers and so on; `options.device` is not used.
-        device: the device's name, as `choose_device` takes it.
+        device: the device's name, as `prepare_device` takes it.
 
     Returns:
         `out/final`, the folder of the result.
@@ -95,7 +95,7 @@ def train(
     if not _has_same_episodes(inputs, checkpoint):
         inputs = _drop_failed_episodes(inputs)
     requested_opt = recipe.optimization  # before it is adapted to the device and to a resumed run
-    recipe, torch_device, run_settings = check_run(recipe, out, inputs, options, device)
+    recipe, torch_device, run_settings = validate_run(recipe, out, inputs, options, device)
     init_origin = None if inputs.init is None else read_provenance(inputs.init)
     options = dataclasses.replace(options, device=torch_device)
     if torch_device.type == "cpu":
@@ -137,18 +137,29 @@ def train(
     return out / "final"
 
 
-def check_run(
-    recipe: Recipe, out: Path, inputs: TrainingInputs, options: RunOptions, device: str
-) -> tuple[Recipe, torch.device, dict[str, Any]]:
-    """Check a run without reading weights or demonstrations, which may not be prepared yet.
+class ValidRun(NamedTuple):
+    """What is to be trained, after all checks.
 
-    Returns:
-        The recipe as it will be trained, the device, and the run settings.
+    Attributes:
+        recipe: The recipe as it will be trained on the device.
+        device: The device of this process.
+        run_settings: What the run is made from; see `_list_run_settings`.
+    """
+
+    recipe: Recipe
+    device: torch.device
+    run_settings: dict[str, Any]
+
+
+def validate_run(
+    recipe: Recipe, out: Path, inputs: TrainingInputs, options: RunOptions, device: str
+) -> ValidRun:
+    """Check a run without reading weights or demonstrations, which may not be prepared yet.
 
     Raises:
         SpearError: for the first mistake in the recipe, its inputs, the device or the folder `out`.
     """
-    torch_device = choose_device(device)
+    torch_device = prepare_device(device)
     check_holds_no_input(out, "train")
     parallel.join_process_group(torch_device)
     opt = loop.resolve_optimization(recipe.optimization, out, torch_device)
@@ -170,7 +181,7 @@ def check_run(
         del known_settings[EPISODE_CONTENT_KEY]
     loop.find_checkpoint_to_resume(out, options.seed, known_settings, opt.steps)
     check_writable(out / "log.jsonl")
-    return recipe, torch_device, run_settings
+    return ValidRun(recipe, torch_device, run_settings)
 
 
 def _has_same_episodes(inputs: TrainingInputs, checkpoint: Checkpoint | None) -> bool:
@@ -464,7 +475,7 @@ def weigh_datasets(
             known datasets if that has all of them; otherwise they are equal.
     """
     names = [get_dataset_name(folder) for folder in folders]
-    weights = list(weights) or _choose_default_weights(stores)
+    weights = list(weights) or _get_known_or_equal_weights(stores)
     if len(stores) > 1 and is_first_process():
         _print_mixture(names, weights)
         _note_repeated_episodes(stores)
@@ -474,7 +485,7 @@ def weigh_datasets(
     ]
 
 
-def _choose_default_weights(stores: Sequence[EpisodeStore]) -> list[float]:
+def _get_known_or_equal_weights(stores: Sequence[EpisodeStore]) -> list[float]:
     """Return the known sampling weights of all datasets, or equal weights if one is unknown."""
     weights: list[float] = []
     for store in stores:

@@ -53,7 +53,7 @@ PATCH_JITTER = 0.5  # strength of the photometric augmentation of `PatchTask` (o
 MIN_COVERAGE = 0.01
 
 
-def _draw_view(views: Mapping[str, Any], rng: np.random.Generator) -> str:
+def _sample_view(views: Mapping[str, Any], rng: np.random.Generator) -> str:
     """Draw the view of a batch of stage 0.
 
     It is the wrist camera, with the probability `WRIST_FRACTION`, or else the view whose name comes
@@ -82,7 +82,7 @@ class DepthTask:
         Labels store only every fourth row and column of the depth.
         """
         rng = np.random.default_rng((self.seed, piece_number))
-        images = self.views[_draw_view(self.views, rng)]
+        images = self.views[_sample_view(self.views, rng)]
         samples = [images[int(row)] for row in rng.integers(len(images), size=self.batch_size)]
         pixels = [torch.from_numpy(decode_image(image)).permute(2, 0, 1) for image, _ in samples]
         depth = np.stack([depth for _, depth in samples])
@@ -127,7 +127,7 @@ class PatchTask:
     def batch(self, piece_number: int) -> Batch:
         """Return the arguments of `PatchClassification.forward`."""
         rng = np.random.default_rng((self.seed, PATCH_STREAM, piece_number))
-        view = _draw_view(self.views, rng)
+        view = _sample_view(self.views, rng)
         rows = rng.integers(len(self.views[view]), size=self.batch_size)
         samples = [self.views[view][int(row)] for row in rows]
 

@@ -11,7 +11,7 @@ from scipy.spatial.transform import Rotation
 
 from refusals import refuses
 from spear.data.actions import add_actions, resample_episode
-from spear.data.readers.bad_rows import Repairs, count_repairs
+from spear.data.readers.bad_rows import Repairs, collect_repairs
 from spear.data.readers.build_episode import build_episode, read_openings
 from spear.data.readers.columns import read_column
 from spear.data.readers.dataset_layout import REGISTRY, DatasetLayout
@@ -519,7 +519,7 @@ def test_repairs_are_counted() -> None:
     clear_rows(steps, [4, 5])
     steps["observation"]["state_gripper"][0] = 0.09  # more than a tenth beyond the open reading
 
-    with count_repairs() as repairs:
+    with collect_repairs() as repairs:
         build_episode(steps, SIRIUS, SOURCE)
 
     assert repairs == Repairs(num_dropped_rows=2, num_clipped_readings=1)

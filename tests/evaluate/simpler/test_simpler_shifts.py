@@ -32,18 +32,18 @@ from spear.evaluate.simpler.shifts import (
     SIMPLER_AXES,
     TASK_WORDS,
     SceneShift,
-    draw_background,
-    draw_camera,
-    draw_instruction,
     parse_simpler_shift,
     rotate_x_axis_to,
+    sample_background,
+    sample_camera,
+    sample_instruction,
     select_tasks,
 )
 from spear.evaluate.simpler.tasks import TASKS, Moment
 from spear.evaluate.simpler.world import SimplerProcess
 from spear.geometry import quat_rotate
 from spear.sim.shifts import CAMERA_LEVELS, LEVELS, POLITE_PREFIXES, CameraLevel, Shift
-from spear.sim.worlds import CameraOrbit, draw_light_from_above
+from spear.sim.worlds import CameraOrbit, sample_light_from_above
 from spear.types import Array
 
 CARROT_TASK = "PutCarrotOnPlateInScene-v1"
@@ -90,7 +90,7 @@ def test_the_camera_moves_around_the_same_point_within_its_level(
     orbit_before = CameraOrbit.around(tuple(target), tuple(camera.position))
 
     for seed in range(20):
-        moved = draw_camera(camera, TABLE_Z_M, limits, make_generator(seed))
+        moved = sample_camera(camera, TABLE_Z_M, limits, make_generator(seed))
 
         orbit = CameraOrbit.around(tuple(target), tuple(moved.position))
         np.testing.assert_allclose(moved.find_target(TABLE_Z_M), target, atol=1e-9)
@@ -113,7 +113,7 @@ def test_a_camera_that_does_not_move_keeps_its_orientation(camera: CameraView) -
     )
     nowhere = CameraLevel(azimuth_deg=0, elevation_deg=0, distance_factor=1, fovy_deg=0)
 
-    moved = draw_camera(rolled, TABLE_Z_M, nowhere, make_generator())
+    moved = sample_camera(rolled, TABLE_Z_M, nowhere, make_generator())
 
     np.testing.assert_allclose(moved.position, rolled.position, atol=1e-9)
     np.testing.assert_allclose(moved.rotation, rolled.rotation, atol=1e-9)
@@ -133,7 +133,7 @@ def test_a_point_of_the_table_has_the_same_color_from_everywhere(
     column, row = np.rint(camera.project(point)).astype(int)
 
     for seed in range(10):
-        moved = draw_camera(camera, TABLE_Z_M, CAMERA_LEVELS[2], make_generator(seed))
+        moved = sample_camera(camera, TABLE_Z_M, CAMERA_LEVELS[2], make_generator(seed))
         view = view_from(photograph, camera, moved, TABLE_Z_M)
 
         moved_column, moved_row = np.rint(moved.project(point)).astype(int)
@@ -148,7 +148,7 @@ def test_the_photograph_shows_less_of_what_a_camera_sees_the_more_it_moves(
     for level in LEVELS:
         of_level = []
         for seed in range(20):
-            moved = draw_camera(camera, TABLE_Z_M, CAMERA_LEVELS[level], make_generator(seed))
+            moved = sample_camera(camera, TABLE_Z_M, CAMERA_LEVELS[level], make_generator(seed))
             of_level.append(measure_photographed_fraction(camera, moved, TABLE_Z_M))
         fractions.append(np.mean(of_level))
 
@@ -163,7 +163,7 @@ def test_a_light_is_turned_to_its_direction() -> None:
     x_axis = torch.tensor([1.0, 0, 0], dtype=torch.float64)
 
     for seed in range(10):
-        direction = draw_light_from_above(make_generator(seed))
+        direction = sample_light_from_above(make_generator(seed))
 
         shining = quat_rotate(torch.from_numpy(rotate_x_axis_to(direction)), x_axis)
         np.testing.assert_allclose(shining.numpy(), direction, atol=1e-9)
@@ -180,7 +180,7 @@ def test_light_of_twice_the_strength_makes_a_photograph_brighter_by_its_gamma(
 def test_the_background_of_level_1_differs_from_the_photograph_by_one_color(
     camera: CameraView, photograph: Array
 ) -> None:
-    shifted = draw_background(photograph, camera, TABLE_Z_M, 1, make_generator(3))
+    shifted = sample_background(photograph, camera, TABLE_Z_M, 1, make_generator(3))
 
     difference = shifted.astype(int) - photograph
     is_unclipped = ((shifted > 0) & (shifted < 255)).all(axis=-1)
@@ -194,7 +194,7 @@ def test_the_background_of_level_1_differs_from_the_photograph_by_one_color(
 def test_the_background_of_higher_levels_has_a_single_hue(
     camera: CameraView, photograph: Array, level: int
 ) -> None:
-    shifted = draw_background(photograph, camera, TABLE_Z_M, level, make_generator(5))
+    shifted = sample_background(photograph, camera, TABLE_Z_M, level, make_generator(5))
 
     is_unclipped = ((shifted > 40) & (shifted < 255)).all(axis=-1)
     shares = shifted[is_unclipped] / shifted[is_unclipped].sum(axis=-1, keepdims=True)
@@ -212,7 +212,7 @@ def test_an_instruction_has_the_words_of_its_level(task: str, level: int) -> Non
     words = TASK_WORDS[task]
 
     for seed in range(10):
-        text = draw_instruction(task, -0.1, 0.1, level, make_generator(seed))
+        text = sample_instruction(task, -0.1, 0.1, level, make_generator(seed))
 
         is_polite = text.startswith(tuple(POLITE_PREFIXES))
         assert is_polite == (level >= 2)
@@ -226,14 +226,14 @@ def test_an_instruction_has_the_words_of_its_level(task: str, level: int) -> Non
 
 
 def test_an_object_right_of_the_target_is_called_so() -> None:
-    text = draw_instruction(CARROT_TASK, 0.1, 0.0, 3, make_generator())
+    text = sample_instruction(CARROT_TASK, 0.1, 0.0, 3, make_generator())
 
     assert "the thing right of the plate" in text
 
 
 def test_an_object_in_front_of_the_target_keeps_a_name() -> None:
     """1 cm to the side is neither left nor right."""
-    text = draw_instruction(CARROT_TASK, 0.01, 0.0, 3, make_generator())
+    text = sample_instruction(CARROT_TASK, 0.01, 0.0, 3, make_generator())
 
     assert "thing" not in text
     assert any(name in text for name in TASK_WORDS[CARROT_TASK].source.unseen)

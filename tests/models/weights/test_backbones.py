@@ -45,7 +45,7 @@ from spear.models.weights.action_expert import plan_policy
 from spear.models.weights.backbones import EMBEDDINGS, plan_backbones
 from spear.models.weights.folders import is_simulator_only
 from spear.models.weights.load import StoredCheckpoint
-from spear.tokens import draw_new_embeddings
+from spear.tokens import sample_new_embeddings
 
 WIDTH_PX, HEIGHT_PX = 280, 210
 MAX_ERROR = 1e-5  # relative to the largest value
@@ -214,7 +214,7 @@ class TestCoordinateTokens:
         num_known = min(num_rows, start)
         end = start + TINY14.bins
         generator = torch.Generator().manual_seed(0)
-        expected = draw_new_embeddings(published[:num_known], end - num_known, generator)
+        expected = sample_new_embeddings(published[:num_known], end - num_known, generator)
 
         embeddings = plan.run().language_model.embed_tokens.weight
 

@@ -42,7 +42,7 @@ _current_repairs: ContextVar[Repairs | None] = ContextVar("repairs", default=Non
 
 
 @contextlib.contextmanager
-def count_repairs() -> Iterator[Repairs]:
+def collect_repairs() -> Iterator[Repairs]:
     """Count the repairs of all episodes that are read in a `with` block.
 
     Yields:
@@ -57,7 +57,7 @@ def count_repairs() -> Iterator[Repairs]:
 
 
 def record_repairs(*, num_dropped_rows: int = 0, num_clipped_readings: int = 0) -> None:
-    """Add repairs to the counts of the surrounding `count_repairs`, if there is one."""
+    """Add repairs to the counts of the surrounding `collect_repairs`, if there is one."""
     repairs = _current_repairs.get()
     if repairs is not None:
         repairs.add(Repairs(num_dropped_rows, num_clipped_readings))
@@ -105,7 +105,7 @@ def mark_zeros_for_missing_poses(pose: Array) -> Array:
     return no_row if comes_near_zero else is_zero
 
 
-def choose_rows_and_record_drops(is_good: Array) -> Array:
+def list_usable_rows_and_record_drops(is_good: Array) -> Array:
     """Choose the rows of an episode to use, and record how many are dropped.
 
     If more than half of the rows are bad, the layout is probably wrong, or little of the episode

@@ -19,7 +19,7 @@ from spear.data.actions import (
     validate_rotations_and_actions,
 )
 from spear.data.readers.bad_rows import (
-    choose_rows_and_record_drops,
+    list_usable_rows_and_record_drops,
     mark_complete_rows,
     mark_zeros_for_missing_poses,
     mask_actions_before_gaps,
@@ -142,7 +142,7 @@ def drop_bad_rows(steps: Steps, layout: DatasetLayout, source: str) -> tuple[Ste
         is_good &= ~mark_zeros_for_missing_poses(pose_without_nan)
         assert layout.rotation_format is not None
         is_good &= mark_rotations(rotation, layout.rotation_format)
-    rows = choose_rows_and_record_drops(is_good)
+    rows = list_usable_rows_and_record_drops(is_good)
     good_steps = select_rows(steps, rows, num_rows)
     return good_steps, rows
 

@@ -45,7 +45,7 @@ from spear.data.frames import (
 from spear.data.normalize import make_and_write_sketches
 from spear.data.options import ALL_OTHER_CAMERAS, Conversion
 from spear.data.readers import formats
-from spear.data.readers.bad_rows import Repairs, count_repairs
+from spear.data.readers.bad_rows import Repairs, collect_repairs
 from spear.data.readers.splits import parse_split
 from spear.data.store.episode_store import (
     REQUEST_FILE,
@@ -486,7 +486,7 @@ def prepare_block(path: Path, conversion: Conversion, split: str) -> PreparedBlo
     def skip(error: SpearError) -> None:
         reasons.append(str(error))
 
-    with count_repairs() as repairs:
+    with collect_repairs() as repairs:
         for episode in formats.read_episodes(path, split, conversion.layout, skip):
             try:
                 good_episodes.append(_convert_episode(episode, conversion))

@@ -67,7 +67,7 @@ def sample_start(official: Mapping[str, Array], seed: int, attempt: int = 0) -> 
 
     rng = np.random.default_rng([seed, attempt])
     for _ in range(MAX_TRIES):
-        shift_of_group = {group: _draw_shift(rng) for group in sorted(set(group_of_object))}
+        shift_of_group = {group: _sample_shift_m(rng) for group in sorted(set(group_of_object))}
         shifts = np.stack([shift_of_group[group] for group in group_of_object])  # [objects, 2]
         for group in set(group_of_object):
             is_member = np.equal(group_of_object, group)  # [objects] bool
@@ -101,7 +101,7 @@ def measure_distance_from_official(official_positions: Array, start_positions: A
     return float(distances.max(axis=1).min())
 
 
-def _draw_shift(rng: np.random.Generator) -> Array:
+def _sample_shift_m(rng: np.random.Generator) -> Array:
     """Draw a motion [2] on the table, uniform in a disk, m."""
     radius = MAX_SHIFT_M * math.sqrt(rng.uniform())
     angle = rng.uniform(-math.pi, math.pi)

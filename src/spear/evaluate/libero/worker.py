@@ -532,7 +532,7 @@ class LiberoTask:
             # hulls and left out; boxes, cylinders and the like count.
             if model.geom_group[geom] == 0 and model.geom_type[geom] == _MESH:
                 continue
-            in_geom = _sample_geom(model, geom)
+            in_geom = _list_points_spanning_geom(model, geom)
             rotation = data.geom_xmat[geom].reshape(3, 3)
             in_world = in_geom @ rotation.T + data.geom_xpos[geom]
             points.append((in_world - data.xpos[root]) @ root_rotation)
@@ -550,7 +550,7 @@ class LiberoTask:
 _MESH = 7  # mujoco.mjtGeom.mjGEOM_MESH
 
 
-def _sample_geom(model: Any, geom: int) -> Array:
+def _list_points_spanning_geom(model: Any, geom: int) -> Array:
     """Points [n, 3] that span a shape, in its own frame."""
     if model.geom_type[geom] == _MESH:
         mesh = model.geom_dataid[geom]

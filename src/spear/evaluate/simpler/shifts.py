@@ -38,12 +38,17 @@ from spear.sim.shifts import (
     ObjectNames,
     Shift,
     describe_by_side,
-    draw_brightness_and_tint,
-    draw_orbit_near,
-    draw_unseen_instruction,
+    sample_brightness_and_tint,
+    sample_orbit_near,
+    sample_unseen_instruction,
 )
 from spear.sim.textures import UNSEEN_TEXTURES
-from spear.sim.worlds import CameraOrbit, draw_any_color, draw_color_near, draw_light_from_above
+from spear.sim.worlds import (
+    CameraOrbit,
+    sample_any_color,
+    sample_color_near,
+    sample_light_from_above,
+)
 from spear.types import Array
 
 SIMPLER_AXES = ("camera", "light", "background", "language", "noise")
@@ -162,7 +167,7 @@ def select_tasks(tasks: Sequence[str], shift: str | None) -> tuple[str, ...]:
     return tuple(tasks) or shiftable_tasks
 
 
-def draw_camera(
+def sample_camera(
     camera: CameraView, table_z_m: float, level: CameraLevel, rng: np.random.Generator
 ) -> CameraView:
     """Draw another camera pose around the point of the table that a camera looks at.
@@ -178,7 +183,7 @@ def draw_camera(
     target = camera.find_target(table_z_m)
     x, y, z = target.tolist()
     orbit = CameraOrbit.around((x, y, z), tuple(camera.position.tolist()))
-    position = np.array(draw_orbit_near(orbit, level, rng).position())
+    position = np.array(sample_orbit_near(orbit, level, rng).position())
     fovy_deg = camera.fovy_deg + rng.uniform(-level.fovy_deg, level.fovy_deg)
     turn = _look_at(position, target) @ _look_at(camera.position, target).T
     return replace(
@@ -198,7 +203,7 @@ def _look_at(position: Array, target: Array) -> Array:
     return np.stack([right, down, forward], axis=1)
 
 
-def draw_background(
+def sample_background(
     photograph: Array, camera: CameraView, table_z_m: float, level: int, rng: np.random.Generator
 ) -> Array:
     """Draw another background.
@@ -215,15 +220,15 @@ def draw_background(
     """
     if level == 1:
         red, green, blue = (photograph.reshape(-1, 3).mean(axis=0) / 255).tolist()
-        color = draw_color_near((red, green, blue), BACKGROUND_COLOR_DISTANCE, rng)
+        color = sample_color_near((red, green, blue), BACKGROUND_COLOR_DISTANCE, rng)
         return shift_mean_color(photograph, color)
-    color = draw_any_color(rng)
+    color = sample_any_color(rng)
     if level == 2:
         return recolor(photograph, color)
     return paint_texture(str(rng.choice(tuple(UNSEEN_TEXTURES))), color, camera, table_z_m)
 
 
-def draw_instruction(
+def sample_instruction(
     task: str, source_right_m: float, target_right_m: float, level: int, rng: np.random.Generator
 ) -> str:
     """Draw an instruction in words that the benchmark does not have.
@@ -240,7 +245,7 @@ def draw_instruction(
     names = [words.source.seen[0], words.target.seen[0]]
     relation = describe_by_side(0, names, [0, 1], [source_right_m, target_right_m])
     templates = UNSEEN_TEMPLATES[words.family]
-    return draw_unseen_instruction(templates, words.source, words.target, relation, level, rng)
+    return sample_unseen_instruction(templates, words.source, words.target, relation, level, rng)
 
 
 def shift_scene(env: Any, task: str, photograph: Array, scene_shift: SceneShift) -> str | None:
@@ -264,19 +269,19 @@ def shift_scene(env: Any, task: str, photograph: Array, scene_shift: SceneShift)
         for name in (env.source_obj_name, env.target_obj_name):
             offset = _read_base_position(env, env.objs[name]) - camera.position
             positions.append(float(offset @ camera.rotation[:, 0]))
-        return draw_instruction(task, positions[0], positions[1], shift.level, rng)
+        return sample_instruction(task, positions[0], positions[1], shift.level, rng)
 
     table_z_m = TABLE_HEIGHT_M - float(env.agent.robot.pose.p[0, 2])
     if shift.axis == "camera":
-        moved_camera = draw_camera(camera, table_z_m, CAMERA_LEVELS[shift.level], rng)
+        moved_camera = sample_camera(camera, table_z_m, CAMERA_LEVELS[shift.level], rng)
         _move_camera(env, moved_camera)
         photograph = view_from(photograph, camera, moved_camera, table_z_m)
     elif shift.axis == "light":
-        factor, tint = draw_brightness_and_tint(LIGHT_LEVELS[shift.level], rng)
-        _change_light(env, factor * tint, draw_light_from_above(rng))
+        factor, tint = sample_brightness_and_tint(LIGHT_LEVELS[shift.level], rng)
+        _change_light(env, factor * tint, sample_light_from_above(rng))
         photograph = relight(photograph, factor * tint)
     elif shift.axis == "background":
-        photograph = draw_background(photograph, camera, table_z_m, shift.level, rng)
+        photograph = sample_background(photograph, camera, table_z_m, shift.level, rng)
     set_photograph(env, photograph)
     return None
 

@@ -14,7 +14,7 @@ from spear.labels.pipeline import label_with_ground_truth
 from spear.labels.questions.generate import abbreviate_unit, format_answer
 from spear.labels.questions.templates import KEYPOINT_NAMES, is_a, with_article
 from spear.labels.questions.types import PROMPT_TEMPLATES
-from spear.labels.store import select_labels
+from spear.labels.store import read_evenly_spread_labels
 from spear.models.processing import Processor
 from spear.models.readout import DecodeMethod, Distribution, replace_numbers
 from spear.policy import Answer, VlmBundle
@@ -294,7 +294,7 @@ def load_labeled_images(
         folder = Path(source)
         if (folder / view).is_dir():
             folder = folder / view
-        labels = select_labels(folder, num_images)
+        labels = read_evenly_spread_labels(folder, num_images)
 
     unit = processor.coordinates.unit
     for label in labels:

@@ -213,14 +213,14 @@ class GeminiDetector:
                 response = self._client.models.generate_content(
                     model=self.model, contents=[image_part, self.prompt], config=self._config
                 )
-                self._count_request(response.usage_metadata)
+                self._record_request(response.usage_metadata)
                 text = extract_text(response, source)
                 return text, parse_detections(text, height, width)
             # A request counts if the service answered it, also if the answer is an error.
             except self._errors.APIError as error:
-                self._count_request()
+                self._record_request()
                 reason = self._quote(f"{error.code} {error.status or ''}: {error.message or ''}")
-                wait_s = self._choose_wait(error, reason, source, wait_s)
+                wait_s = self._choose_wait_s(error, reason, source, wait_s)
             except self._connection_errors as error:  # no answer, so there is nothing to count
                 reason = self._quote(f"no connection: {summarize_error(error)}")
             except UnusableAnswerError as error:  # counted above, before the answer was parsed
@@ -228,7 +228,7 @@ class GeminiDetector:
                 wait_s = 0.0
                 num_unusable += 1
             except ValueError as error:  # Google's client could not read the response
-                self._count_request()
+                self._record_request()
                 reason = self._quote(f"unreadable response: {error}")
                 num_unusable += 1
             if num_unusable == MAX_UNUSABLE_ANSWERS or attempt + 1 == MAX_ATTEMPTS:
@@ -266,7 +266,7 @@ class GeminiDetector:
         message = message.replace(self._key, "[the key]")
         return summarize_error(message)[:MAX_REASON_LENGTH]
 
-    def _choose_wait(self, error: Any, reason: str, source: str, default_wait_s: float) -> float:
+    def _choose_wait_s(self, error: Any, reason: str, source: str, default_wait_s: float) -> float:
         """Choose how many seconds to wait after an error of the service.
 
         If the service says how long to wait, the requests for other images wait as long.
@@ -307,7 +307,7 @@ class GeminiDetector:
         self._fatal_reason = f"{self.model} {message}"
         return RetryableError(self._fatal_reason)
 
-    def _count_request(self, tokens: Any = None) -> None:
+    def _record_request(self, tokens: Any = None) -> None:
         """Count a request, and its tokens if the response tells them."""
         with self._lock:
             self.usage["requests"] += 1

@@ -29,7 +29,7 @@ class _OpenVocabularyDetector:
     Args:
         model: Name on the Hub, or folder.
         vocabulary: The names of the objects to find.
-        device: "auto", or a device name of PyTorch (`choose_device`).
+        device: "auto", or a device name of PyTorch (`prepare_device`).
 
     Raises:
         SpearError: The vocabulary is empty, a name is too long for a prompt, or the model cannot be

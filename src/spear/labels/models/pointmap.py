@@ -9,7 +9,7 @@ import torch
 
 from spear.errors import SpearError
 from spear.labels.models.protocols import PointMapResult
-from spear.models.devices import choose_device
+from spear.models.devices import prepare_device
 from spear.models.moge.checkpoint import load_moge
 from spear.models.moge.infer import Geometry, infer_geometry
 from spear.models.moge.networks import MogeV1, MogeV2
@@ -25,13 +25,13 @@ class MogePointMapModel:
     Args:
         model: The network; it is moved to the device.
         name: Name of the network's weights, for the label's provenance.
-        device: "auto", or a device name of PyTorch (`choose_device`).
+        device: "auto", or a device name of PyTorch (`prepare_device`).
     """
 
     def __init__(
         self, model: MogeV1 | MogeV2, name: str = "random weights", device: str = "auto"
     ) -> None:
-        torch_device = choose_device(device)
+        torch_device = prepare_device(device)
         # Mixed precision, as in MoGe's own code
         self.dtype = torch.float16 if torch_device.type == "cuda" else torch.float32
         self.model = model.to(torch_device).eval()

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from spear.errors import SpearError, format_count, summarize_error
-from spear.models.devices import choose_device
+from spear.models.devices import prepare_device
 from spear.util.network import is_hub_name, is_hub_reachable
 from spear.util.pretrained import load_pretrained
 
@@ -22,7 +22,7 @@ def load_model(
         cls: The network's class in Transformers.
         kind: The network's `model_type` in Transformers.
         model: Name on the Hub, or folder with `config.json` and `model.safetensors`.
-        device: "auto", or a device name of PyTorch (`choose_device`).
+        device: "auto", or a device name of PyTorch (`prepare_device`).
         other_kinds: Kinds of larger models that contain this network; they are accepted, too.
 
     Raises:
@@ -31,7 +31,7 @@ def load_model(
     """
     from transformers import AutoConfig
 
-    torch_device = choose_device(device)
+    torch_device = prepare_device(device)
     config = load_pretrained_part(AutoConfig, kind, model)
     if config.model_type not in (kind, *other_kinds):
         raise SpearError(

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from spear.errors import SpearError, check_known
-from spear.labels.questions.interface import QuestionScene, draw_one
+from spear.labels.questions.interface import QuestionScene, sample_one
 from spear.labels.questions.positions import project_to_pixels
 from spear.labels.questions.templates import KEYPOINT_NAMES, UNIT_TEMPLATES, is_a, with_article
 from spear.labels.questions.types import PROMPT_TEMPLATES, QUESTION_TYPE_BY_NAME
@@ -134,7 +134,7 @@ def generate_questions(
     num_questions = min_questions + int(rng.random() * (max_questions - min_questions + 1))
     questions: dict[tuple[Any, ...], Question] = {}
     for _ in range(TRIES_PER_QUESTION * num_questions):
-        question_type = draw_one(question_types, rng)
+        question_type = sample_one(question_types, rng)
         draft = QUESTION_TYPE_BY_NAME[question_type].draft(scene, rng)
         if draft is None:
             continue
@@ -146,10 +146,10 @@ def generate_questions(
 
         # Put the draft into words. If the answer has numbers in relative units, the prompt says so;
         # meters, whose only template is the bare prompt, are not mentioned.
-        prompt = draw_one(PROMPT_TEMPLATES[question_type], rng).format_map(draft.words)
+        prompt = sample_one(PROMPT_TEMPLATES[question_type], rng).format_map(draft.words)
         has_numbers = any(isinstance(segment, float) for segment in draft.segments)
         if has_numbers and len(UNIT_TEMPLATES[label.unit]) > 1:
-            prompt = draw_one(UNIT_TEMPLATES[label.unit], rng).format(prompt)
+            prompt = sample_one(UNIT_TEMPLATES[label.unit], rng).format(prompt)
         questions[key] = Question(question_type, prompt, draft.segments, draft.names, label.unit)
         if len(questions) == num_questions:
             break

@@ -157,7 +157,7 @@ class QuestionType:
         return "{p}" in self.prompts[0] and self.num_objects == 0
 
 
-def draw_one(items: Sequence[T], rng: Random) -> T:
+def sample_one(items: Sequence[T], rng: Random) -> T:
     """Draw one of `items`, all with equal chance."""
     return items[int(rng.random() * len(items))]
 
@@ -183,7 +183,7 @@ def about_one_object(
         objects: Sequence[LabeledObject] = getattr(scene, choice)
         if not objects:
             return None
-        o = draw_one(objects, rng)
+        o = sample_one(objects, rng)
         segments = answer(o, scene.label)
         if segments is None:
             return None

@@ -16,7 +16,7 @@ from transformers import PaliGemmaConfig
 
 from spear.errors import SpearError
 from spear.models.presets import SPECIAL_TOKEN_IDS, Preset, build_vlm_config, get_preset
-from spear.models.processing import validate_tokenizer
+from spear.models.processing import check_tokenizer
 from spear.models.vlm import SpearVLMConfig, SpearVLMForConditionalGeneration
 from spear.models.weights.conversion import (
     Conversion,
@@ -39,7 +39,7 @@ from spear.models.weights.load import (
     make_zero_reader,
 )
 from spear.models.weights.name_rules import read_name_rules
-from spear.tokens import TOKEN_FORMAT, draw_new_embeddings, extend_tokenizer
+from spear.tokens import TOKEN_FORMAT, extend_tokenizer, sample_new_embeddings
 
 # Our names of the token embeddings, and of the output head, which is a copy of them in some files.
 EMBEDDINGS = "language_model.embed_tokens.weight"
@@ -343,7 +343,7 @@ def _load_and_extend_tokenizer(folder: Path, num_rows: int, num_new_tokens: int)
     if not has_tokenizer:
         return None, num_rows
     tokenizer = load_tokenizer(folder)
-    validate_tokenizer(tokenizer)
+    check_tokenizer(tokenizer)
     if TOKEN_FORMAT.format(0) in tokenizer.get_vocab():
         raise SpearError(
             f"the tokenizer in {folder} has 3D tokens already. Give a PaliGemma's own."
@@ -429,7 +429,7 @@ def _make_vocabulary_reader(
         checkpoint.read_into(vocabulary.name, embeddings[:num_rows])
         _check_head(checkpoint, vocabulary, embeddings[:num_rows])
         known_rows = embeddings[:num_known]
-        embeddings[num_known:end] = draw_new_embeddings(known_rows, end - num_known, generator)
+        embeddings[num_known:end] = sample_new_embeddings(known_rows, end - num_known, generator)
         return {EMBEDDINGS: embeddings}
 
     return read

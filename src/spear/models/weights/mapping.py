@@ -17,7 +17,7 @@ from torch import Tensor
 
 from spear.errors import SpearError, check_known, format_count, summarize_error
 from spear.models.presets import build_spear1_config, get_preset
-from spear.models.processing import validate_tokenizer
+from spear.models.processing import check_tokenizer
 from spear.models.spear1 import Spear1ForActionPrediction
 from spear.models.weights.conversion import (
     Conversion,
@@ -271,7 +271,7 @@ def _load_tokenizer(name: Path | str, vlm_config: Any) -> Any:
     """
     folder = find_tokenizer(name)
     tokenizer = load_tokenizer(folder)
-    validate_tokenizer(tokenizer)
+    check_tokenizer(tokenizer)
     first_id = extend_tokenizer(tokenizer, vlm_config.coordinate_bins).start
     if first_id != vlm_config.coordinate_start:
         raise SpearError(

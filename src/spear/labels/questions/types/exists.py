@@ -1,6 +1,6 @@
 """Questions whether the image shows an object. The answer is "yes" or "no"."""
 
-from spear.labels.questions.interface import Draft, QuestionScene, QuestionType, Random, draw_one
+from spear.labels.questions.interface import Draft, QuestionScene, QuestionType, Random, sample_one
 from spear.labels.questions.templates import EVERYDAY_NAMES, is_a, with_article
 
 PROMPTS = (
@@ -16,10 +16,10 @@ def _draft(scene: QuestionScene, rng: Random) -> Draft | None:
     """Ask whether there is an object of some name; half of the time there is."""
     visible_names = [o.name for o in scene.label.objects]
     if visible_names and rng.random() < 0.5:
-        name = draw_one(visible_names, rng)
+        name = sample_one(visible_names, rng)
         answer = "yes"
     else:
-        name = draw_one(EVERYDAY_NAMES, rng)
+        name = sample_one(EVERYDAY_NAMES, rng)
         answer = "no"
         if any(_may_mean(visible_name, name) for visible_name in visible_names):
             return None

@@ -12,7 +12,7 @@ from spear.labels.questions.interface import (
     QuestionScene,
     QuestionType,
     Random,
-    draw_one,
+    sample_one,
     word_object,
 )
 from spear.labels.questions.measures import extract_numbers, measure_mean_point_error
@@ -33,9 +33,9 @@ def _draft(scene: QuestionScene, rng: Random) -> Draft | None:
     """Ask where a keypoint, drawn at random, of an object is."""
     if not scene.objects_3d:
         return None
-    o = draw_one(scene.objects_3d, rng)
-    keypoint = draw_one(tuple(KEYPOINT_NAMES), rng)
-    words = {"x": word_object(o, rng), "p": draw_one(KEYPOINT_NAMES[keypoint], rng)}
+    o = sample_one(scene.objects_3d, rng)
+    keypoint = sample_one(tuple(KEYPOINT_NAMES), rng)
+    words = {"x": word_object(o, rng), "p": sample_one(KEYPOINT_NAMES[keypoint], rng)}
     return Draft(words, o.keypoints[keypoint].tolist(), (o.name,))
 
 

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from spear.labels.questions.interface import Draft, QuestionScene, QuestionType, Random, draw_one
+from spear.labels.questions.interface import Draft, QuestionScene, QuestionType, Random, sample_one
 from spear.labels.questions.positions import to_pixel
 from spear.types import LabeledImage, LabeledObject, Pixel
 
@@ -27,7 +27,7 @@ def _draft(scene: QuestionScene, rng: Random) -> Draft | None:
     """
     if not scene.objects_2d:
         return None
-    o = draw_one(scene.objects_2d, rng)
+    o = sample_one(scene.objects_2d, rng)
     label = scene.label
     x0, y0, x1, y1 = o.box2d.tolist()
     for _ in range(NUM_POINT_TRIES):
