@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 
-from spear.cli import COMMANDS, find_command, load_command
+from spear.cli import COMMANDS, load_command, resolve_command
 from spear.cli.parsing import get_options_class, parse_options
-from spear.data.readers.dataset_layout import find_layout
+from spear.data.readers.dataset_layout import resolve_layout
 from spear.util.options import list_option_names
 
 ROOT = Path(__file__).parents[1]
@@ -97,7 +97,7 @@ def test_commands_in_blocks_are_understood(page: Path) -> None:
             words = shlex.split(command.removeprefix(".venv/bin/"), comments=True)
             if words[:1] != ["spear"] or "…" in line or "*" in line:
                 continue
-            name = find_command(words[1:])
+            name = resolve_command(words[1:])
             arguments = words[1 + len(name.split()) :]
             parse_options(name, load_command(name), arguments, help_text="")
 
@@ -257,8 +257,8 @@ def test_the_tutorial_shows_the_whole_layout_that_like_bridge_dataset_stands_for
     (tmp_path / "shown.json").write_text(json_text)
     (tmp_path / "like.json").write_text('{"like": "bridge_dataset"}')
 
-    shown_layout = find_layout("mine", tmp_path, tmp_path / "shown.json")
-    meant_layout = find_layout("mine", tmp_path, tmp_path / "like.json")
+    shown_layout = resolve_layout("mine", tmp_path, tmp_path / "shown.json")
+    meant_layout = resolve_layout("mine", tmp_path, tmp_path / "like.json")
 
     # Facts and frames say how the layout is known, and the weight is that of the paper's mixture.
     origin = {"facts": {}, "frames": {}, "weight": None}

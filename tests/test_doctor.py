@@ -41,7 +41,7 @@ def instant_measurements(monkeypatch: pytest.MonkeyPatch) -> None:
         num_trainable=0,
     )
     monkeypatch.setattr(doctor, "measure_machine", lambda *_: speed)
-    monkeypatch.setattr(doctor, "measure_inference", lambda *_: estimate)
+    monkeypatch.setattr(doctor, "measure_inference_memory", lambda *_: estimate)
 
 
 @pytest.mark.usefixtures("instant_measurements")

@@ -25,9 +25,9 @@ from scipy import ndimage
 from spear.cli import run_reporting_errors
 from spear.labels.fit.accuracy import (
     BoxErrors,
+    choose_most_covered_instance,
     compare_labels,
     compute_box_errors,
-    find_instance,
 )
 from spear.labels.fit.box3d import make_box, make_box_from_vertices
 from spear.labels.fit.masks import decode_mask
@@ -158,7 +158,7 @@ def measure_object(
 ) -> list[BoxErrors] | None:
     """The errors of each method's box; None where a box is missing."""
     assert frame.boxes is not None
-    instance = find_instance(o, label, frame)
+    instance = choose_most_covered_instance(o, label, frame)
     if o.box3d is None or instance not in frame.boxes:
         return None
     mask = decode_mask(o.mask_runs, label.height, label.width)

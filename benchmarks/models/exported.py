@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
 from spear.cli import run_reporting_errors
-from spear.doctor import describe_machine
+from spear.doctor import list_machine_facts
 from spear.models.export import (
     ExportedPolicy,
     export_policy,
@@ -71,7 +71,7 @@ def make_model(preset: str) -> Any:
 def main(options: Options) -> None:
     torch.set_num_threads(options.threads)
     size = get_preset(options.preset)
-    for name, description in describe_machine(size, torch.device("cpu"))[:2]:
+    for name, description in list_machine_facts(size, torch.device("cpu"))[:2]:
         print(f"{name}: {description}")
     model = make_model(options.preset)
     with tempfile.TemporaryDirectory() as scratch:

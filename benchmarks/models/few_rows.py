@@ -100,7 +100,7 @@ def make_flow_step(stack: LayerStack, prefix: int, batch: int, x: Tensor) -> Flo
     positions = prefix + torch.arange(length).expand(batch, length)
     bias = torch.zeros(batch, 1, end, dtype=x.dtype)
     bias[..., prefix - NUM_PADDING : prefix] = torch.finfo(x.dtype).min
-    return FlowStep(x, stack.compute_rotations(positions, x.dtype), bias, cache, prefix)
+    return FlowStep(x, stack.compute_rotary_factors(positions, x.dtype), bias, cache, prefix)
 
 
 def main(

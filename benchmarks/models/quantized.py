@@ -25,7 +25,7 @@ from torch.nn.functional import cosine_similarity
 
 from spear import flow
 from spear.cli import run_reporting_errors
-from spear.doctor import describe_machine
+from spear.doctor import list_machine_facts
 from spear.models.presets import Preset, build_spear1_config, get_preset
 from spear.models.quantize import QUANTIZATIONS, quantize_model
 from spear.models.spear1 import NUM_STATE_FEATURES, Spear1ForActionPrediction
@@ -102,7 +102,7 @@ def sample_all(model: Any, observations: list[dict[str, Any]]) -> Tensor:
 def main(options: Options) -> None:
     torch.set_num_threads(options.threads)
     size = get_preset(options.preset)
-    for name, description in describe_machine(size, torch.device("cpu"))[:2]:
+    for name, description in list_machine_facts(size, torch.device("cpu"))[:2]:
         print(f"{name}: {description}")
     unquantized = make_model(options)
     models: dict[str, Any] = {options.dtype: unquantized}

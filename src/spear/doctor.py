@@ -40,7 +40,7 @@ from spear.models.sampling import (
 from spear.models.spear1 import NUM_STATE_FEATURES, Spear1ForActionPrediction
 from spear.models.weights.folders import BUNDLED_WEIGHTS
 from spear.models.weights.load import load
-from spear.train.memory import GIB, measure_inference
+from spear.train.memory import GIB, measure_inference_memory
 
 INSTRUCTION_TOKENS = 12  # length of the instruction in the observation
 MEMORY_INFO = Path("/proc/meminfo")
@@ -188,7 +188,7 @@ def measure_machine(
     return MachineSpeed(bytes_per_s=copied_bytes / copy_s, flops_per_s=product_flops / product_s)
 
 
-def describe_machine(preset: Preset, device: torch.device) -> list[tuple[str, str]]:
+def list_machine_facts(preset: Preset, device: torch.device) -> list[tuple[str, str]]:
     """Return what is examined (software, processor, GPU, model), as pairs of name and text."""
     packages = [f"spear {spear.__version__}"]
     packages += [f"{name} {version(name)}" for name in ("torch", "transformers")]
@@ -233,7 +233,8 @@ def measure_implementations(
         SpearError: the model does not even fit into memory in bfloat16.
     """
     planned_bytes = {
-        dtype: measure_inference(preset, dtype).total for dtype in (torch.float32, torch.bfloat16)
+        dtype: measure_inference_memory(preset, dtype).total
+        for dtype in (torch.float32, torch.bfloat16)
     }
     free_bytes = _read_free_bytes(device)
     fitting_dtypes = [dtype for dtype, needed in planned_bytes.items() if needed < free_bytes]

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from spear import flow
-from spear.data.frames import FrameVersions, find_frame_versions_of_policy
+from spear.data.frames import FrameVersions, choose_frame_versions_of_policy
 from spear.data.normalize import Normalizer
 from spear.embodiments.actions import validate_chunk
 from spear.embodiments.observations import (
@@ -395,7 +395,7 @@ class Spear1Policy:
             folder=folder,
             dataset=dataset,
             training_distribution=TrainingDistribution.load(folder / "seen.json"),
-            frames=find_frame_versions_of_policy(normalizer.frames, is_simulator_only(folder)),
+            frames=choose_frame_versions_of_policy(normalizer.frames, is_simulator_only(folder)),
             quantize=quantize,
         )
 

@@ -115,7 +115,7 @@ class CoordinateTokenizer:
         for i in range(bins):
             edges[i + 1] = max(edges[i + 1], np.nextafter(edges[i], math.inf))
 
-        return CoordinateTokenizer(edges, _find_bin_centers(edges, sorted_values), unit)
+        return CoordinateTokenizer(edges, _compute_bin_centers(edges, sorted_values), unit)
 
     def encode(self, values: ArrayLike) -> Array:
         """Convert coordinates to token ids.
@@ -198,7 +198,7 @@ class CoordinateTokenizer:
         return CoordinateTokenizer(edges, centers, unit)
 
 
-def _find_bin_centers(edges: Array, sorted_values: Array) -> Array:
+def _compute_bin_centers(edges: Array, sorted_values: Array) -> Array:
     """The median of the values in each bin, or the middle of an empty bin, [num_bins].
 
     The median of an even number of values is the lower of the two middle ones.

@@ -68,8 +68,8 @@ def test_recipes_shows_the_settings_of_one_with_their_meanings(run_command: Comm
 
 def test_every_setting_of_every_recipe_has_a_meaning() -> None:
     from spear.train.recipes import RECIPES
-    from spear.train.settings import describe_settings
+    from spear.train.settings import list_settings
 
     for recipe in RECIPES.values():
-        for setting in describe_settings(recipe):
+        for setting in list_settings(recipe):
             assert setting.meaning, setting.key

@@ -12,7 +12,10 @@ from scipy.spatial.transform import Rotation
 
 from data_tiny import make_episode, write_store
 from refusals import refuses
-from spear.data.action_reference import measure_from_observed, measure_from_previous
+from spear.data.action_reference import (
+    convert_motions_to_steps,
+    convert_steps_to_motions_from_observed,
+)
 from spear.data.normalize import Normalizer
 from spear.data.store.episode_store import EpisodeStore
 from spear.geometry import apply_action
@@ -39,7 +42,7 @@ def draw_steps(seed: int = 0) -> Action:
 
 def test_a_motion_from_the_observed_pose_leads_where_the_steps_lead() -> None:
     steps = draw_steps()
-    motions = measure_from_observed(steps)
+    motions = convert_steps_to_motions_from_observed(steps)
     observed_position = torch.ones(NUM_CHUNKS, 3, dtype=torch.float64)
     observed_rotation = draw_quaternions((NUM_CHUNKS,), seed=1)
 
@@ -63,13 +66,13 @@ def test_a_motion_from_the_observed_pose_leads_where_the_steps_lead() -> None:
 def test_steps_are_exactly_recovered() -> None:
     steps = draw_steps()
 
-    recovered = measure_from_previous(measure_from_observed(steps))
+    recovered = convert_motions_to_steps(convert_steps_to_motions_from_observed(steps))
 
     torch.testing.assert_close(recovered.to_vector(), steps.to_vector(), rtol=0, atol=1e-12)
 
 
 def test_rotations_stay_in_the_half_space_that_the_flow_learns() -> None:
-    motions = measure_from_observed(draw_steps())
+    motions = convert_steps_to_motions_from_observed(draw_steps())
 
     assert (motions.rotation[..., 0] >= 0).all()
     torch.testing.assert_close(
@@ -79,7 +82,7 @@ def test_rotations_stay_in_the_half_space_that_the_flow_learns() -> None:
 
 def test_the_first_action_and_the_gripper_are_the_same_in_both() -> None:
     steps = draw_steps()
-    motions = measure_from_observed(steps)
+    motions = convert_steps_to_motions_from_observed(steps)
 
     torch.testing.assert_close(motions.translation[:, 0], steps.translation[:, 0])
     torch.testing.assert_close(motions.rotation[:, 0], steps.rotation[:, 0])

@@ -8,7 +8,7 @@ import pytest
 from refusals import refuses
 from spear.data.frames import (
     LAYOUT_DEFAULTS,
-    find_frame_versions_of_policy,
+    choose_frame_versions_of_policy,
     get_newest_frame_version,
     hash_layout,
     list_names_with_outdated_frames,
@@ -86,4 +86,4 @@ def test_an_earlier_store_of_a_dataset_like_a_known_one_is_recognized(name: str)
 def test_policies_before_versions_have_known_frames_if_they_saw_the_simulator_only(
     recorded: dict[str, int] | None, is_simulator_only: bool, expected: dict[str, int] | None
 ) -> None:
-    assert find_frame_versions_of_policy(recorded, is_simulator_only) == expected
+    assert choose_frame_versions_of_policy(recorded, is_simulator_only) == expected

@@ -439,7 +439,7 @@ def test_the_sketch_keeps_moments_exact_and_ranks_within_the_bound(
         sketch.add(piece)
 
     # The moments are exact, and the size is bounded.
-    sketch_values, weights = sketch.get_weighted_values()
+    sketch_values, weights = sketch.get_values_and_weights()
     assert sketch.count == count
     assert weights.sum() == count
     assert len(sketch_values) <= MAX_LEVELS * CAPACITY

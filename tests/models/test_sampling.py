@@ -476,7 +476,7 @@ class TestCompiledStack:
             x = torch.randn(2, 7, TEXT_SIZES["hidden_size"])
             positions = torch.arange(7).expand(2, 7)
             cache = stack.allocate_cache(2, 7, x.dtype, x.device)
-            rotations = stack.compute_rotations(positions, x.dtype)
+            rotations = stack.compute_rotary_factors(positions, x.dtype)
             blocks = [
                 TokenBlock(num_tokens=3, visible_end=3),
                 TokenBlock(num_tokens=4, visible_end=7),

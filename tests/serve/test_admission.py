@@ -18,7 +18,7 @@ from spear.serve.admission import (
     AdmissionLimits,
     AdmissionQueue,
     TokenBucket,
-    find_network,
+    get_address_of_limits,
 )
 from spear.serve.client import RemotePolicy
 from spear.serve.connection import ConnectionLimits
@@ -125,7 +125,7 @@ def test_addresses_of_the_past_are_forgotten(monkeypatch: pytest.MonkeyPatch) ->
     ],
 )
 def test_an_ipv6_address_shares_the_rates_of_its_network(address: str, network: str) -> None:
-    assert find_network(address) == network
+    assert get_address_of_limits(address) == network
 
 
 @contextmanager

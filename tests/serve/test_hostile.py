@@ -19,7 +19,7 @@ from refusals import refuses
 from serve_here import LargeAnswerPolicy, http_get, run_server, run_server_process
 from spear.embodiments import load
 from spear.serve import wire
-from spear.serve.access import find_reachable_host
+from spear.serve.access import get_reachable_host
 from spear.serve.client import RemotePolicy
 from spear.serve.connection import ConnectionLimits
 
@@ -331,12 +331,12 @@ def test_a_server_without_free_file_handles_logs_it_once_and_answers_open_connec
 
 
 def test_a_single_address_is_the_one_that_others_use() -> None:
-    assert find_reachable_host("::1") == "[::1]"
-    assert find_reachable_host("10.0.0.5") == "10.0.0.5"
+    assert get_reachable_host("::1") == "[::1]"
+    assert get_reachable_host("10.0.0.5") == "10.0.0.5"
 
 
 def test_a_server_on_all_addresses_names_one_that_answers() -> None:
-    host = find_reachable_host("0.0.0.0")
+    host = get_reachable_host("0.0.0.0")
 
     assert host not in ("", "0.0.0.0")
     with run_server(host="0.0.0.0") as server:
@@ -344,4 +344,4 @@ def test_a_server_on_all_addresses_names_one_that_answers() -> None:
 
 
 def test_a_server_on_all_ipv6_addresses_names_an_ipv6_address() -> None:
-    assert find_reachable_host("::").startswith("[")
+    assert get_reachable_host("::").startswith("[")

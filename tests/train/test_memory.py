@@ -52,7 +52,7 @@ def small_presets() -> Iterator[None]:
 @pytest.fixture(scope="module")
 def estimate(small_presets: None) -> MemoryEstimate:
     """The estimate for `RECIPE` without any change that saves memory."""
-    return memory.measure_training(RECIPE)
+    return memory.measure_training_memory(RECIPE)
 
 
 def make_estimate(weights: int) -> MemoryEstimate:
@@ -136,7 +136,7 @@ def measure_peak_bytes(recipe: Recipe) -> tuple[Stepper, int]:
 def test_the_estimate_is_what_the_allocator_gives_out(changes: dict[str, Any]) -> None:
     recipe = RECIPE.with_changes(preset="tiny", **changes)
 
-    planned = memory.measure_training(recipe, with_gpu_layers=False)
+    planned = memory.measure_training_memory(recipe, with_gpu_layers=False)
     stepper, peak_bytes = measure_peak_bytes(recipe)
 
     assert planned.total == pytest.approx(peak_bytes, rel=0.05)
@@ -154,7 +154,7 @@ def test_the_estimate_is_what_the_allocator_gives_out(changes: dict[str, Any]) -
 def test_changes_that_save_memory_do(estimate: MemoryEstimate) -> None:
     changes = {"gradient_checkpointing": True, "accumulate": 8, "ema": 0}
 
-    saving = memory.measure_training(RECIPE.with_changes(**changes))
+    saving = memory.measure_training_memory(RECIPE.with_changes(**changes))
 
     assert saving.activations < 0.6 * estimate.activations
     assert saving.weights == estimate.weights
@@ -166,7 +166,7 @@ def test_changes_that_save_memory_do(estimate: MemoryEstimate) -> None:
 @pytest.fixture
 def instant_estimates(monkeypatch: pytest.MonkeyPatch, estimate: MemoryEstimate) -> None:
     """Replace the measurement, which takes a while, by the estimate of `RECIPE`."""
-    monkeypatch.setattr(memory, "measure_training", lambda recipe: estimate)
+    monkeypatch.setattr(memory, "measure_training_memory", lambda recipe: estimate)
 
 
 @pytest.mark.usefixtures("instant_estimates")
@@ -204,7 +204,7 @@ def test_lora_adds_weights_of_which_few_learn(estimate: MemoryEstimate) -> None:
     pytest.importorskip("peft")
     frozen = ("vlm.language_model", "vlm.vision_tower")
 
-    lora = memory.measure_training(RECIPE.with_changes(lora_rank=4, frozen=frozen))
+    lora = memory.measure_training_memory(RECIPE.with_changes(lora_rank=4, frozen=frozen))
 
     assert lora.num_trainable < estimate.num_trainable
     assert estimate.num_trainable <= estimate.num_parameters
@@ -213,14 +213,14 @@ def test_lora_adds_weights_of_which_few_learn(estimate: MemoryEstimate) -> None:
 
 
 def test_questions_add_activations(estimate: MemoryEstimate) -> None:
-    with_questions = memory.measure_training(RECIPE.with_changes(question_images=4))
+    with_questions = memory.measure_training_memory(RECIPE.with_changes(question_images=4))
 
     assert with_questions.weights == estimate.weights
     assert with_questions.activations > estimate.activations
 
 
 def test_a_vlm_has_fewer_weights_than_a_policy(estimate: MemoryEstimate) -> None:
-    vlm = memory.measure_training(RECIPE.with_changes(kind="vlm"))
+    vlm = memory.measure_training_memory(RECIPE.with_changes(kind="vlm"))
 
     assert vlm.weights < estimate.weights
 
@@ -244,13 +244,13 @@ def test_the_command_plans_inference_in_each_precision(
     run_command: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     estimates: list[MemoryEstimate] = []
-    measure_inference = memory.measure_inference
+    measure_inference_memory = memory.measure_inference_memory
 
     def measure_and_keep(*arguments: Any) -> MemoryEstimate:
-        estimates.append(measure_inference(*arguments))
+        estimates.append(measure_inference_memory(*arguments))
         return estimates[-1]
 
-    monkeypatch.setattr(memory, "measure_inference", measure_and_keep)
+    monkeypatch.setattr(memory, "measure_inference_memory", measure_and_keep)
 
     output = run_command(PLAN, "--gpu", "8GB", "--recipe", "inference")
 
@@ -290,7 +290,7 @@ def test_the_command_names_the_changes_that_make_a_recipe_fit(
     monkeypatch.setattr(memory, "estimate_usable_bytes", lambda gpu: 50)
     monkeypatch.setattr(
         memory,
-        "measure_training",
+        "measure_training_memory",
         lambda recipe: make_estimate(next(totals)),
     )
 
@@ -304,7 +304,7 @@ def test_the_command_says_that_no_change_makes_a_recipe_fit(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(memory, "estimate_usable_bytes", lambda gpu: 50)
-    monkeypatch.setattr(memory, "measure_training", lambda recipe: make_estimate(51))
+    monkeypatch.setattr(memory, "measure_training_memory", lambda recipe: make_estimate(51))
 
     assert main([*PLAN_LARGE_BATCH]) == 1
 
@@ -315,7 +315,7 @@ def test_the_command_says_that_a_policy_does_not_fit_to_act(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(memory, "estimate_usable_bytes", lambda gpu: 50)
-    monkeypatch.setattr(memory, "measure_inference", lambda *options: make_estimate(51))
+    monkeypatch.setattr(memory, "measure_inference_memory", lambda *options: make_estimate(51))
 
     assert main([*PLAN, "--recipe", "inference"]) == 1
 

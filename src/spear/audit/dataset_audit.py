@@ -44,9 +44,9 @@ from spear.checks.states import examine_rate, find_state_problems
 from spear.data.actions import check_instruction, compute_and_check_norms
 from spear.data.readers.bad_rows import mask_actions_before_gaps
 from spear.data.readers.build_episode import (
-    drop_bad_rows,
+    drop_bad_rows_and_list_good_ones,
     read_instruction,
-    read_openings,
+    read_measured_and_commanded_openings,
     read_recorded_poses,
     read_success,
 )
@@ -244,7 +244,7 @@ def audit_dataset(
     """
     if split is None:
         split = next(iter(count_episodes(path)))  # the name of the first split
-    layout = find_logged_layout(path, layout_file)
+    layout = load_audit_layout(path, layout_file)
     report = _audit_numbers(path, split, layout)
     cameras = check_cameras(summarize_cameras(path, split, layout))
     texts = examine_instruction_and_success(path, split, layout)
@@ -487,7 +487,7 @@ def read_episode_steps(path: str | Path, split: str, images: Sequence[str] | Non
     return ((episode.source, vars(episode)) for episode in episodes)
 
 
-def find_logged_layout(path: str | Path, layout_file: Path | None) -> DatasetLayout:
+def load_audit_layout(path: str | Path, layout_file: Path | None) -> DatasetLayout:
     """Find the layout of a dataset. Raises `SpearError` if it does not name logged actions."""
     folder = open_dataset(path)
     if isinstance(folder, EpisodeStore):
@@ -523,7 +523,7 @@ def make_recording(steps: Steps, layout: DatasetLayout, source: str) -> Recordin
         rotation_column = f"{layout.action}[3:7]"
         layout_with_command = replace(layout, command=f"{layout.action}[7]")
 
-    steps, rows = drop_bad_rows(steps, layout, source)
+    steps, rows = drop_bad_rows_and_list_good_ones(steps, layout, source)
     logged_translation = _read_optional(steps, translation_column, source)
     logged_rotation = _read_optional(steps, rotation_column, source)
     if layout.logged_rotation_format == "urdf_joints" and logged_rotation is not None:
@@ -546,7 +546,7 @@ def make_recording(steps: Steps, layout: DatasetLayout, source: str) -> Recordin
     return Recording(
         source=source,
         position=position,
-        rotation=_convert_trusted_formats(rotation, rotation_format, layout, source),
+        rotation=_convert_if_trusted_format(rotation, rotation_format, layout, source),
         translation=logged_translation,
         turn=logged_rotation,
         valid=is_valid,
@@ -562,7 +562,7 @@ def _read_moving_gripper(
     """Read openings and commands [T]; None if the layout says that the gripper never moves."""
     if layout.gripper_opening is not None:
         return None, None
-    return read_openings(steps, layout, source)
+    return read_measured_and_commanded_openings(steps, layout, source)
 
 
 def _read_optional(steps: Steps, column_name: str | None, source: str) -> Array | None:
@@ -582,7 +582,7 @@ def _check_shape(
     )
 
 
-def _convert_trusted_formats(
+def _convert_if_trusted_format(
     rotation: Array, rotation_format: RotationFormat, layout: DatasetLayout, source: str
 ) -> Array:
     """Convert recorded orientations to what hypotheses can read.

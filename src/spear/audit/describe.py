@@ -15,21 +15,21 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from spear.audit.dataset_audit import MAX_UNEXPLAINED, MIN_MARGIN
-from spear.audit.describe_joints import (
-    describe_joints,
-    describe_lerobot_gripper,
-    find_joint_columns,
-    list_state_joint_names,
-)
 from spear.audit.hypotheses import (
     UNIT_QUATERNION,
     Fit,
     Stretches,
     find_formats_that_turn_otherwise,
-    find_recorded_unit,
     fit_rotations,
     fit_translations,
+    guess_recorded_unit,
     round_to_known_unit,
+)
+from spear.audit.make_joint_fields import (
+    list_state_joint_names,
+    make_joint_fields,
+    make_lerobot_gripper_fields,
+    resolve_joint_columns,
 )
 from spear.checks.cameras import summarize_view
 from spear.checks.gripper import (
@@ -230,12 +230,12 @@ def _propose_joints(
     columns: Columns, folder: Dataset, urdf: Path, tip: str, proposal: _Proposal
 ) -> None:
     """Propose the columns of the joint angles of an arm, and of its gripper."""
-    joint_columns = find_joint_columns(columns, folder, urdf, tip)
-    fields, facts = describe_joints(columns, joint_columns, urdf, tip)
+    joint_columns = resolve_joint_columns(columns, folder, urdf, tip)
+    fields, facts = make_joint_fields(columns, joint_columns, urdf, tip)
     proposal.fields |= fields
     proposal.facts |= facts
 
-    gripper = describe_lerobot_gripper(columns, folder, joint_columns)
+    gripper = make_lerobot_gripper_fields(columns, folder, joint_columns)
     if gripper:
         proposal.fields |= gripper
         proposal.facts["gripper"] = "by its name; LeRobot's 0 is closed, and 100 open"
@@ -700,7 +700,7 @@ def _propose_rotation_format(
         proposal: the proposal to be completed.
     """
     best = fits[0].hypothesis
-    state_unit = find_recorded_unit(np.concatenate(orientations))
+    state_unit = guess_recorded_unit(np.concatenate(orientations))
     # If the states have no angles, the layout's unit of angles is that of the actions.
     angle_unit = state_unit if best.state_format in ANGLE_FORMATS else best.unit
     proposal.fields["rotation_format"] = best.state_format
@@ -925,7 +925,7 @@ def _propose_gripper(
         return
 
     correlation, state, command = max(pairs, key=lambda pair: abs(pair[0]))
-    low, high = _find_range_ends(values[state])
+    low, high = _compute_rounded_range(values[state])
     verdict, words = _judge_whether_high_is_open(values[state], low, high)
     is_flipped = verdict == "wrong"  # the low end is open
     conclusions = {"agrees": "", "wrong": "; so the ends are exchanged"}
@@ -939,7 +939,7 @@ def _propose_gripper(
         f"correlation {correlation:.2f}"
     )
     if abs(correlation) >= MIN_CORRELATION:
-        command_low, command_high = _find_range_ends(values[command])
+        command_low, command_high = _compute_rounded_range(values[command])
         # The command's high end opens the gripper if command and opening rise together and the
         # opening's high end is open, or if neither is the case.
         is_high_command_open = (correlation > 0) != is_flipped
@@ -971,7 +971,7 @@ def _judge_whether_high_is_open(
     return judge_open_end(openings)
 
 
-def _find_range_ends(values: Sequence[Array]) -> tuple[float, float]:
+def _compute_rounded_range(values: Sequence[Array]) -> tuple[float, float]:
     """Return the smallest and the largest reading, each rounded to four digits.
 
     If the readings nearly span 0 to 1, the ends are 0 and 1.

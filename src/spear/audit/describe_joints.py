@@ -47,7 +47,7 @@ class JointColumns(NamedTuple):
         return [self.state] if self.action is None else [self.state, self.action]
 
 
-def find_joint_columns(columns: Columns, folder: Dataset, urdf: Path, tip: str) -> JointColumns:
+def resolve_joint_columns(columns: Columns, folder: Dataset, urdf: Path, tip: str) -> JointColumns:
     """Find the joint angles of an arm.
 
     Args:
@@ -99,7 +99,7 @@ def _list_motors(folder: Dataset, column: str) -> list[str]:
     return [name.removesuffix(MOTOR_SUFFIX) for name in folder.component_names(column)]
 
 
-def describe_joints(
+def make_joint_fields(
     columns: Columns, joint_columns: JointColumns, urdf: Path, tip: str
 ) -> tuple[dict[str, Any], dict[str, str]]:
     """Describe joint angles, and commanded joint angles, by the keys of spear.json.
@@ -145,7 +145,7 @@ def describe_joints(
     return fields, facts
 
 
-def describe_lerobot_gripper(
+def make_lerobot_gripper_fields(
     columns: Columns, folder: Dataset, joint_columns: JointColumns
 ) -> dict[str, Any]:
     """Describe a gripper that LeRobot's names show: 0 is closed, and 100 open.

@@ -246,7 +246,7 @@ def list_tested_state_formats(values: Array) -> list[str]:
     return [name for name in _list_possible_formats(values) if name != "euler_ZYX"]
 
 
-def find_recorded_unit(rotation: Array) -> str:
+def guess_recorded_unit(rotation: Array) -> str:
     """Find the unit of recorded orientations [N, d]: "deg", "rad" or `UNIT_QUATERNION`.
 
     Three numbers may be angles. They are taken for degrees if some go beyond a whole turn in
@@ -263,7 +263,7 @@ def convert_to_quaternions_by_format(rotation: Array) -> dict[str, Array]:
     Returns:
         Format → quaternions [N, 4].
     """
-    unit = find_recorded_unit(rotation)
+    unit = guess_recorded_unit(rotation)
     values = _to_tensor(rotation * ANGLE_UNITS.get(unit, 1.0))
     quaternions = {}
     for name in _list_possible_formats(rotation):
@@ -804,7 +804,7 @@ def _fit_added_angles(
     Yields:
         One fit per scale, state format and choice of signs.
     """
-    state_unit = find_recorded_unit(rotation)
+    state_unit = guess_recorded_unit(rotation)
     angles = rotation * ANGLE_UNITS[state_unit]  # [N, 3] rad
     start = angles[stretches.rows[:, :1]]  # [n, 1, 3]
     steps = logged[stretches.action_rows(delay)] * stretches.is_step[..., None]  # [n, L, 3]

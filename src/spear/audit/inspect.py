@@ -134,14 +134,14 @@ def _describe_foreign_dataset(folder: Dataset) -> str:
         }
     else:
         title = f"an RLDS dataset, {folder.name} {folder.version}".rstrip()
-        rate, texts = _find_rate_and_instructions(folder, episodes)
+        rate, texts = _describe_rate_and_read_instructions(folder, episodes)
         num_steps = ""
         cameras = []
         axes = {}
 
     lines = [
         f"{folder.path}: {title}",
-        f"layout        {_describe_layout_status(folder.name, folder.path).description}",
+        f"layout        {_get_layout_status(folder.name, folder.path).description}",
         f"rate          {rate}",
         f"episodes      {splits}{num_steps}",
         f"looked at     {num_read} ({_format_range(lengths_read)} steps each)",
@@ -190,7 +190,7 @@ def _list_lerobot_cameras(folder: LeRobotFolder) -> list[str]:
     return lines
 
 
-def _find_rate_and_instructions(
+def _describe_rate_and_read_instructions(
     folder: RldsFolder, episodes: Sequence[Steps]
 ) -> tuple[str, list[str]]:
     """Return the rate of an RLDS dataset in words, and the instructions of some of its episodes.
@@ -259,7 +259,7 @@ def is_layout_known(path: str | Path) -> bool:
     dataset = open_dataset(path)
     if isinstance(dataset, EpisodeStore):
         return True
-    return _describe_layout_status(dataset.name, dataset.path).is_known
+    return _get_layout_status(dataset.name, dataset.path).is_known
 
 
 class _LayoutStatus(NamedTuple):
@@ -269,7 +269,7 @@ class _LayoutStatus(NamedTuple):
     description: str
 
 
-def _describe_layout_status(name: str, folder: Path) -> _LayoutStatus:
+def _get_layout_status(name: str, folder: Path) -> _LayoutStatus:
     """Find out whether a dataset's layout is known.
 
     Args:

@@ -229,7 +229,7 @@ def _dispatch(args: list[str]) -> None:
         title = f"The commands that begin with spear {args[0]}:"
         print(_format_overview(title, _list_subcommands(args[0])))
     else:
-        name = find_command(args)
+        name = resolve_command(args)
         num_name_words = len(name.split())
         option_words = args[num_name_words:]
         renamed.check_options(name, option_words)
@@ -239,7 +239,7 @@ def _dispatch(args: list[str]) -> None:
         function(*parse_options(name, function, option_words, _make_full_help(name)))
 
 
-def find_command(args: Sequence[str]) -> str:
+def resolve_command(args: Sequence[str]) -> str:
     """Return the longest command name that the arguments begin with.
 
     The first argument must not begin with a dash: `_dispatch` handles options without a command.

@@ -74,11 +74,11 @@ def ask(options: AskOptions) -> None:
     from spear.evaluate.vqa.calibration import Trust
     from spear.models.weights.folders import is_simulator_only, read_taught_questions
     from spear.policy import load_vlm, locate
-    from spear.util.images import find_image_format
+    from spear.util.images import get_image_format
 
     folder = locate(options.model)
     if options.save_image:
-        find_image_format(str(options.save_image))  # refuses an unknown format before the work
+        get_image_format(str(options.save_image))  # refuses an unknown format before the work
     bundle = load_vlm(options.model, options.device, options.dtype)
     check_known("view", bundle.processor.image_sizes, options.view)
     size = bundle.processor.image_sizes[options.view]
@@ -326,14 +326,14 @@ def doctor(options: DoctorOptions) -> None:
     if options.checkpoint is not None:
         _compare_checkpoint(options.checkpoint)
         return
-    from spear.doctor import COLUMNS, DisagreementError, describe_machine, measure_implementations
+    from spear.doctor import COLUMNS, DisagreementError, list_machine_facts, measure_implementations
     from spear.models.devices import prepare_device
     from spear.models.presets import get_preset
     from spear.report.page import render
 
     preset = get_preset(options.preset)
     device = prepare_device(options.device)
-    facts = describe_machine(preset, device)
+    facts = list_machine_facts(preset, device)
     # The lines are Markdown. Two spaces at the end of a line are a line break.
     lines = [f"{name}: {description}  " for name, description in facts]
     rule_below_header = "|---" * len(COLUMNS) + "|"

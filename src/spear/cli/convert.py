@@ -146,11 +146,13 @@ def convert_vlm(options: PolicyOptions) -> None:
     """
     from spear.models.processing import Processor
     from spear.models.weights.action_expert import plan_policy
-    from spear.models.weights.load import find_checkpoint
+    from spear.models.weights.load import get_or_download_checkpoint
     from spear.policy import locate
 
     is_on_hub = is_hub_name(options.vlm) and not Path(options.vlm).exists()
-    folder = find_checkpoint(options.vlm, "SPEAR-VLM") if is_on_hub else locate(options.vlm)
+    folder = (
+        get_or_download_checkpoint(options.vlm, "SPEAR-VLM") if is_on_hub else locate(options.vlm)
+    )
     plan = plan_policy(folder, options.expert, options.preset)
     processor = None
     if (folder / "processor.json").is_file():

@@ -211,7 +211,7 @@ def export(options: ExportOptions) -> None:
     Example:
         spear data export runs/episodes --out my_lerobot_dataset --images video
     """
-    from spear.data.readers.formats import count_episodes, find_frame_versions
+    from spear.data.readers.formats import count_episodes, read_frame_versions
     from spear.data.readers.splits import parse_split
     from spear.data.store.lerobot_write import write_lerobot
     from spear.data.store.prepare import MAX_BAD_SHARE, read_good_episodes
@@ -228,7 +228,7 @@ def export(options: ExportOptions) -> None:
         track_progress(episodes, bar),
         options.out,
         options.images,
-        frames=find_frame_versions(options.path, options.layout),
+        frames=read_frame_versions(options.path, options.layout),
     )
     _print_written_and_skipped(num_written, options.out, skipped.reasons)
 

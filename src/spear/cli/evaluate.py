@@ -185,7 +185,7 @@ def evaluate_libero(options: EvaluateLiberoOptions) -> None:
     if options.setup:
         print(f"LIBERO is ready in {environment.install_in_folder()}")
         return
-    environment.find_python()  # a missing one is reported before weights are loaded
+    environment.resolve_python()  # a missing one is reported before weights are loaded
 
     from spear.evaluate.agents import load_agent
     from spear.evaluate.libero import run

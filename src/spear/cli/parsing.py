@@ -253,7 +253,7 @@ def _simplify_complaint(reason: str, args: Sequence[str]) -> str:
             alternatives.append(description)
     if not alternatives:
         return reason
-    values = " ".join(_find_values(option, args))
+    values = " ".join(_list_option_values(option, args))
     distinct_alternatives = dict.fromkeys(alternatives)
     return f"{option} cannot be {values}. Give {' or '.join(distinct_alternatives)}"
 
@@ -268,7 +268,7 @@ def _explain_extra_word(words: Sequence[str], args: Sequence[str]) -> str:
     return f"{options[-1]} does not take as many values, and {word} is one too many"
 
 
-def _find_values(option: str, args: Sequence[str]) -> list[str]:
+def _list_option_values(option: str, args: Sequence[str]) -> list[str]:
     """Return the value at each occurrence of an option.
 
     The value follows an equals sign in the option's word, or is the next word.

@@ -82,7 +82,7 @@ def _run_server(
         episode_folder: recorded episodes that the page replays.
         recorder: records what is observed and answered.
     """
-    from spear.serve.access import find_reachable_host
+    from spear.serve.access import get_reachable_host
     from spear.serve.connection import MIB, ConnectionLimits
     from spear.serve.server import PolicyServer
 
@@ -95,7 +95,7 @@ def _run_server(
 
     def announce(server: PolicyServer) -> None:
         """Print the addresses of the running server."""
-        address = f"{find_reachable_host(options.host)}:{server.port}"
+        address = f"{get_reachable_host(options.host)}:{server.port}"
         control = service.metadata["control"]
         served = f"{options.policy} for {options.robot} ({control})"
         print(f"serving {served} at ws://{address}", flush=True)
@@ -111,11 +111,11 @@ def _serve_harness(options: ServeOptions) -> None:
     """Serve to the vla-eval harness until the server is stopped."""
     from vla_eval.model_servers.serve import serve as serve_harness
 
-    from spear.serve.access import find_reachable_host, make_listen_error
+    from spear.serve.access import get_reachable_host, make_listen_error
     from spear.serve.harness import HarnessServer
 
     _, service = _load_and_warm_up(options)
-    address = f"ws://{find_reachable_host(options.host)}:{options.port}"
+    address = f"ws://{get_reachable_host(options.host)}:{options.port}"
     print(f"serving {options.policy} for {options.robot} to vla-eval at {address}", flush=True)
     _warn_if_reachable_by_others(options, "the harness's protocol has no token")
     try:

@@ -39,7 +39,7 @@ def recipes(options: RecipesOptions) -> None:
         spear recipes nano-post
     """
     from spear.train.recipes import RECIPES, get_recipe
-    from spear.train.settings import describe_settings
+    from spear.train.settings import list_settings
 
     if options.recipe is None:
         for known_recipe in RECIPES.values():
@@ -49,7 +49,7 @@ def recipes(options: RecipesOptions) -> None:
     recipe = get_recipe(options.recipe)
     print(f"{recipe.name}: {recipe.description}\n")
     indent = " " * 4
-    for setting in describe_settings(recipe):
+    for setting in list_settings(recipe):
         print(f"{setting.key}={setting.value}")
         print(
             textwrap.fill(
@@ -183,7 +183,7 @@ def _estimate_inference(options: EstimateMemoryOptions, usable_bytes: float) -> 
 
     from spear.models.presets import get_preset
     from spear.models.quantize import Quantization
-    from spear.train.memory import measure_inference
+    from spear.train.memory import measure_inference_memory
 
     if options.set:
         raise SpearError("--set changes recipes, and inference is none. Leave it out.")
@@ -197,7 +197,7 @@ def _estimate_inference(options: EstimateMemoryOptions, usable_bytes: float) -> 
         "float32": (torch.float32, None),
     }
     for name, (dtype, quantize) in precisions.items():
-        estimate = measure_inference(preset, dtype, options.batch_size or 1, quantize)
+        estimate = measure_inference_memory(preset, dtype, options.batch_size or 1, quantize)
         fits = estimate.total <= usable_bytes
         fits_in_any_precision = fits_in_any_precision or fits
         verdict = "fits" if fits else "does not fit"

@@ -11,7 +11,7 @@ Both describe the same motions, so a policy may learn either. Only its normaliza
 Example:
     >>> import torch
     >>> steps = Action.from_vector(torch.tensor([[0.1, 0, 0, 1, 0, 0, 0, 1]] * 3))
-    >>> measure_from_observed(steps).translation[:, 0]
+    >>> convert_steps_to_motions_from_observed(steps).translation[:, 0]
     tensor([0.1000, 0.2000, 0.3000])
 """
 
@@ -21,7 +21,7 @@ from spear.geometry import quat_canonical, quat_conjugate, quat_multiply
 from spear.types import Action
 
 
-def measure_from_observed(steps: Action) -> Action:
+def convert_steps_to_motions_from_observed(steps: Action) -> Action:
     """Convert a chunk of steps to motions from the observed pose.
 
     Args:
@@ -45,8 +45,10 @@ def measure_from_observed(steps: Action) -> Action:
     )
 
 
-def measure_from_previous(motions: Action) -> Action:
-    """Convert motions from the observed pose back to steps; inverts `measure_from_observed`.
+def convert_motions_to_steps(motions: Action) -> Action:
+    """Convert motions from the observed pose back to steps.
+
+    This inverts `convert_steps_to_motions_from_observed`.
 
     Args:
         motions: chunks [..., H, ·], each action measured from the observed pose.

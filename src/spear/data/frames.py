@@ -91,7 +91,7 @@ def merge_frame_versions(sources: Iterable[tuple[str, FrameVersions]]) -> dict[s
     return merged
 
 
-def find_frame_versions_of_policy(
+def choose_frame_versions_of_policy(
     recorded_frames: FrameVersions | None, is_simulator_only: bool
 ) -> FrameVersions | None:
     """Decide in which frames a policy acts.

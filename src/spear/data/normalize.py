@@ -25,7 +25,10 @@ import torch
 from pydantic import ConfigDict, PositiveFloat
 from torch import Tensor
 
-from spear.data.action_reference import measure_from_observed, measure_from_previous
+from spear.data.action_reference import (
+    convert_motions_to_steps,
+    convert_steps_to_motions_from_observed,
+)
 from spear.data.actions import HORIZON, extract_chunk
 from spear.data.store.episode_store import EpisodeStore, WeightedStore
 from spear.data.store.stats import QuantileSketch, weighted_quantile
@@ -238,7 +241,7 @@ class Normalizer:
             Chunks [..., H, ·], measured from the pose that `action_reference` says.
         """
         if self.action_reference == "observed":
-            action = measure_from_observed(action)
+            action = convert_steps_to_motions_from_observed(action)
         offset, scale = self._get_translation_offset_and_scale()
         translation = _normalize(action.translation, offset, scale)
         return Action(translation, action.rotation, action.gripper * 2 - 1)
@@ -250,7 +253,7 @@ class Normalizer:
         translation_m = normalized * normalized.new_tensor(scale) + normalized.new_tensor(offset)
         action = Action(translation_m, action.rotation, (action.gripper + 1) / 2)
         if self.action_reference == "observed":
-            action = measure_from_previous(action)
+            action = convert_motions_to_steps(action)
         return action
 
     def _get_translation_offset_and_scale(self) -> tuple[Triples, Triples]:
@@ -511,7 +514,7 @@ def _compute_low_and_high_quantile(
     all_values: list[Array] = []
     all_weights: list[Array] = []
     for sketch, share in zip(sketches, shares, strict=True):
-        values, counts = sketch.get_weighted_values()
+        values, counts = sketch.get_values_and_weights()
         all_values.append(values)
         all_weights.append(counts * share / sketch.count)  # sum to `share`
     values = np.concatenate(all_values)

@@ -3,6 +3,7 @@
 import numpy as np
 import torch
 
+from spear.embodiments.kinematics import Poses
 from spear.errors import SpearError
 from spear.geometry import (
     apply_action,
@@ -79,7 +80,7 @@ def measure_lengths_and_angles(actions: Array) -> Array:
     return np.stack([length_m, turn_rad], axis=-1)
 
 
-def compute_target_poses(state: Array, actions: Array) -> tuple[Array, Array]:
+def compute_target_poses(state: Array, actions: Array) -> Poses:
     """Compute the poses to which the actions of a chunk lead, if they are executed in order.
 
     Args:
@@ -104,7 +105,7 @@ def compute_target_poses(state: Array, actions: Array) -> tuple[Array, Array]:
         position, rotation = apply_action(position, rotation, action[:3], action[3:7])
         positions.append(position)
         rotations.append(rotation)
-    return torch.stack(positions).numpy(), torch.stack(rotations).numpy()
+    return Poses(torch.stack(positions).numpy(), torch.stack(rotations).numpy())
 
 
 def compute_base_rotations(state: Array, actions: Array) -> Array:

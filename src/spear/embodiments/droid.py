@@ -32,6 +32,7 @@ from torch import Tensor
 
 from spear.embodiments import Control, Embodiment, Observation
 from spear.embodiments.actions import compute_target_poses
+from spear.embodiments.kinematics import Poses
 from spear.embodiments.observations import (
     OPENPI_SIDE_PX,
     REQUIRED_KEYS,
@@ -74,11 +75,11 @@ class Tool:
     offset_m: tuple[float, float, float]
     rotation: tuple[float, float, float, float]
 
-    def from_hand(self, position: Array, rotation: Array) -> tuple[Array, Array]:
+    def from_hand(self, position: Array, rotation: Array) -> Poses:
         """Convert poses [..., 3], [..., 4] of the hand's end-effector frame to the tool's."""
         return self._compose(position, rotation, self._get_pose())
 
-    def to_hand(self, position: Array, rotation: Array) -> tuple[Array, Array]:
+    def to_hand(self, position: Array, rotation: Array) -> Poses:
         """Convert poses of the tool's end-effector frame to the hand's: the inverse."""
         tool_position, tool_rotation = self._get_pose()
         return self._compose(position, rotation, pose_inverse(tool_position, tool_rotation))
@@ -88,9 +89,7 @@ class Tool:
         offset = torch.tensor(self.offset_m, dtype=torch.float64)
         return offset, torch.tensor(self.rotation, dtype=torch.float64)
 
-    def _compose(
-        self, position: Array, rotation: Array, change: tuple[Tensor, Tensor]
-    ) -> tuple[Array, Array]:
+    def _compose(self, position: Array, rotation: Array, change: tuple[Tensor, Tensor]) -> Poses:
         """Compose poses [..., 3], [..., 4] with a pose in their own frame."""
         change_position, change_rotation = change
         composed_position, composed_rotation = pose_compose(
@@ -99,7 +98,7 @@ class Tool:
             change_position,
             change_rotation,
         )
-        return composed_position.numpy(), composed_rotation.numpy()
+        return Poses(composed_position.numpy(), composed_rotation.numpy())
 
 
 FRANKA_HAND = Tool(offset_m=(0.0, 0.0, 0.0), rotation=(1.0, 0.0, 0.0, 0.0))

@@ -16,6 +16,8 @@ import mujoco
 import numpy as np
 from numpy.typing import NDArray
 
+from spear.embodiments.kinematics import Poses
+
 Floats = NDArray[np.float64]
 
 # Franka's published limits of the joint velocities.
@@ -58,7 +60,7 @@ def get_ee_pose_in_flange() -> Floats:
     )
 
 
-def compute_ee_pose(joints: Floats) -> tuple[Floats, Floats]:
+def compute_ee_pose(joints: Floats) -> Poses:
     """Compute the end-effector's pose from joint angles.
 
     Args:
@@ -74,7 +76,7 @@ def compute_ee_pose(joints: Floats) -> tuple[Floats, Floats]:
         mujoco.mj_kinematics(ARM, _ARM_DATA)
         mujoco.mju_mat2Quat(rotation, _ARM_DATA.site_xmat[_EE_SITE])
         position = _ARM_DATA.site_xpos[_EE_SITE].copy()
-    return position, rotation
+    return Poses(position, rotation)
 
 
 def solve_joints(

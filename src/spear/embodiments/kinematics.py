@@ -47,7 +47,19 @@ _LINKS = (
 """Franka's published parameters: https://frankaemika.github.io/docs/control_parameters.html."""
 
 
-def compute_franka_ee_poses(joints: Array, source: str = "") -> tuple[Array, Array]:
+class Poses(NamedTuple):
+    """One pose, or several along the first dimensions, in the frame that the function names.
+
+    Attributes:
+        position: [..., 3] m.
+        rotation: [..., 4] unit quaternions (w, x, y, z).
+    """
+
+    position: Array
+    rotation: Array
+
+
+def compute_franka_ee_poses(joints: Array, source: str = "") -> Poses:
     """Compute the end-effector poses of a Franka from its joint angles.
 
     The pose is that of our end-effector frame: between the finger tips of Franka's own hand, and
@@ -104,4 +116,4 @@ def compute_franka_ee_poses(joints: Array, source: str = "") -> tuple[Array, Arr
     # The hand's z axis points out of the gripper, and that of our end-effector frame back into it.
     half_turn_about_x = angles.new_tensor([0, 1, 0, 0])
     ee_rotation = quat_canonical(quat_multiply(rotation, half_turn_about_x))
-    return position.numpy(), ee_rotation.numpy()
+    return Poses(position.numpy(), ee_rotation.numpy())

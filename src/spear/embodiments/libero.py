@@ -122,7 +122,8 @@ def convert_to_controller_commands(actions: Array, state: Array, observation: Ob
 
     The goal of each command is the pose after the action. A command says how far the goal is from
     the pose at which the arm is then expected. The expected pose follows from the controller's
-    equation of motion (`predict_motion`), if the arm is at rest before the first command.
+    equation of motion (`predict_position_and_speed`), if the arm is at rest before the first
+    command.
     """
     positions, rotations = compute_target_poses(state, actions)
     first_position = np.float64(state[:3])
@@ -144,13 +145,13 @@ def convert_to_controller_commands(actions: Array, state: Array, observation: Ob
             commands.append(command)
             # If the command was clipped, the commanded goal is nearer than `goal`.
             commanded_goal = expected_pose + command * unit_change
-            expected_pose, speed = predict_motion(expected_pose, speed, commanded_goal)
+            expected_pose, speed = predict_position_and_speed(expected_pose, speed, commanded_goal)
     arm_commands = np.stack(commands)  # [4 H, 6]
     openings = np.repeat(actions[:, 7:], CONTROLLER_STEPS_PER_ACTION, axis=0)  # [4 H, 1]
     return _join_columns(arm_commands[:, :3], arm_commands[:, 3:], openings)
 
 
-def predict_motion(position: Array, speed: Array, goal: Array) -> tuple[Array, Array]:
+def predict_position_and_speed(position: Array, speed: Array, goal: Array) -> tuple[Array, Array]:
     """Return position and speed after one controller step that starts at `position` and `speed`.
 
     The controller is critically damped: with a = √`STIFFNESS`, the distance e from the goal obeys

@@ -15,6 +15,7 @@ from xml.etree import ElementTree
 import numpy as np
 import torch
 
+from spear.embodiments.kinematics import Poses
 from spear.errors import SpearError, format_count, summarize_error, unknown_name_error
 from spear.geometry import euler_to_quat, quat_canonical, quat_exp, quat_multiply, quat_rotate
 from spear.types import Array
@@ -215,7 +216,7 @@ def check_joint_names(arm: UrdfArm, names: Sequence[str], column: str, source: s
 
 def compute_urdf_pose(
     arm: UrdfArm, joints: Array, names: Sequence[str] | None = None, source: str = ""
-) -> tuple[Array, Array]:
+) -> Poses:
     """Compute the poses of the tip of an arm from its joint angles.
 
     Args:
@@ -259,7 +260,7 @@ def compute_urdf_pose(
         else:
             _check_is_in_radians(joint, float(value.abs().max()) if len(value) else 0.0, source)
             rotation = quat_multiply(rotation, quat_exp(motion))
-    return position.numpy(), quat_canonical(rotation).numpy()
+    return Poses(position.numpy(), quat_canonical(rotation).numpy())
 
 
 def _check_is_in_radians(joint: UrdfJoint, largest_angle_rad: float, source: str) -> None:

@@ -105,7 +105,7 @@ def solve_urdf_joints(
         matrix_velocities = axis_velocities.transpose(0, 2, 1).reshape(len(angles), 9)
         return np.concatenate([tip.velocities, matrix_weight_m * matrix_velocities], axis=1).T
 
-    lower, upper = _find_bounds(arm, joints, max_turn)
+    lower, upper = _compute_bounds(arm, joints, max_turn)
     start = np.clip(joints, lower, upper)
     result = least_squares(
         compute_errors,
@@ -124,7 +124,7 @@ def solve_urdf_joints(
     )
 
 
-def _find_bounds(arm: UrdfArm, joints: Array, max_turn: float) -> tuple[Array, Array]:
+def _compute_bounds(arm: UrdfArm, joints: Array, max_turn: float) -> tuple[Array, Array]:
     """Find the smallest and largest value [d] of each joint: its limits, and the largest turn.
 
     A joint that is beyond a limit counts as being at this limit.

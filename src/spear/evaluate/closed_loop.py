@@ -48,7 +48,7 @@ def evaluate_tabletop(agent: Agent, options: TabletopOptions) -> tuple[Results, 
     settings = {
         "simulator": SIMULATOR_VERSION,
         "replan": options.replan_steps,
-        **_describe_image_sizes(agent.image_sizes),
+        **_make_image_size_settings(agent.image_sizes),
         "execution": options.execution,
         "latency_ms": options.latency_ms,
         "weights": agent.weights,
@@ -62,7 +62,7 @@ def evaluate_tabletop(agent: Agent, options: TabletopOptions) -> tuple[Results, 
     return run_evaluation(_Tabletop(agent, options), agent, scenes, settings, options)
 
 
-def _describe_image_sizes(image_sizes: Mapping[str, tuple[int, int]]) -> dict[str, list[int]]:
+def _make_image_size_settings(image_sizes: Mapping[str, tuple[int, int]]) -> dict[str, list[int]]:
     """Describe the sizes (width, height) of the images, for the settings that results record.
 
     The size of the external camera's images keeps the key "image_size", which it has had in

@@ -15,7 +15,11 @@ from rich.table import Table
 
 from spear.errors import SpearError, format_count
 from spear.evaluate.results import Outcome, Results, build_terminal_table
-from spear.evaluate.stats import Estimate, estimate_mean_proportion, estimate_paired_difference
+from spear.evaluate.stats import (
+    Estimate,
+    estimate_mean_proportion,
+    estimate_paired_difference_and_p_value,
+)
 
 SIGNIFICANCE_LEVEL = 0.05  # with a p-value below this, the verdict says that one is better
 # Settings that may differ in a comparison: which scenes were run, and with which weights.
@@ -32,7 +36,7 @@ class Row:
     name         the family.
     first        success rate of the first results.
     second       success rate of the second results.
-    difference   first - second; see `estimate_paired_difference`.
+    difference   first - second; see `estimate_paired_difference_and_p_value`.
     only_first   how many scenes succeeded only in the first results.
     only_second  how many scenes succeeded only in the second results.
     p            p-value of the difference.
@@ -138,7 +142,7 @@ def compare_results(
 
     # Count the scenes of only one result, and list how the two evaluations differ.
     num_unshared = len(first.outcomes) + len(second.outcomes) - 2 * len(pairs)
-    differences = _describe_differing_settings(first, second)
+    differences = _list_differing_settings(first, second)
     for name, results in ((first_name, first), (second_name, second)):
         unfinished = results.describe_unfinished()
         if unfinished:
@@ -167,7 +171,7 @@ def _check_same_scenes(
         )
 
 
-def _describe_differing_settings(first: Results, second: Results) -> list[str]:
+def _list_differing_settings(first: Results, second: Results) -> list[str]:
     """List the settings that differ between two results, in words."""
     differences = []
     for key in {**first.settings, **second.settings}:
@@ -203,7 +207,7 @@ def _make_row(name: str, strata: Sequence[Sequence[Pair]]) -> Row:
         for has_first_succeeded, has_second_succeeded in zip(first, second, strict=True):
             only_first += has_first_succeeded and not has_second_succeeded
             only_second += has_second_succeeded and not has_first_succeeded
-    difference, p = estimate_paired_difference(successes)
+    difference, p = estimate_paired_difference_and_p_value(successes)
     return Row(
         name=name,
         first=estimate_mean_proportion(first_counts),

@@ -25,9 +25,9 @@ from rich.table import Table
 from spear.errors import SpearError, escape_control_characters, format_count
 from spear.evaluate.stats import (
     Estimate,
+    compute_num_samples,
     estimate_mean_proportion,
     estimate_proportion,
-    find_num_samples,
 )
 from spear.util.files import read_json_as, report_write_errors, write_text
 from spear.util.json_text import parse_json
@@ -160,7 +160,7 @@ class Results:
         num_scenes = []
         for rate in rates:
             most_variable_rate = min(max(0.5, rate.low), rate.high)
-            num_scenes.append(find_num_samples(TARGET_HALF_WIDTH, most_variable_rate))
+            num_scenes.append(compute_num_samples(TARGET_HALF_WIDTH, most_variable_rate))
         target = f"±{100 * TARGET_HALF_WIDTH:.0f} points"
         return f"{text}. {target} need up to {max(num_scenes)} scenes per family"
 

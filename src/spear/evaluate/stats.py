@@ -112,7 +112,7 @@ def estimate_mean_proportion(counts: Sequence[tuple[int, int]]) -> Estimate:
     return Estimate(mean, low, high, sum(n for _, n in counts))
 
 
-def find_num_samples(half_width: float, rate: float = 0.5) -> int:
+def compute_num_samples(half_width: float, rate: float = 0.5) -> int:
     """Find the smallest n for which Wilson's interval is no wider than 2 · half_width.
 
     Args:
@@ -120,7 +120,7 @@ def find_num_samples(half_width: float, rate: float = 0.5) -> int:
         rate: The measured proportion.
 
     Example:
-        >>> find_num_samples(0.05), find_num_samples(0.05, 0.9)
+        >>> compute_num_samples(0.05), compute_num_samples(0.05, 0.9)
         (381, 141)
     """
     n = 1
@@ -129,7 +129,7 @@ def find_num_samples(half_width: float, rate: float = 0.5) -> int:
     return n
 
 
-def estimate_paired_difference(
+def estimate_paired_difference_and_p_value(
     strata: Sequence[tuple[Sequence[bool], Sequence[bool]]],
 ) -> tuple[Estimate, float]:
     """Estimate the difference of two success rates, first - second, on the same scenes.
@@ -151,7 +151,7 @@ def estimate_paired_difference(
         The difference, and its two-sided p-value.
     """
     if not strata:
-        raise ValueError("estimate_paired_difference needs at least one stratum")
+        raise ValueError("estimate_paired_difference_and_p_value needs at least one stratum")
     differences = []  # of the success rates, per stratum
     centers = []  # of the interval, per stratum
     variance = 0.0  # of the mean of the centers
@@ -252,7 +252,9 @@ def estimate_difference_over_seeds(first: Sequence[Array], second: Sequence[Arra
         differences.append(first_table.astype(float) - second_table)
         pairs.append((first_table.ravel().tolist(), second_table.ravel().tolist()))
     mean, half_width = _compute_crossed_mean_and_half_width(differences)
-    independent, _ = estimate_paired_difference(pairs)  # as if all runs were independent
+    independent, _ = estimate_paired_difference_and_p_value(
+        pairs
+    )  # as if all runs were independent
     return _widen_to_at_least(mean, half_width, narrowest=independent, min_value=-1.0)
 
 

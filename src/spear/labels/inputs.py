@@ -25,7 +25,7 @@ import pyarrow.parquet as pq
 
 from spear.data.readers.video import open_video, to_rgb
 from spear.errors import RetryableError, SpearError, notice
-from spear.labels.store import explain_read_errors
+from spear.labels.store import translate_read_errors
 from spear.types import Array, Frame
 from spear.util.files import refuse_lfs_pointer
 from spear.util.images import IMAGE_SUFFIXES, can_open_image
@@ -301,9 +301,9 @@ def list_parquet(path: str) -> Iterator[Item]:
     The file must have one column of encoded images. Each row becomes an item.
     """
     advice = "Download this one file again, or leave it out: the others stay usable."
-    with explain_read_errors(Path(path), advice):
+    with translate_read_errors(Path(path), advice):
         file = pq.ParquetFile(path)
-    column = _find_image_column(file.schema_arrow, path)
+    column = _choose_image_column(file.schema_arrow, path)
     stamp = compute_stamp(path)
     image_number = 0
     for group in range(file.num_row_groups):
@@ -338,7 +338,7 @@ def read_row_group(path: str, column: str, group: int) -> pa.ChunkedArray:
     return pq.ParquetFile(path).read_row_group(group, columns=[column], use_threads=False)[column]
 
 
-def _find_image_column(schema: pa.Schema, path: str) -> str:
+def _choose_image_column(schema: pa.Schema, path: str) -> str:
     """The name of the column with encoded images.
 
     It is the column named "image", or else the only column that contains bytes, either directly or

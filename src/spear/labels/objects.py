@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from spear.labels.fit.box3d import compute_vertex_error, find_keypoints, fit_box
+from spear.labels.fit.box3d import compute_keypoints, compute_vertex_error, fit_box
 from spear.labels.fit.image import compute_elementwise_iou_2d, compute_tight_box
 from spear.labels.fit.masks import (
     clean_points,
@@ -173,7 +173,7 @@ def label_object(detection: Detection, mask: Array, image: ImageGeometry) -> Lab
     scores["planarity"] = compute_planarity(cloud)
     scores["stability"] = compute_stability(cloud, box, fit)
     scores["compact"] = _compute_compactness(inside, cloud, box, image.focal_px)
-    keypoints = find_keypoints(cloud, box)
+    keypoints = compute_keypoints(cloud, box)
     return LabeledObject(detection.name, box2d, encode_mask(mask), box, keypoints, scores)
 
 

@@ -74,7 +74,7 @@ class RgbdScene:
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
-        self._pairs, self.num_without_depth = _find_pairs(self.folder)
+        self._pairs, self.num_without_depth = _list_pairs_and_count_unpaired(self.folder)
         self.sources = [str(color) for color, _ in self._pairs]
         # `_camera` is [3, 3], the intrinsics of the color camera; `_size` is the (width, height) of
         # its images, or (None, None) if the file does not contain them. Only scans have a depth
@@ -373,7 +373,7 @@ def _read_png(path: Path) -> Array:
     return values
 
 
-def _find_pairs(folder: Path) -> tuple[list[tuple[Path, Path]], int]:
+def _list_pairs_and_count_unpaired(folder: Path) -> tuple[list[tuple[Path, Path]], int]:
     """Find the color and depth images that have the same name.
 
     Returns:

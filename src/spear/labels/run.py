@@ -260,7 +260,7 @@ def label_folder(
 
         # Find the shards that earlier commands finished.
         remove_temporary_files(out)
-        skipped_by_shard = _find_finished_shards(out, shards, retry_skipped)
+        skipped_by_shard = _read_skipped_images_of_finished_shards(out, shards, retry_skipped)
         if len(skipped_by_shard) < len(shards):
             remove_outdated_questions(out)
 
@@ -387,7 +387,7 @@ def _hash_keys(items: Sequence[Item]) -> str:
     return hashlib.sha256("\0".join(item.key for item in items).encode()).hexdigest()
 
 
-def _find_finished_shards(
+def _read_skipped_images_of_finished_shards(
     out: Path, shards: Sequence[Sequence[Item]], retry_skipped: bool
 ) -> dict[int, list[SkippedImage]]:
     """Find the shards that need not be made again.

@@ -198,7 +198,7 @@ def read_labels(path: str | Path, pixels: bool = True) -> Iterator[LabeledImage]
         >>> for label in read_labels("runs/labels"):  # doctest: +SKIP
         ...     print(label.source, [o.name for o in label.objects])
     """
-    for shard in find_shards(path):
+    for shard in list_label_shards(path):
         file = _open_shard(shard)
         for group in range(file.num_row_groups):
             yield from _read_group(shard, file, group, pixels=pixels)
@@ -210,7 +210,7 @@ def count_labels(path: str | Path) -> int:
     Raises:
         SpearError: The folder contains no shard, or a shard is broken.
     """
-    return sum(_open_shard(shard).metadata.num_rows for shard in find_shards(path))
+    return sum(_open_shard(shard).metadata.num_rows for shard in list_label_shards(path))
 
 
 def read_evenly_spread_labels(path: str | Path, max_images: int) -> list[LabeledImage]:
@@ -232,7 +232,7 @@ def read_evenly_spread_labels(path: str | Path, max_images: int) -> list[Labeled
     # Rows are counted through all shards. A group contains the rows from `first_row` to
     # `end_row` - 1.
     first_row = 0
-    for shard in find_shards(path):
+    for shard in list_label_shards(path):
         file = _open_shard(shard)
         for group in range(file.num_row_groups):
             end_row = first_row + file.metadata.row_group(group).num_rows
@@ -243,7 +243,7 @@ def read_evenly_spread_labels(path: str | Path, max_images: int) -> list[Labeled
     return labels
 
 
-def find_shards(path: str | Path) -> list[Path]:
+def list_label_shards(path: str | Path) -> list[Path]:
     """Find the shards of a folder, in order. If `path` is a file, it is the only shard.
 
     Raises:
@@ -270,7 +270,7 @@ def read_footer(path: Path, key: str) -> bytes | None:
 
 
 @contextmanager
-def explain_read_errors(
+def translate_read_errors(
     path: Path, advice: str = "Delete it and label it again."
 ) -> Iterator[None]:
     """In the `with` block, turn errors of reading a Parquet file into a `SpearError`.
@@ -295,7 +295,7 @@ def explain_read_errors(
 
 def _open_shard(path: Path) -> pq.ParquetFile:
     """Open a shard; `SpearError` if the file is broken or lacks columns of a shard."""
-    with explain_read_errors(path):
+    with translate_read_errors(path):
         file = pq.ParquetFile(path)
     missing_columns = sorted(set(SCHEMA.names) - set(file.schema_arrow.names))
     if missing_columns:
@@ -323,7 +323,7 @@ def _read_group(
         pixels: Whether to read images and masks.
     """
     columns = SCHEMA.names if pixels else _COLUMNS_WITHOUT_PIXELS
-    with explain_read_errors(shard):
+    with translate_read_errors(shard):
         table = file.read_row_group(group, columns=columns, use_threads=False)
         if rows is not None:
             table = table.take(rows)
@@ -448,7 +448,7 @@ def read_images_with_depth(folder: Path) -> DepthImages:
     if not files:
         raise SpearError(f"{folder} contains no images with depth. Make some with `spear label`.")
     images = []
-    with explain_read_errors(folder):
+    with translate_read_errors(folder):
         table = pa.concat_tables([pq.read_table(file) for file in files])
         for row in table.to_pylist():
             depth = np.frombuffer(row["depth"], np.float16).reshape(row["height"], row["width"])

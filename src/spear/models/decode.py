@@ -183,7 +183,7 @@ def _decode(
     dtype = cache.buffer.dtype
     bias = prefix.make_bias(num_steps, layers.num_kv_heads, dtype)
     positions = prefix.next_positions[:, None] + torch.arange(num_steps, device=hidden.device)
-    rotations = layers.compute_rotations(positions, dtype)  # rotary embeddings of the answer
+    rotations = layers.compute_rotary_factors(positions, dtype)  # rotary embeddings of the answer
     steps_with_choice = [step for step, (first, end) in enumerate(ranges) if end - first > 1]
     last_choice = steps_with_choice[-1] if steps_with_choice else -1
 
@@ -297,7 +297,7 @@ class _FreeTextState:
         An answer that has ended gets padding.
         """
         if self.grammar is not None:
-            logits = logits.masked_fill(self._find_forbidden_ids(), float("-inf"))
+            logits = logits.masked_fill(self._compute_forbidden_mask(), float("-inf"))
         token = logits.argmax(-1).masked_fill(self.is_done, self.pad_token)
         self.is_done = self.is_done | (token == self.end_token)
         if self.grammar is not None:
@@ -307,7 +307,7 @@ class _FreeTextState:
         self.step += 1
         return token
 
-    def _find_forbidden_ids(self) -> Tensor:
+    def _compute_forbidden_mask(self) -> Tensor:
         """The ids that the grammar forbids as the next token, [N, vocabulary] bool."""
         num_left = self.max_tokens - self.step  # tokens that fit, including this one
         can_end = (self.num_owed == 0) & self.is_after_word  # [N], like all conditions here

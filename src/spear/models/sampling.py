@@ -413,7 +413,7 @@ class _ExpertFlow:
         # positions follow those of the prefix.
         offsets = torch.arange(1 + horizon, device=noise.device)
         positions = prefix.next_positions[:, None] + offsets  # [B, 1 + H]
-        self.rotations = expert.compute_rotations(positions, expert.dtype)
+        self.rotations = expert.compute_rotary_factors(positions, expert.dtype)
         self.action_rotations = tuple(rotation[:, 1:] for rotation in self.rotations)
 
         # The first step runs two blocks of tokens: the state, which sees the prefix and itself, and

@@ -113,7 +113,7 @@ class DriftMonitor:
         robots = _list_robots(observations)
         monitors = {}
         for robot, state in zip(robots, states, strict=True):
-            monitor = self._find_or_add_robot(robot)
+            monitor = self._get_or_add_robot(robot)
             self._report_findings_in_state(expected, monitor, state)
             monitors[robot] = monitor
 
@@ -181,7 +181,7 @@ class DriftMonitor:
                 self._limit.print_or_drop(monitor.message_prefix + finding.message)
         monitor.is_first_state = False
 
-    def _find_or_add_robot(self, robot: Hashable) -> RobotMonitor:
+    def _get_or_add_robot(self, robot: Hashable) -> RobotMonitor:
         """Return a robot's monitor, and move it to the end of the order by latest observation."""
         monitor = self._robots.pop(robot, None)
         if monitor is None:

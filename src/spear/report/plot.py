@@ -139,11 +139,11 @@ def draw_chart(
     box_height_px = bottom_px - top_px
 
     # Find the ranges of the axes.
-    x_range = _find_range(x, [line.x for line in lines])
+    x_range = _choose_axis_range(x, [line.x for line in lines])
     y_values = [line.y for line in lines]
     for line in lines:
         y_values += [line.low, line.high]
-    y_range = _find_range(y, y_values)
+    y_range = _choose_axis_range(y, y_values)
     if equal:
         x_units_per_px = abs(x_range[1] - x_range[0]) / box_width_px
         y_units_per_px = abs(y_range[1] - y_range[0]) / box_height_px
@@ -274,7 +274,7 @@ def draw_histogram(counts: Sequence[int], low: str, high: str) -> str:
     return render("histogram.html", counts=counts, most=largest_count, low=low, high=high)
 
 
-def _find_range(axis: Axis, values: Sequence[Sequence[float] | Array]) -> Range:
+def _choose_axis_range(axis: Axis, values: Sequence[Sequence[float] | Array]) -> Range:
     """Return the values at which an axis begins and ends.
 
     These are the axis's own ends, or otherwise ends around all finite values, with some space.

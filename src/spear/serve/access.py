@@ -106,18 +106,18 @@ def _is_private_host(host: str) -> bool:
     return is_ipv6 or is_ipv4 or is_local_name
 
 
-def find_reachable_host(host: str) -> str:
+def get_reachable_host(host: str) -> str:
     """Return the host name or address at which clients reach a server that listens on `host`.
 
     An IPv6 address is in brackets. If the server listens on all addresses, the result is the one
     that other machines can use.
     """
     if host in ANY_ADDRESS:
-        host = _find_own_address(is_ipv6=host == "::")
+        host = _get_own_address(is_ipv6=host == "::")
     return f"[{host}]" if ":" in host else host
 
 
-def _find_own_address(is_ipv6: bool) -> str:
+def _get_own_address(is_ipv6: bool) -> str:
     """Return this machine's address in the network through which it reaches other networks.
 
     Connecting a datagram socket sends nothing, but lets the operating system choose this address.

@@ -123,7 +123,7 @@ class AdmissionQueue(Generic[Connection]):
         if not self._bucket.has_token(now_s):
             return None
         for address in self._waiting:
-            bucket = self._find_bucket(address, now_s)
+            bucket = self._get_or_add_bucket(address, now_s)
             if bucket.has_token(now_s):
                 bucket.take_token()
                 self._bucket.take_token()
@@ -147,7 +147,7 @@ class AdmissionQueue(Generic[Connection]):
         self._num_waiting -= 1
         return connection
 
-    def _find_bucket(self, address: str, now_s: float) -> TokenBucket:
+    def _get_or_add_bucket(self, address: str, now_s: float) -> TokenBucket:
         """Return the bucket of an address; a new one is full."""
         bucket = self._bucket_by_address.get(address)
         if bucket is None:
@@ -166,10 +166,10 @@ class AdmissionQueue(Generic[Connection]):
         }
 
 
-def find_network(address: str) -> str:
+def get_address_of_limits(address: str) -> str:
     """Return the address whose limits a client shares: its own, or the network of an IPv6 address.
 
-    >>> find_network("192.0.2.7"), find_network("2001:db8:1:2:3:4:5:6")
+    >>> get_address_of_limits("192.0.2.7"), get_address_of_limits("2001:db8:1:2:3:4:5:6")
     ('192.0.2.7', '2001:db8:1:2::')
     """
     parsed = ipaddress.ip_address(address)

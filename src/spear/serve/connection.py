@@ -10,7 +10,7 @@ from websockets.asyncio.server import ServerConnection
 from websockets.frames import DATA_OPCODES, Frame
 from websockets.protocol import State
 
-from spear.serve.admission import AdmissionLimits, find_network
+from spear.serve.admission import AdmissionLimits, get_address_of_limits
 from spear.serve.listener import has_gone
 from spear.serve.reading import ReadingBudgets, ReadingLimits
 
@@ -142,7 +142,7 @@ class LimitedConnection(ServerConnection):
         """Join the peers; cut off the oldest ones that have not sent a request, if too many."""
         super().connection_made(transport)
         self._peers[self] = None
-        self._address = find_network(self.remote_address[0])
+        self._address = get_address_of_limits(self.remote_address[0])
         opening = [peer for peer in self._peers if peer.state is State.CONNECTING]
         for peer in opening[: -self._limits.max_opening]:
             peer.transport.abort()

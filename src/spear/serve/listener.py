@@ -12,7 +12,7 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any
 
-from spear.serve.admission import AdmissionLimits, AdmissionQueue, find_network
+from spear.serve.admission import AdmissionLimits, AdmissionQueue, get_address_of_limits
 
 LOG = logging.getLogger("spear.serve")
 ADMISSION_INTERVAL_S = 0.01  # while connections wait, time between checks of the rates
@@ -133,7 +133,7 @@ class LimitedListener(socket.socket):
                 self._pause_accepting(error)
                 break
             connection.setblocking(False)
-            surplus_connection = self._queue.add(find_network(address[0]), connection)
+            surplus_connection = self._queue.add(get_address_of_limits(address[0]), connection)
             if surplus_connection is not None:
                 surplus_connection.close()
             if not self._is_admission_planned:

@@ -82,7 +82,7 @@ class ReadingBudgets:
         sender.rate_bytes_per_s = earlier_rate + num_bytes / RATE_MEMORY_S
         sender.updated_s = now_s
 
-        address_wait_s = self._find_budget(address).spend(num_bytes, now_s)
+        address_wait_s = self._get_or_add_budget(address).spend(num_bytes, now_s)
         shared_wait_s = self._shared.spend(num_bytes - sender.num_reserved_bytes, now_s)
         sender.num_reserved_bytes = 0
         if shared_wait_s == 0 or sender.rate_bytes_per_s <= self._compute_equal_share_bytes_per_s(
@@ -106,7 +106,7 @@ class ReadingBudgets:
         num_active = sum(now_s - sender.updated_s < ACTIVE_S for sender in self._senders.values())
         return self._limits.bytes_per_s / num_active
 
-    def _find_budget(self, address: str) -> TokenBucket:
+    def _get_or_add_budget(self, address: str) -> TokenBucket:
         """Return the budget of an address; a new one is full."""
         budget = self._budget_by_address.get(address)
         if budget is None:

@@ -24,6 +24,7 @@ from spear.embodiments.inverse_kinematics import (
     euclidean_norm,
     solve_joints,
 )
+from spear.embodiments.kinematics import Poses
 from spear.errors import SpearError
 from spear.geometry import UNIT_NORM_TOLERANCE
 
@@ -68,14 +69,14 @@ class Servo:
         self._target_position = np.zeros(3)
         self._target_rotation = np.array([1.0, 0, 0, 0])
 
-    def measure_pose(self) -> tuple[Floats, Floats]:
+    def measure_pose(self) -> Poses:
         """Return the end-effector's position [3] and quaternion [4], with w >= 0."""
         rotation = np.zeros(4)
         mujoco.mju_mat2Quat(rotation, self._data.site_xmat[self._ee_site])
         position = self._data.site_xpos[self._ee_site].copy()
         if rotation[0] < 0:  # q and -q are the same rotation
             rotation = -rotation
-        return position, rotation
+        return Poses(position, rotation)
 
     def measure_opening(self) -> float:
         """Return the gripper opening, 0 closed … 1 open."""

@@ -16,7 +16,7 @@ from spear.embodiments.observations import DEFAULT_IMAGE_SIZES, camera_key
 from spear.sim.control import split_action
 from spear.sim.render import ImageSize, get_thread_renderer
 from spear.sim.scene import sample_scene
-from spear.sim.world import World, list_cameras, measure_milestones
+from spear.sim.world import World, get_milestone_states, list_cameras
 from spear.sim.worlds import place_in_world, validate_world
 from spear.types import CONTROL_RATE_HZ
 from spear.util.held_out import FIRST_TRAIN_SEED
@@ -47,7 +47,7 @@ class TabletopEnv(gymnasium.Env[Observation, NDArray[np.floating]]):
 
         "success"             whether the task is achieved now.
         "reached", "grasped", "wrong_object_moved"  whether the milestone (see
-                              `spear.sim.world.measure_milestones`) was true at any time so far.
+                              `spear.sim.world.get_milestone_states`) was true at any time so far.
         "unreachable"         whether the arm could not reach the target of the last action.
         "steps"               number of steps so far.
 
@@ -160,7 +160,7 @@ class TabletopEnv(gymnasium.Env[Observation, NDArray[np.floating]]):
 
     def _update_info(self, is_unreachable: bool) -> dict[str, Any]:
         """Measure the milestones, add them to those so far, and return `info` with both."""
-        info: dict[str, Any] = dict(measure_milestones(self.world))
+        info: dict[str, Any] = dict(get_milestone_states(self.world))
         for key, was_reached in self._milestones.items():
             info[key] = was_reached or info[key]
             self._milestones[key] = info[key]

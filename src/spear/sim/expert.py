@@ -85,7 +85,7 @@ class _Grasp:
 def act(world: World) -> NDArray[np.float32]:
     """Return the expert's action [8] in this state (the layout of `spear.types.Action`)."""
     position, rotation = world.servo.measure_pose()
-    yaw, tilt = _measure_yaw_and_tilt(rotation)
+    yaw, tilt = _measure_yaw_and_tilt_rad(rotation)
     gripper = _Gripper(position, rotation, yaw, tilt)
 
     num_touching = world.count_touching_fingers(SOURCE_INDEX)
@@ -93,7 +93,7 @@ def act(world: World) -> NDArray[np.float32]:
     # A held source that touches the target may still hang above the place where it should rest.
     is_hanging = (
         is_held
-        and _measure_underside_height(world) > _compute_release_height(world) + HANGING_HEIGHT_M
+        and _measure_underside_height_m(world) > _compute_release_height(world) + HANGING_HEIGHT_M
     )
     if is_source_on_target(world) and not is_hanging:
         goal = _leave(world, gripper, is_held)
@@ -109,7 +109,7 @@ def act(world: World) -> NDArray[np.float32]:
 
 def _approach(world: World, gripper: _Gripper) -> _Goal:
     """Approach the source: hover, align, come down, close the gripper."""
-    grasp = _find_grasp(world)
+    grasp = _compute_grasp(world)
     yaw = _choose_nearest_yaw(gripper.yaw, grasp.yaws)
     turn_rad = abs(_wrap(yaw - gripper.yaw))
     side_m = euclidean_norm(grasp.point[:2] - gripper.position[:2])
@@ -138,7 +138,7 @@ def _carry(world: World, gripper: _Gripper) -> _Goal:
 
     # The funnel: 2 mm above the release height per millimeter of misalignment beyond 10 mm, but at
     # most the height for carrying.
-    underside = _measure_underside_height(world)
+    underside = _measure_underside_height_m(world)
     release_height = _compute_release_height(world)
     funnel_m = float(np.clip(2.0 * (misalignment_m - 0.010), 0, 1))
     height = min(max(CARRY_HEIGHT_M, release_height), release_height + funnel_m)
@@ -189,7 +189,7 @@ def _compute_release_height(world: World) -> float:
     return rim_height + RELEASE_HEIGHTS_M.get(kind.name, DEFAULT_RELEASE_HEIGHT_M)
 
 
-def _measure_underside_height(world: World) -> float:
+def _measure_underside_height_m(world: World) -> float:
     """The height of the lowest point of the source's bounding box, m."""
     body = world.bodies[SOURCE_INDEX]
     # The z components of the object's three axes: how much each axis contributes to height, [3].
@@ -211,8 +211,8 @@ def _choose_placing_yaw(world: World, yaw: float) -> float:
         return yaw
     # The smallest turn after which the source fits. If the gripper cannot turn so far, it turns in
     # the other direction.
-    target_yaw = _measure_object_yaw(world, TARGET_INDEX)
-    turn = _wrap(target_yaw - _measure_object_yaw(world, SOURCE_INDEX), period)
+    target_yaw = _measure_object_yaw_rad(world, TARGET_INDEX)
+    turn = _wrap(target_yaw - _measure_object_yaw_rad(world, SOURCE_INDEX), period)
     if abs(yaw + turn) <= MAX_YAW_RAD:
         return yaw + turn
     return yaw + turn - math.copysign(period, turn)
@@ -231,13 +231,13 @@ def _find_placing_period(source: ObjectKind, target: ObjectKind) -> float | None
     return None
 
 
-def _measure_object_yaw(world: World, index: int) -> float:
+def _measure_object_yaw_rad(world: World, index: int) -> float:
     """Return the yaw of an object's x axis, rad."""
     matrix = world.object_rotation(index)
     return math.atan2(matrix[1, 0], matrix[0, 0])
 
 
-def _find_grasp(world: World) -> _Grasp:
+def _compute_grasp(world: World) -> _Grasp:
     """Return how to grasp the source."""
     kind = world.bodies[SOURCE_INDEX].kind
     axes = world.object_rotation(SOURCE_INDEX)  # [3, 3], the object's axes are the columns
@@ -287,7 +287,7 @@ def _choose_nearest_yaw(yaw: float, fitting_yaws: list[float] | None) -> float:
     return min(choices, key=measure_effort)
 
 
-def _measure_yaw_and_tilt(rotation: Floats) -> tuple[float, float]:
+def _measure_yaw_and_tilt_rad(rotation: Floats) -> tuple[float, float]:
     """Return the gripper's yaw and tilt (rad) from its quaternion [4]."""
     matrix = np.empty(9)
     mujoco.mju_quat2Mat(matrix, rotation)

@@ -396,7 +396,7 @@ def describe_by_relation(scene: SceneSpec, index: int) -> str | None:
     """Describe an object of a scene by `describe_by_side`. Only graspable objects are "things"."""
     kinds = [scene_object.kind for scene_object in scene.objects]
     thing_indices = [i for i, kind in enumerate(kinds) if kind in GRASPABLE]
-    return describe_by_side(index, kinds, thing_indices, _measure_lateral_offsets(scene))
+    return describe_by_side(index, kinds, thing_indices, _measure_lateral_offsets_m(scene))
 
 
 def describe_by_side(
@@ -429,7 +429,7 @@ def describe_by_side(
     return None
 
 
-def _measure_lateral_offsets(scene: SceneSpec) -> list[float]:
+def _measure_lateral_offsets_m(scene: SceneSpec) -> list[float]:
     """How far to the right of the middle of the external camera's image each object lies, m."""
     backward = np.subtract(scene.appearance.camera, scene.appearance.target)
     # The horizontal unit vector to the camera's right: `backward` turned by a quarter turn.

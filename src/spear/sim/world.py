@@ -196,7 +196,7 @@ class World:
         return self.model.geom_bodyid[touching_geoms]
 
 
-def measure_milestones(world: World) -> dict[str, bool]:
+def get_milestone_states(world: World) -> dict[str, bool]:
     """Return which milestones of the scene's task are true now.
 
     reached             the gripper is at the source.

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import torch
 
 from spear.data.frames import (
-    find_frame_versions_of_policy,
+    choose_frame_versions_of_policy,
     get_newest_frame_version,
     list_names_with_outdated_frames,
     merge_frame_versions,
@@ -32,7 +32,7 @@ from spear.data.store.episode_store import WeightedStore
 from spear.errors import SpearError, check_known, notice
 from spear.flow import FlowConfig
 from spear.labels.questions.generate import iterate_tokenizer_texts
-from spear.labels.store import DepthImages, find_shards, read_images_with_depth
+from spear.labels.store import DepthImages, list_label_shards, read_images_with_depth
 from spear.models.presets import Preset, build_spear1_config, build_vlm_config, get_preset
 from spear.models.processing import NUM_LOCATIONS, Processor
 from spear.models.spear1 import Spear1Config, Spear1ForActionPrediction, load_inner_vlm
@@ -65,9 +65,23 @@ class _Built(NamedTuple):
     writers: Sequence[Callable[[Path], object]]
 
 
+class BuiltTraining(NamedTuple):
+    """What a recipe trains.
+
+    Attributes:
+        model: The model before the first step.
+        task: The task that trains the model.
+        save: Writes the trained model into a folder.
+    """
+
+    model: torch.nn.Module
+    task: Task
+    save: Callable[[Path], None]
+
+
 def build(
     recipe: Recipe, inputs: TrainingInputs, seed: int = 0, is_checked: bool = False
-) -> tuple[torch.nn.Module, Task, Callable[[Path], None]]:
+) -> BuiltTraining:
     """Build a recipe's model and task, before the first step.
 
     Args:
@@ -75,9 +89,6 @@ def build(
         inputs: what to learn from and to start from.
         seed: the seed of new weights and of the batches.
         is_checked: whether `check` has passed, so that it need not read the inputs again.
-
-    Returns:
-        The model, the task that trains it, and a function that saves the result in a folder.
 
     Raises:
         SpearError: for inputs that are missing, or that do not fit the recipe or each other.
@@ -111,7 +122,7 @@ def build(
         for write in built.writers:
             write(folder)
 
-    return built.model, built.task, save
+    return BuiltTraining(built.model, built.task, save)
 
 
 def check(recipe: Recipe, inputs: TrainingInputs) -> None:
@@ -175,10 +186,10 @@ def _check_label_folders(recipe: Recipe, preset: Preset, folders: Sequence[Path]
     of its folders of labels, so labels have to be in a folder.
     """
     for folder in folders:
-        for path in tasks.find_view_folders(folder, list(preset.image_sizes)).values():
+        for path in tasks.find_existing_view_folders(folder, list(preset.image_sizes)).values():
             if path.is_file():
                 raise SpearError(f"--labels {folder} is a file. Give the folder that it is in.")
-            find_shards(path)
+            list_label_shards(path)
 
 
 def _read_init_config(recipe: Recipe, preset: Preset, inputs: TrainingInputs) -> Any:
@@ -531,7 +542,7 @@ def _merge_frame_versions(init: Path | None, datasets: Sequence[WeightedStore]) 
     normalizer_file = None if init is None else init / "normalizer.json"
     if init is not None and normalizer_file is not None and normalizer_file.is_file():
         recorded_frames = Normalizer.load(normalizer_file).frames
-        init_frames = find_frame_versions_of_policy(recorded_frames, is_simulator_only(init))
+        init_frames = choose_frame_versions_of_policy(recorded_frames, is_simulator_only(init))
         if init_frames is None:
             _raise_if_frames_are_newer_than_policy(init, sources)
             init_frames = {}

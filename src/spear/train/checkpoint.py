@@ -16,7 +16,7 @@ import shutil
 import warnings
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -81,8 +81,15 @@ class CheckpointState(BaseModel, extra="allow"):
     earlier: list[dict[str, Any]] = []
 
 
-def find_newest_checkpoint(folder: Path) -> tuple[Path, dict[str, Any]] | None:
-    """Return the checkpoint in `folder` with the highest step, and its `CheckpointState` as a dict.
+class SavedCheckpoint(NamedTuple):
+    """A checkpoint's folder, and its `CheckpointState` as a dict."""
+
+    folder: Path
+    state: dict[str, Any]
+
+
+def find_newest_checkpoint(folder: Path) -> SavedCheckpoint | None:
+    """Return the checkpoint in `folder` with the highest step.
 
     Returns None if there is no checkpoint. Raises `SpearError` for a checkpoint that cannot be
     read.
@@ -96,7 +103,7 @@ def find_newest_checkpoint(folder: Path) -> tuple[Path, dict[str, Any]] | None:
         file = path.parent / name
         if not file.is_file():
             raise SpearError(f"{file} is missing. Copy the folder again, or {REMOVAL_ADVICE}.")
-    return path.parent, state.model_dump()
+    return SavedCheckpoint(path.parent, state.model_dump())
 
 
 class Checkpoints:

@@ -26,7 +26,7 @@ import torch
 from spear.errors import SpearError, disable_notices, format_count
 from spear.models.devices import is_bfloat16_fast
 from spear.train import parallel
-from spear.train.checkpoint import Checkpoints, find_newest_checkpoint
+from spear.train.checkpoint import Checkpoints, SavedCheckpoint, find_newest_checkpoint
 from spear.train.log import SKIPPED_BATCHES, Logger, NonFiniteStep, save_batch
 from spear.train.optimize import Batch, Stepper, Task, compute_learning_rate_factor
 from spear.train.options import Optimization
@@ -117,7 +117,9 @@ def run(
     with run_lock, Checkpoints(out / "checkpoints", stepper) as checkpoints:
         # Continue where the newest checkpoint is, on all processes.
         progress = _Progress()
-        checkpoint = find_checkpoint_to_resume(out, options.seed, settings["about"], opt.steps)
+        checkpoint = check_and_find_checkpoint_to_resume(
+            out, options.seed, settings["about"], opt.steps
+        )
         _check_processes_agree(checkpoint, options, settings)
         if checkpoint is not None:
             path, state = checkpoint
@@ -129,7 +131,7 @@ def run(
         if parallel.get_rank() == 0:
             logger = Logger(out, progress.first_step, opt.steps, options.log_every)
         saver = _Saver(checkpoints, settings, progress, options, opt.steps)
-        with _explain_lost_process():
+        with _translate_lost_process_errors():
             _train_steps(stepper, saver, logger, out)
 
     parallel.wait_for_all_processes()
@@ -388,7 +390,7 @@ def _end_process(step: int, stop_signal: int, logger: Logger | None) -> None:
 
 
 @contextlib.contextmanager
-def _explain_lost_process() -> Iterator[None]:
+def _translate_lost_process_errors() -> Iterator[None]:
     """Turn PyTorch's errors about a lost process into a `SpearError`."""
     try:
         yield
@@ -430,9 +432,9 @@ def resolve_optimization(opt: Optimization, out: Path, device: torch.device) -> 
     return dataclasses.replace(opt, accumulate=num_pieces // world_size)
 
 
-def find_checkpoint_to_resume(
+def check_and_find_checkpoint_to_resume(
     out: Path, seed: int, run_settings: Mapping[str, Any], steps: int
-) -> tuple[Path, dict[str, Any]] | None:
+) -> SavedCheckpoint | None:
     """Return the newest checkpoint in `out/checkpoints` and its state, or None for a new run.
 
     Args:
@@ -483,7 +485,7 @@ def is_same_setting(name: str, stored_value: Any, new_value: Any) -> bool:
 
 
 def _check_processes_agree(
-    checkpoint: tuple[Path, dict[str, Any]] | None, options: RunOptions, settings: dict[str, Any]
+    checkpoint: SavedCheckpoint | None, options: RunOptions, settings: dict[str, Any]
 ) -> None:
     """Check that all processes continue the same run in the same way."""
     first_step = 0

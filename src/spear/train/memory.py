@@ -86,7 +86,7 @@ def estimate_usable_bytes(gpu: str) -> float:
     return gpu_bytes * (1 - FRAGMENTATION) - CONTEXT_BYTES
 
 
-def measure_training(recipe: Recipe, with_gpu_layers: bool = True) -> MemoryEstimate:
+def measure_training_memory(recipe: Recipe, with_gpu_layers: bool = True) -> MemoryEstimate:
     """Measure what one process needs to train a "vla" or "vlm" recipe with the whole batch.
 
     The estimate assumes that no image is missing, and that prompts and answers are as long as they
@@ -147,7 +147,7 @@ def measure_training(recipe: Recipe, with_gpu_layers: bool = True) -> MemoryEsti
     )
 
 
-def measure_inference(
+def measure_inference_memory(
     preset: Preset,
     dtype: torch.dtype,
     batch_size: int = 1,
@@ -282,7 +282,7 @@ def plan_memory_savings(recipe: Recipe) -> Iterator[tuple[dict[str, Any], Memory
     bar = ProgressBar(f"planning {recipe.name}", len(numbers_of_changes), "settings")
     for num_changes in track_progress(numbers_of_changes, bar):
         first_changes = dict(changes[:num_changes])
-        yield first_changes, measure_training(recipe.with_changes(**first_changes))
+        yield first_changes, measure_training_memory(recipe.with_changes(**first_changes))
 
 
 def _list_memory_saving_changes(recipe: Recipe) -> list[tuple[str, Any]]:

@@ -152,7 +152,7 @@ def make_optimizer(
         if not parameter.requires_grad:
             continue
         has_decay = parameter.ndim >= 2 and name not in partly_trained
-        group_key = (_find_rate_factor(name, opt), has_decay)
+        group_key = (_get_rate_factor(name, opt), has_decay)
         parameters_of.setdefault(group_key, []).append(parameter)
 
     groups = []
@@ -168,7 +168,7 @@ def make_optimizer(
     return torch.optim.AdamW(groups, betas=opt.betas, fused=True)
 
 
-def _find_rate_factor(name: str, opt: Optimization) -> float:
+def _get_rate_factor(name: str, opt: Optimization) -> float:
     """Return the factor on a parameter's learning rate.
 
     It is the one that `lr_scale` gives for the longest prefix of the parameter's name, or 1.

@@ -228,7 +228,7 @@ class Recipe:
         )
 
 
-def _find_class_of_key() -> dict[str, type]:
+def _map_keys_to_classes() -> dict[str, type]:
     """Map each recipe key to the class that has the field of this name.
 
     The keys `optimization` and `questions` are left out, because their fields are keys themselves.
@@ -242,7 +242,7 @@ def _find_class_of_key() -> dict[str, type]:
     return class_of_key
 
 
-_CLASS_OF_KEY = _find_class_of_key()
+_CLASS_OF_KEY = _map_keys_to_classes()
 
 
 def list_recipe_keys() -> list[str]:

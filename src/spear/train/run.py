@@ -34,7 +34,7 @@ from spear.models.weights.folders import (
 )
 from spear.models.weights.load import StoredCheckpoint
 from spear.train import build, loop, parallel
-from spear.train.checkpoint import find_newest_checkpoint
+from spear.train.checkpoint import SavedCheckpoint, find_newest_checkpoint
 from spear.train.loop import EPISODES_KEY, RunOptions
 from spear.train.optimize import Task
 from spear.train.options import Optimization, Recipe, TrainingInputs
@@ -59,10 +59,6 @@ TEXT_FILES = (
 # `spear.flow.perturb_committed` makes committed actions wrong by differences between the samples of
 # a piece. Fewer samples than this give it too few differences.
 MIN_SAMPLES_FOR_MISTAKES = 4
-
-Checkpoint = tuple[Path, dict[str, Any]]
-"""The result of `find_newest_checkpoint`: a checkpoint's folder, and its `CheckpointState` as a
-dict."""
 
 
 def train(
@@ -179,12 +175,12 @@ def validate_run(
     if not inputs.episodes:
         del known_settings[EPISODES_KEY]
         del known_settings[EPISODE_CONTENT_KEY]
-    loop.find_checkpoint_to_resume(out, options.seed, known_settings, opt.steps)
+    loop.check_and_find_checkpoint_to_resume(out, options.seed, known_settings, opt.steps)
     check_writable(out / "log.jsonl")
     return ValidRun(recipe, torch_device, run_settings)
 
 
-def _has_same_episodes(inputs: TrainingInputs, checkpoint: Checkpoint | None) -> bool:
+def _has_same_episodes(inputs: TrainingInputs, checkpoint: SavedCheckpoint | None) -> bool:
     """Return whether the checkpoint's run has exactly these episodes, including the failed ones."""
     if checkpoint is None:
         return False
@@ -277,7 +273,7 @@ def _note_changed_optimization(
 
 
 def _note_changed_settings(
-    checkpoint: Checkpoint | None, earlier_settings: Sequence[Mapping[str, Any]]
+    checkpoint: SavedCheckpoint | None, earlier_settings: Sequence[Mapping[str, Any]]
 ) -> None:
     """Print a notice if this continuation of the run changes settings of the run."""
     if checkpoint is None:

@@ -26,12 +26,12 @@ class Setting:
     meaning: str
 
 
-def describe_settings(recipe: Recipe) -> list[Setting]:
+def list_settings(recipe: Recipe) -> list[Setting]:
     """Return the recipe's settings, without those that have no effect in a recipe of its kind.
 
     Example:
         >>> from spear.train.recipes import get_recipe
-        >>> settings = describe_settings(get_recipe("nano-post"))
+        >>> settings = list_settings(get_recipe("nano-post"))
         >>> [setting.meaning for setting in settings if setting.key == "lr"]
         ['peak learning rate.']
     """

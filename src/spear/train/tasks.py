@@ -28,7 +28,7 @@ from spear.errors import SpearError, format_count, notice
 from spear.labels.fit.masks import decode_mask
 from spear.labels.inputs import hash_content
 from spear.labels.questions.generate import generate_questions
-from spear.labels.store import DepthImages, find_shards, read_images_with_depth, read_labels
+from spear.labels.store import DepthImages, list_label_shards, read_images_with_depth, read_labels
 from spear.models.processing import Processor, compute_visible_window
 from spear.models.spear1 import Spear1ForActionPrediction
 from spear.models.stage0 import CELLS_PER_SIDE, MogeForDepth, PatchClassification
@@ -253,7 +253,7 @@ def count_length_groups(model: torch.nn.Module, batch: Batch) -> int:
     return min(MAX_LENGTH_GROUPS, num_groups)
 
 
-def find_view_folders(folder: Path, views: Sequence[str]) -> dict[str, Path]:
+def find_existing_view_folders(folder: Path, views: Sequence[str]) -> dict[str, Path]:
     """Return the folders with the shards of labels in `folder`, by view; see `load_labels`."""
     folders = {view: folder / view for view in views if (folder / view).is_dir()}
     return folders or {views[0]: folder}
@@ -268,8 +268,8 @@ def load_labels(folders: Sequence[Path], views: Sequence[str]) -> dict[str, list
     """
     labels_by_view: dict[str, list[LabeledImage]] = {}
     for folder in folders:
-        for view, path in find_view_folders(folder, views).items():
-            notice_missing_shards(path, find_shards(path), "run its command again")
+        for view, path in find_existing_view_folders(folder, views).items():
+            notice_missing_shards(path, list_label_shards(path), "run its command again")
             labels = labels_by_view.setdefault(view, [])
             labels.extend(_with_compact_masks(label) for label in read_labels(path))
 
@@ -326,7 +326,7 @@ def load_depth(
     depth_by_view: dict[str, DepthImages] = {}
     for view, labels_of_view in labels.items():
         folders_of_view = [
-            folder for folder in folders if view in find_view_folders(folder, list(labels))
+            folder for folder in folders if view in find_existing_view_folders(folder, list(labels))
         ]
         depth_images: Any = []
         for folder in folders_of_view:

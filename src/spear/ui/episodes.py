@@ -112,7 +112,7 @@ class SimulatedEpisode:
         task = self._env.world.spec.instruction
         self._views = [self._make_view(observation, info={}, instruction=task)]
 
-    def describe_constant_state(self) -> PageState:
+    def make_constant_state(self) -> PageState:
         """Return the part of the page's state that is the same for all steps."""
         world = self._env.world
         return {
@@ -175,9 +175,9 @@ class SimulatedEpisode:
             "camera": {"aspect": width / height, "focal": focal, "pose": pose.tolist()},
             "step": self._env.steps,
             "outcome": outcome,
-            "milestones": self._describe_milestones(info, outcome),
+            "milestones": self._list_milestones(info, outcome),
             "told": self._describe_instruction(instruction),
-            "gripper": _describe_gripper(observation["observation/state"]),
+            "gripper": _make_gripper_state(observation["observation/state"]),
             "arm": [world.data.xpos[world.model.body(name).id].tolist() for name in ARM_BODIES],
             "things": self._list_object_boxes(pose),
         }
@@ -219,7 +219,7 @@ class SimulatedEpisode:
             return "success"
         return "time is up" if self._env.steps >= MAX_STEPS else None
 
-    def _describe_milestones(self, info: Mapping[str, Any], outcome: str | None) -> list[str]:
+    def _list_milestones(self, info: Mapping[str, Any], outcome: str | None) -> list[str]:
         """List what the robot has achieved, and whether a rerun ended like the recorded episode.
 
         The two may differ if the evaluation ran on another processor.
@@ -270,7 +270,7 @@ class RecordedEpisode:
         """The last step."""
         return len(self.states) - 1
 
-    def describe_constant_state(self) -> PageState:
+    def make_constant_state(self) -> PageState:
         """Return the part of the page's state that is the same for all steps.
 
         The track is the gripper's path for the page's chart.
@@ -312,7 +312,7 @@ class RecordedEpisode:
             "step": step,
             "outcome": self._describe_success() if step == self.newest_step else None,
             "told": self.instruction,  # the instruction that the policy gets at this step
-            "gripper": _describe_gripper(self.states[step]),
+            "gripper": _make_gripper_state(self.states[step]),
         }
 
     def _describe_success(self) -> str | None:
@@ -453,7 +453,7 @@ def _make_title_prefix(success: bool | None) -> str:
     return "success · " if success else "failure · "
 
 
-def _describe_gripper(state: Array) -> PageState:
+def _make_gripper_state(state: Array) -> PageState:
     """Return the pose and opening of the gripper in a state [8], for the page."""
     return {
         "position": state[:3].tolist(),

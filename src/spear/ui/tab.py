@@ -183,18 +183,18 @@ class Tab:
 
     def show_step(self, request: Request) -> PageState:
         """Show the images and the robot at a step."""
-        episode, step = self._find_episode_and_step(request)
+        episode, step = self._get_episode_and_step(request)
         return episode.view_at(step)
 
     def predict_chunk(self, request: Request) -> PageState:
         """Show the chunk of actions that the policy would execute."""
-        episode, step = self._find_episode_and_step(request)
+        episode, step = self._get_episode_and_step(request)
         _, drawn_chunk = self._infer(episode.observation_at(step), step)
         return {"step": step, "chunk": drawn_chunk}
 
     def execute_step(self, _: Request) -> PageState:
         """Execute one action, which takes 0.2 s. If a new chunk is needed, infer it first."""
-        episode, step = self._find_episode_and_step({})  # the newest step
+        episode, step = self._get_episode_and_step({})  # the newest step
         if not isinstance(episode, SimulatedEpisode):
             raise SpearError(f"a {episode.kind} does not move. Choose a scene of the simulator.")
         if episode.is_over:
@@ -228,7 +228,7 @@ class Tab:
                 f"objects {str(names)[:60]} is not a list of 1 to {MAX_BOXES} names. Give one."
             )
         names = [read_prompt({"object": name}, "object") for name in names]
-        episode, step = self._find_episode_and_step(request)
+        episode, step = self._get_episode_and_step(request)
         image = episode.observation_at(step)["observation/image"]
 
         start_s = time.perf_counter()
@@ -237,7 +237,7 @@ class Tab:
         answers = self._ask_for_boxes(image, present_names)
         elapsed_s = time.perf_counter() - start_s
 
-        true_centers = self._find_true_centers(episode, step)
+        true_centers = self._compute_true_centers(episode, step)
         boxes = []
         for name, answer in zip(present_names, answers, strict=True):
             vertices = np.reshape(answer.values, (8, 3))
@@ -279,7 +279,7 @@ class Tab:
             [image] * len(names), prompts, BOX_QUESTION_TYPE, distributions=True
         )
 
-    def _find_true_centers(self, episode: Episode, step: int) -> dict[str, Array]:
+    def _compute_true_centers(self, episode: Episode, step: int) -> dict[str, Array]:
         """Return the true centers [3] of the objects' boxes by name, in meters.
 
         The result is empty outside the simulator, and for a model whose unit is not meters.
@@ -303,7 +303,7 @@ class Tab:
 
     def answer_question(self, request: Request) -> PageState:
         """Ask SPEAR-VLM any question, and show its answer in words."""
-        episode, step = self._find_episode_and_step(request)
+        episode, step = self._get_episode_and_step(request)
         question = read_prompt({"question": request.get("text")}, "question")
         image = episode.observation_at(step)["observation/image"]
         _, answer = ask.ask_question(
@@ -318,7 +318,7 @@ class Tab:
 
     def make_film(self, _: Request) -> PageState:
         """Make a film of all steps so far."""
-        episode, newest_step = self._find_episode_and_step({})
+        episode, newest_step = self._get_episode_and_step({})
         film.import_encoder()
         frames = self._compose_film_frames(episode, newest_step)
         data = film.encode_film(frames, episode.rate_hz)
@@ -347,7 +347,7 @@ class Tab:
             **EMPTY_PAGE_STATE,
             "source": episode.kind,
             "rate_hz": episode.rate_hz,
-            **episode.describe_constant_state(),
+            **episode.make_constant_state(),
             **episode.view_at(0),
         }
         self._episode = episode
@@ -356,7 +356,7 @@ class Tab:
             self._instruction = view["instruction"]
         return view
 
-    def _find_episode_and_step(self, request: Request) -> tuple[Episode, int]:
+    def _get_episode_and_step(self, request: Request) -> tuple[Episode, int]:
         """Return the episode, and the step that a request is about."""
         if self._episode is None:
             raise SpearError("there is no image yet. Choose a scene or open a photo.")

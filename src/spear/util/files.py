@@ -198,14 +198,14 @@ def notice_missing_shards(
     num_by_name = int(last_number) + 1 if last_number.isdecimal() else 0  # numbers begin at 0
     num_expected = max(num_written, num_by_name)
     if folder.is_dir() and num_expected > len(shards):
-        first_missing = _find_first_missing(shards, num_expected)
+        first_missing = _name_first_missing(shards, num_expected)
         notice(
             f"{folder} lacks {num_expected - len(shards)} of its shards, the first of them "
             f"{first_missing}. {to_sentence(advice)}"
         )
 
 
-def _find_first_missing(shards: Sequence[Path], num_expected: int) -> str:
+def _name_first_missing(shards: Sequence[Path], num_expected: int) -> str:
     """Find the name of the first shard that is missing; the names end in their numbers."""
     names = {shard.name for shard in shards}
     prefix, _, digits = shards[-1].stem.rpartition("-")

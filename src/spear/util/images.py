@@ -219,7 +219,7 @@ def can_open_image(path: str | Path) -> bool:
         return False
 
 
-def find_image_format(name: str) -> str:
+def get_image_format(name: str) -> str:
     """Return Pillow's name for the format that a file's suffix names: "PNG" or "JPEG".
 
     Raises:
@@ -234,7 +234,7 @@ def find_image_format(name: str) -> str:
 def encode_image_file(image: Array, name: str) -> bytes:
     """Encode [h, w, 3] uint8 RGB in the format that the suffix of the file `name` says."""
     buffer = io.BytesIO()
-    Image.fromarray(image).save(buffer, find_image_format(name))
+    Image.fromarray(image).save(buffer, get_image_format(name))
     return buffer.getvalue()
 
 
@@ -418,7 +418,7 @@ def _to_rgb(image: Image.Image, name: str, keep_transparent_colors: bool) -> Arr
             f"{name} has floating-point pixels. Convert it to 8 bits, as you want it to look."
         )
     has_deep_gray = image.mode == "I" or image.mode.startswith("I;16")
-    gray_divisor = _find_gray_divisor(image, name) if has_deep_gray else 1
+    gray_divisor = _compute_gray_divisor(image, name) if has_deep_gray else 1
     rgb = np.empty((image.height, image.width, 3), np.uint8)
     for rows, strip in _iterate_strips(image):
         if has_deep_gray:
@@ -445,7 +445,7 @@ def _strip_to_rgb(strip: Image.Image, keep_transparent_colors: bool) -> Image.Im
     return strip.convert("RGB")
 
 
-def _find_gray_divisor(image: Image.Image, name: str) -> int:
+def _compute_gray_divisor(image: Image.Image, name: str) -> int:
     """Find by what gray values of 16 or 32 bits are divided to become 8-bit values.
 
     If the values of a 32-bit image (mode "I") are at most 255, they already are 8-bit values. If

@@ -41,8 +41,8 @@ def find_proxy_problem() -> ProxyProblem | None:
     The client checks all proxies when it starts, including those that it will not use.
     """
     for protocol, proxy in _read_proxies().items():
-        variable = _find_proxy_variable(protocol)
-        scheme = _find_proxy_scheme(proxy)
+        variable = _get_proxy_variable(protocol)
+        scheme = _get_proxy_scheme(proxy)
         if scheme not in CLIENT_PROXY_SCHEMES:
             schemes = ", ".join(CLIENT_PROXY_SCHEMES)
             return ProxyProblem(
@@ -90,7 +90,7 @@ def _has_proxy_for_client_only() -> bool:
     proxies = _read_proxies()
     if "all" in proxies:
         return True
-    return any(_find_proxy_scheme(proxy) != "http" for proxy in proxies.values())
+    return any(_get_proxy_scheme(proxy) != "http" for proxy in proxies.values())
 
 
 def _read_proxies() -> dict[str, str]:
@@ -107,7 +107,7 @@ def _read_proxies() -> dict[str, str]:
     return proxies
 
 
-def _find_proxy_scheme(proxy: str) -> str:
+def _get_proxy_scheme(proxy: str) -> str:
     """Return the scheme of a proxy's URL: "http" if it has none, "" if the URL is not valid."""
     url = proxy if "://" in proxy else f"http://{proxy}"
     try:
@@ -118,7 +118,7 @@ def _find_proxy_scheme(proxy: str) -> str:
     return split_url.scheme
 
 
-def _find_proxy_variable(protocol: str) -> str:
+def _get_proxy_variable(protocol: str) -> str:
     """Return the environment variable that names a protocol's proxy, in the user's spelling.
 
     On macOS and Windows, the proxy may also come from the settings of the system.

@@ -12,7 +12,7 @@ from scipy.spatial.transform import Rotation
 from refusals import refuses
 from spear.data.actions import add_actions, resample_episode
 from spear.data.readers.bad_rows import Repairs, collect_repairs
-from spear.data.readers.build_episode import build_episode, read_openings
+from spear.data.readers.build_episode import build_episode, read_measured_and_commanded_openings
 from spear.data.readers.columns import read_column
 from spear.data.readers.dataset_layout import REGISTRY, DatasetLayout
 from spear.data.readers.rlds import open_rlds
@@ -237,7 +237,9 @@ def test_the_open_grippers_of_bc_z_read_from_0_to_a_fifth() -> None:
     """Readings of 0 and of 0.2 are open, and a reading of 1 is closed."""
     layout = dataclasses.replace(REGISTRY["bc_z"], gripper="state", command=None)
 
-    opening, _ = read_openings({"state": np.array([0, 0.2, 1])}, layout, "bc_z")
+    opening, _ = read_measured_and_commanded_openings(
+        {"state": np.array([0, 0.2, 1])}, layout, "bc_z"
+    )
 
     np.testing.assert_allclose(opening, [1, 1, 0])
 
@@ -249,7 +251,9 @@ def test_the_grippers_of_nyu_franka_play_are_closed_at_minus_one() -> None:
         command="command",
     )
 
-    _, command = read_openings({"command": np.array([-1.0, 1.0])}, layout, "nyu")
+    _, command = read_measured_and_commanded_openings(
+        {"command": np.array([-1.0, 1.0])}, layout, "nyu"
+    )
 
     np.testing.assert_allclose(command, [0, 1])
 
@@ -356,7 +360,7 @@ def test_an_opening_that_is_its_command_but_for_rounding_was_not_measured() -> N
     )
     steps = {"state": np.array([0.08, 0, 0.04]), "action": np.array([1, 0.0003, 0.5])}
 
-    opening, command = read_openings(steps, layout, "mine")
+    opening, command = read_measured_and_commanded_openings(steps, layout, "mine")
 
     np.testing.assert_allclose(command, [1, 0, 0.5], atol=1e-3)
     np.testing.assert_allclose(opening, [1, 1, 0], atol=1e-3)  # the first has no step before

@@ -24,9 +24,9 @@ from spear.data.readers.dataset_layout import (
     REGISTRY,
     DatasetLayout,
     RotationFormat,
-    find_layout,
     find_missing_fields,
     read_layout_file,
+    resolve_layout,
 )
 from spear.embodiments.kinematics import compute_franka_ee_poses
 from spear.util.images import encode_jpeg
@@ -85,7 +85,7 @@ def test_a_layout_that_is_not_complete_says_why_and_is_refused(name: str) -> Non
     """The facts of the layout say why at least one of the missing fields is missing."""
     missing_fields = find_missing_fields(REGISTRY[name])
 
-    refuses(f"'{name}' lacks {missing_fields[0]}", find_layout, name, Path("nowhere"))
+    refuses(f"'{name}' lacks {missing_fields[0]}", resolve_layout, name, Path("nowhere"))
     assert set(missing_fields) & set(REGISTRY[name].facts)
 
 
@@ -263,7 +263,7 @@ def test_keys_that_would_change_nothing_are_refused(
 ) -> None:
     layout_file.write_text(json.dumps({"like": "bridge_dataset", **fields}))
 
-    refuses(message, find_layout, "mine", tmp_path, layout_file)
+    refuses(message, resolve_layout, "mine", tmp_path, layout_file)
 
 
 def test_the_range_of_a_command_without_a_column_is_refused(layout_file: Path) -> None:

@@ -27,7 +27,7 @@ SEEDS = range(10_000, 10_100)
 
 def has_libero() -> bool:
     try:
-        environment.find_python()
+        environment.resolve_python()
     except SpearError:
         return False
     return True

@@ -23,8 +23,8 @@ from spear.evaluate.libero import environment, oracle
 from spear.evaluate.libero.process import WORKER, Box, LiberoMoment, LiberoProcess, Region
 from spear.evaluate.libero.record import RecordingSettings, begin_at_resting_start, record_episode
 from spear.evaluate.libero.run import Libero, OracleAgent, summarize_suites
-from spear.evaluate.libero.starts import MARGIN_M, measure_distance_from_official
-from spear.evaluate.libero.suites import PROTOCOLS, find_original_suite, get_max_steps
+from spear.evaluate.libero.starts import MARGIN_M, measure_distance_from_official_m
+from spear.evaluate.libero.suites import PROTOCOLS, get_max_steps, resolve_original_suite
 from spear.evaluate.libero.worker import simplify_meshes
 from spear.evaluate.options import LiberoOptions
 from spear.evaluate.results import Outcome, Results
@@ -100,7 +100,7 @@ class TestSuites:
         assert get_max_steps("libero_spatial", PROTOCOLS["lerobot"]) == 280
 
     def test_an_unknown_suite_is_refused(self) -> None:
-        refuses("libero_space", find_original_suite, "libero_space")
+        refuses("libero_space", resolve_original_suite, "libero_space")
 
     def test_the_success_of_a_suite_is_the_mean_of_its_tasks(self) -> None:
         outcomes = []
@@ -152,12 +152,12 @@ def test_a_missing_environment_is_reported_with_the_command(
 ) -> None:
     monkeypatch.setenv(environment.ENVIRONMENT_VARIABLE, str(tmp_path / "nowhere"))
 
-    refuses("spear evaluate libero --setup", environment.find_python)
+    refuses("spear evaluate libero --setup", environment.resolve_python)
 
 
 class TestOracle:
     def test_it_takes_a_bowl_by_its_rim(self) -> None:
-        grasps = oracle.find_grasps("bowl_1", make_moment((0.5, 0, 0.3)))
+        grasps = oracle.list_grasps("bowl_1", make_moment((0.5, 0, 0.3)))
 
         for grasp in grasps:
             from_middle = grasp.position[:2] - [0.5, 0]
@@ -174,7 +174,7 @@ class TestOracle:
         assert action[7] == 1  # open
 
     def test_it_closes_where_it_grasps(self) -> None:
-        grasp = oracle.find_grasps("bowl_1", make_moment((0.5, 0, 0.3)))[0]
+        grasp = oracle.list_grasps("bowl_1", make_moment((0.5, 0, 0.3)))[0]
         x, y, z = grasp.position
         moment = make_moment((x, y, z))
         facing_grasp = [math.cos(grasp.yaw / 2), 0, 0, math.sin(grasp.yaw / 2)]
@@ -193,7 +193,7 @@ class TestOracle:
         )
         tipping = dataclasses.replace(moment, objects={**moment.objects, "milk_1": milk})
 
-        assert oracle.find_grasps("milk_1", tipping)
+        assert oracle.list_grasps("milk_1", tipping)
 
     def test_it_lifts_what_it_holds(self) -> None:
         action = choose(make_moment((0.5, 0.05, 0.04), is_open=False, gripped_objects=("bowl_1",)))
@@ -207,7 +207,7 @@ class TestOracle:
     def test_it_leans_away_from_an_open_drawer_above_a_bowl(self) -> None:
         moment = open_drawer_above_bowl(make_moment((0.3, -0.2, 0.2)))
 
-        (grasp,) = oracle.find_grasps("bowl_1", moment)
+        (grasp,) = oracle.list_grasps("bowl_1", moment)
 
         # The drawer comes from -y, so the hand takes the rim at +y and leans farther there.
         hand_axis = quat_rotate(quat_exp(torch.from_numpy(grasp.lean)), oracle.VERTICAL).numpy()
@@ -231,7 +231,7 @@ class TestOracle:
         rack = Region(np.array([0.5, -0.3, 0.2, *tilted]), np.full(3, 0.02))
         moment = dataclasses.replace(moment, regions={"rack": rack})
 
-        place = oracle.find_rest_position(moment.objects["bowl_1"], "rack", moment)
+        place = oracle.compute_rest_position(moment.objects["bowl_1"], "rack", moment)
 
         assert place[0] == pytest.approx(0.5)
         assert place[1] == pytest.approx(-0.3 - oracle.SLOPE_DISTANCE_M * math.sin(math.pi / 3))
@@ -245,7 +245,7 @@ class TestOracle:
 
 def has_libero() -> bool:
     try:
-        environment.find_python()
+        environment.resolve_python()
     except SpearError:
         return False
     return True
@@ -282,12 +282,12 @@ class TestLibero:
         script = Path(__file__).with_name("compare_steps.py")
         environment_variables = {
             **os.environ,
-            "LIBERO_CONFIG_PATH": str(environment.find_folder() / "config"),
+            "LIBERO_CONFIG_PATH": str(environment.resolve_folder() / "config"),
         }
         environment_variables.pop("PYTHONPATH", None)  # packages of another Python
 
         result = subprocess.run(
-            [str(environment.find_python()), str(script), str(WORKER)],
+            [str(environment.resolve_python()), str(script), str(WORKER)],
             env=environment_variables,
             capture_output=True,
             text=True,
@@ -338,7 +338,7 @@ class TestLibero:
         names = sorted(official)
         places = np.stack([moment.objects[name].pose[:2] + moment.base[:2] for name in names])
         all_official = np.stack([official[name][:, :2] for name in names], axis=1)
-        distance_m = measure_distance_from_official(all_official, places)
+        distance_m = measure_distance_from_official_m(all_official, places)
         assert distance_m > 0.8 * MARGIN_M  # less what settling moves
 
     def test_a_demonstration_is_an_episode_to_train_on(self, process: LiberoProcess) -> None:

@@ -86,14 +86,14 @@ def test_the_camera_moves_around_the_same_point_within_its_level(
     camera: CameraView, level: int
 ) -> None:
     limits = CAMERA_LEVELS[level]
-    target = camera.find_target(TABLE_Z_M)
+    target = camera.compute_target(TABLE_Z_M)
     orbit_before = CameraOrbit.around(tuple(target), tuple(camera.position))
 
     for seed in range(20):
         moved = sample_camera(camera, TABLE_Z_M, limits, make_generator(seed))
 
         orbit = CameraOrbit.around(tuple(target), tuple(moved.position))
-        np.testing.assert_allclose(moved.find_target(TABLE_Z_M), target, atol=1e-9)
+        np.testing.assert_allclose(moved.compute_target(TABLE_Z_M), target, atol=1e-9)
         turn_deg = (orbit.azimuth_deg - orbit_before.azimuth_deg + 180) % 360 - 180
         assert abs(turn_deg) <= limits.azimuth_deg + 1e-6
         assert abs(orbit.elevation_deg - orbit_before.elevation_deg) <= limits.elevation_deg + 1e-6

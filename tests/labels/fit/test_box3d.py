@@ -10,8 +10,8 @@ from labels_scenes import make_camera, make_yaw_rotation, sample_visible_sides
 from spear.labels.fit.box3d import (
     VERTEX_SIGNS,
     compute_iou_3d,
+    compute_keypoints,
     compute_vertex_error,
-    find_keypoints,
     fit_box,
     make_box,
     make_box_from_vertices,
@@ -272,7 +272,7 @@ def test_keypoints_are_the_extremes() -> None:
     )
     box = fit_box(points)
 
-    keypoints = find_keypoints(points, box)
+    keypoints = compute_keypoints(points, box)
 
     np.testing.assert_allclose(keypoints["closest"], points[0], rtol=1e-6)
     np.testing.assert_allclose(keypoints["furthest"], points[1], rtol=1e-6)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from moge_reference import load_arrays, relative_error
-from spear.models.moge.infer import make_view_plane, recover_focal_shift, unproject
+from spear.models.moge.infer import make_view_plane, recover_focal_and_shift, unproject
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +28,7 @@ def test_focal_and_shift_are_the_references(helpers: dict[str, torch.Tensor], ca
         points = helpers[f"{case}.points"][None]
     mask = helpers.get(f"{case}.mask", make_full_mask(points)).view(points.shape[:-1])
 
-    focal, shift = recover_focal_shift(points, mask)
+    focal, shift = recover_focal_and_shift(points, mask)
 
     expected_focal = helpers[f"{case}.focal"].view(-1)
     expected_shift = helpers[f"{case}.shift"].view(-1)
@@ -74,7 +74,7 @@ def make_wavy_surface(
 def test_a_known_camera_is_recovered(focal: float, shift: float) -> None:
     points = make_wavy_surface(focal, shift)
 
-    recovered_focal, recovered_shift = recover_focal_shift(points, make_full_mask(points))
+    recovered_focal, recovered_shift = recover_focal_and_shift(points, make_full_mask(points))
 
     assert recovered_focal.item() == pytest.approx(focal, rel=2e-3)
     assert recovered_shift.item() == pytest.approx(shift, abs=5e-3)
@@ -85,13 +85,13 @@ def test_unknown_points_do_not_matter() -> None:
     points = make_wavy_surface(1.0, 0.8)
     mask = make_full_mask(points)
     mask[:, :20] = False
-    clean = recover_focal_shift(points, mask)
+    clean = recover_focal_and_shift(points, mask)
 
     points[:, :20] = 1e3
     points[:, 30, 5:40] = torch.nan
     points[:, 31, 5:40, 2] = 0
     points[:, 32, 5:40] = torch.inf
-    dirty = recover_focal_shift(points, mask)
+    dirty = recover_focal_and_shift(points, mask)
 
     torch.testing.assert_close(torch.stack(dirty), torch.stack(clean), rtol=5e-3, atol=5e-3)
 
@@ -105,7 +105,7 @@ def test_a_map_that_determines_no_camera_has_focal_1_and_shift_0() -> None:
     points[1, ..., :2] = 0
     points[2] = torch.nan
 
-    focal, shift = recover_focal_shift(points, mask)
+    focal, shift = recover_focal_and_shift(points, mask)
 
     assert focal.tolist() == [1, 1, 1]
     assert shift.tolist() == [0, 0, 0]

@@ -85,10 +85,10 @@ def build_episode(steps: Steps, layout: DatasetLayout, source: str) -> Episode:
     assert layout.rate_hz is not None
     # States and images of the good rows, checked.
     recorded_steps = steps
-    steps, rows = drop_bad_rows(recorded_steps, layout, source)
+    steps, rows = drop_bad_rows_and_list_good_ones(recorded_steps, layout, source)
     position, rotation, rotation_format = read_recorded_poses(steps, layout, source)
     _check_angle_unit(rotation, rotation_format, source)
-    gripper, command = read_openings(steps, layout, source)
+    gripper, command = read_measured_and_commanded_openings(steps, layout, source)
     episode = validate_episode(
         Episode(
             images={
@@ -123,7 +123,9 @@ def build_episode(steps: Steps, layout: DatasetLayout, source: str) -> Episode:
     return episode if command is None else _add_derived_actions(episode, command)
 
 
-def drop_bad_rows(steps: Steps, layout: DatasetLayout, source: str) -> tuple[Steps, Array]:
+def drop_bad_rows_and_list_good_ones(
+    steps: Steps, layout: DatasetLayout, source: str
+) -> tuple[Steps, Array]:
     """Drop the rows of an episode that lack a number or a pose (see `spear.data.readers.bad_rows`).
 
     Returns:
@@ -291,7 +293,9 @@ def read_recorded_poses(steps: Steps, layout: DatasetLayout, source: str) -> Rec
     return RecordedPoses(position_m, rotation, layout.rotation_format)
 
 
-def read_openings(steps: Steps, layout: DatasetLayout, source: str) -> tuple[Array, Array | None]:
+def read_measured_and_commanded_openings(
+    steps: Steps, layout: DatasetLayout, source: str
+) -> tuple[Array, Array | None]:
     """Read the measured and the commanded openings of the gripper.
 
     Returns:

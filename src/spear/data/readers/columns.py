@@ -43,7 +43,7 @@ def read_column(steps: Steps, column: str, source: str) -> Any:
         SpearError: If there is no such column. The message lists the columns that exist.
     """
     path, components = parse_column(column)
-    values = _find_values(steps, path, column, source)
+    values = _get_nested_column(steps, path, column, source)
     if isinstance(values, str):
         raise SpearError(
             f"column {column!r} of {source} cannot be read ({values}). Name another column."
@@ -63,7 +63,7 @@ def read_column(steps: Steps, column: str, source: str) -> Any:
     return values[:, components] if is_range else values[:, components.start]
 
 
-def _find_values(steps: Steps, path: str, column: str, source: str) -> Any:
+def _get_nested_column(steps: Steps, path: str, column: str, source: str) -> Any:
     """Follow a path through nested columns.
 
     A name in `steps` may itself contain slashes, so several parts of the path may be one name.
@@ -176,7 +176,7 @@ def read_text(steps: Steps, column: str, source: str) -> str:
     """
     try:
         rows = read_column(steps, column, source)
-        texts = _find_distinct_texts(rows)
+        texts = _list_distinct_texts(rows)
     except (TypeError, ValueError, OverflowError) as error:
         raise SpearError(
             f"column {column!r} of {source} contains no text. Name another column."
@@ -190,7 +190,7 @@ def read_text(steps: Steps, column: str, source: str) -> str:
     return "".join(texts)
 
 
-def _find_distinct_texts(rows: Any) -> list[str]:
+def _list_distinct_texts(rows: Any) -> list[str]:
     """Decode the rows of a text column, and list each text once, in order, without the empty one.
 
     Most rows repeat the row before, so rows are compared before they are decoded.

@@ -115,7 +115,7 @@ class DatasetLayout:
     tip              link of the URDF whose poses are meant: the one between the finger tips.
     joints           names of the URDF's joints in the order of the numbers. Without them, the
                      dataset's metadata name the numbers, or their order is from base to tip.
-    arm              the joints from the base to the tip, as `find_layout` reads them from the URDF.
+    arm              the joints from the base to the tip. `resolve_layout` reads them from the URDF.
     length_unit      unit of positions. It is also the unit of logged translations, unless
                      `logged_translation_unit` is given.
     angle_unit       unit of the numbers in `rotation`, if they are angles. It is also the unit of
@@ -259,7 +259,7 @@ def find_missing_fields(layout: DatasetLayout) -> list[str]:
     return missing_fields
 
 
-def find_layout(
+def resolve_layout(
     name: str,
     folder: Path,
     layout_file: Path | None = None,
@@ -352,7 +352,7 @@ def read_layout_file(
     Args:
         path: The file.
         name: The dataset's name.
-        format_defaults: See `find_layout`.
+        format_defaults: See `resolve_layout`.
 
     Raises:
         SpearError: If the file or one of its keys is bad; the message names both.
@@ -360,7 +360,7 @@ def read_layout_file(
     fields = read_json(path, "give a file like spear.json")
     like_name = fields.pop("like", None)
     known_keys = {field.name for field in dataclasses.fields(DatasetLayout)} | {"like"}
-    known_keys -= {"weight", "arm"}  # `--sampling-weights` and `find_layout` set these
+    known_keys -= {"weight", "arm"}  # `--sampling-weights` and `resolve_layout` set these
     check_known(
         "key",
         known_keys,

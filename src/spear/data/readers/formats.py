@@ -150,7 +150,7 @@ def read_episodes(
         path: The folder.
         split: Which episodes: "train", "train[:20%]", … (see `parse_split`).
         layout_file: The file that describes the dataset's layout. If it is None, the dataset's own
-            layout is used (see `find_layout`).
+            layout is used (see `resolve_layout`).
         on_error: Called with the error of each bad episode, which is then skipped. If it is None,
             the error is raised.
 
@@ -276,7 +276,7 @@ def fingerprint_dataset(folder: Dataset | EpisodeStore) -> str:
 def list_cameras(path: str | Path, layout_file: Path | None = None) -> list[str]:
     """List our names of the cameras of a folder's episodes.
 
-    Raises SpearError if the folder has no layout (see `find_layout`).
+    Raises SpearError if the folder has no layout (see `resolve_layout`).
     """
     folder = open_dataset(path)
     if isinstance(folder, EpisodeStore):
@@ -284,7 +284,7 @@ def list_cameras(path: str | Path, layout_file: Path | None = None) -> list[str]
     return list(folder.load_layout(layout_file).images)
 
 
-def find_frame_versions(path: str | Path, layout_file: Path | None = None) -> Mapping[str, int]:
+def read_frame_versions(path: str | Path, layout_file: Path | None = None) -> Mapping[str, int]:
     """Find the versions of the frames of a folder's poses (`spear.data.frames`)."""
     folder = open_dataset(path)
     if isinstance(folder, EpisodeStore):

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from spear.data.readers.dataset_layout import DatasetLayout
+from spear.embodiments.kinematics import Poses
 from spear.embodiments.urdf import TURN_RAD, UrdfArm, compute_urdf_pose
 from spear.errors import SpearError
 from spear.types import Array
@@ -14,7 +15,7 @@ NORMALIZED_LIMIT = 100.0
 """LeRobot's value of a joint at the end of its range, if the robot does not give degrees."""
 
 
-def compute_tip_poses(joints: Array, layout: DatasetLayout, source: str) -> tuple[Array, Array]:
+def compute_tip_poses(joints: Array, layout: DatasetLayout, source: str) -> Poses:
     """Compute the poses of the tip of a layout's arm from joint angles, in the frame of its base.
 
     Args:

@@ -30,7 +30,7 @@ from pydantic.dataclasses import dataclass
 
 from spear.data.actions import empty_episode_error, find_first
 from spear.data.readers.columns import RawEpisodes, parse_column
-from spear.data.readers.dataset_layout import DatasetLayout, Positive, find_layout
+from spear.data.readers.dataset_layout import DatasetLayout, Positive, resolve_layout
 from spear.data.readers.parquet_rows import read_episode_rows
 from spear.data.readers.splits import parse_split
 from spear.data.readers.video import read_frames
@@ -189,7 +189,7 @@ class LeRobotFolder:
         ]
 
     def load_layout(self, layout_file: Path | None = None) -> DatasetLayout:
-        """Load the dataset's layout (see `find_layout`).
+        """Load the dataset's layout (see `resolve_layout`).
 
         Raises:
             SpearError: If the metadata contradict the layout. They may state another rate. Or they
@@ -197,7 +197,7 @@ class LeRobotFolder:
                 another quaternion order.
         """
         format_defaults = {"instruction": TASK_COLUMN, "rate_hz": self.info.fps}
-        layout = find_layout(self.name, self.path, layout_file, format_defaults)
+        layout = resolve_layout(self.name, self.path, layout_file, format_defaults)
         if layout.rate_hz != self.info.fps:
             raise SpearError(
                 f"rate_hz in the layout of {self.path} is {layout.rate_hz}, but its {INFO_FILE} "

@@ -73,7 +73,7 @@ class EpisodeFile:
         if INDEX_COLUMN not in self._column_names:
             raise KeyError(f"no column {INDEX_COLUMN}")
         # The smallest and the largest episode number of each row group, [num_row_groups] each.
-        self._first_episodes, self._last_episodes = self._find_episodes_of_row_groups()
+        self._first_episodes, self._last_episodes = self._read_episode_ranges_of_row_groups()
         self._last_group: _RowGroup | None = None
         self._last_group_key: tuple[int, frozenset[str]] | None = None
         self._lock = threading.Lock()  # for readers in several threads
@@ -95,7 +95,7 @@ class EpisodeFile:
                 rows = pa.concat_tables([rows, *pieces])
         return rows
 
-    def _find_episodes_of_row_groups(self) -> tuple[Array, Array]:
+    def _read_episode_ranges_of_row_groups(self) -> tuple[Array, Array]:
         """Find the smallest and the largest episode number of each row group.
 
         Most footers have these numbers as statistics. For a row group without statistics, its

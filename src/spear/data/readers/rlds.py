@@ -30,7 +30,7 @@ from spear.data.readers.columns import (
     count_steps,
     walk_columns,
 )
-from spear.data.readers.dataset_layout import DatasetLayout, find_layout
+from spear.data.readers.dataset_layout import DatasetLayout, resolve_layout
 from spear.data.readers.splits import parse_split
 from spear.data.readers.tfrecord import Feature, parse_example, read_records
 from spear.errors import SpearError, format_count
@@ -78,11 +78,11 @@ class RldsFolder:
         }
 
     def load_layout(self, layout_file: Path | None = None) -> DatasetLayout:
-        """Load the dataset's layout (see `find_layout`).
+        """Load the dataset's layout (see `resolve_layout`).
 
         Raises SpearError if this version of the dataset is newer than the newest correct one.
         """
-        layout = find_layout(self.name, self.path, layout_file)
+        layout = resolve_layout(self.name, self.path, layout_file)
         if layout.newest is None:
             return layout
         if _version_numbers(self.version) > _version_numbers(layout.newest):

@@ -58,7 +58,7 @@ class RowStats:
         for name, quantile in QUANTILES.items():
             quantiles: list[float] = []
             for sketch in sketches:
-                values, weights = sketch.get_weighted_values()
+                values, weights = sketch.get_values_and_weights()
                 quantiles.append(weighted_quantile(values, weights, quantile))
             stats[name] = np.array(quantiles)
         return stats
@@ -227,7 +227,7 @@ class QuantileSketch:
             self._levels[level + 1] = np.concatenate([self._levels[level + 1], moved_values])
             self._keep_odd[level] = not self._keep_odd[level]
 
-    def get_weighted_values(self) -> tuple[Array, Array]:
+    def get_values_and_weights(self) -> tuple[Array, Array]:
         """Get the values [N] of the sketch, and their weights [N].
 
         The weight of a value is the number of added values that it stands for. The weights sum to

@@ -18,21 +18,21 @@ ENVIRONMENT_VARIABLE = "SPEAR_LIBERO"
 DEFAULT_FOLDER = Path("~/.cache/spear/libero")
 
 
-def find_folder() -> Path:
+def resolve_folder() -> Path:
     """Return the folder of the environment: SPEAR_LIBERO, or ~/.cache/spear/libero."""
     return Path(os.environ.get(ENVIRONMENT_VARIABLE, DEFAULT_FOLDER)).expanduser()
 
 
-def find_python() -> Path:
+def resolve_python() -> Path:
     """Return the environment's Python.
 
     Raises:
         SpearError: the environment has not been set up.
     """
-    python = _get_python(find_folder())
+    python = _get_python(resolve_folder())
     if not python.is_file():
         raise SpearError(
-            f"LIBERO's environment is not in {find_folder()}. Set it up with "
+            f"LIBERO's environment is not in {resolve_folder()}. Set it up with "
             "spear evaluate libero --setup (2.1 GB, some minutes), or name its folder in "
             f"{ENVIRONMENT_VARIABLE}."
         )
@@ -40,7 +40,7 @@ def find_python() -> Path:
 
 
 def install_in_folder() -> Path:
-    """Make the environment in `find_folder()`, or complete one whose installation was stopped.
+    """Make the environment in `resolve_folder()`, or complete one whose installation was stopped.
 
     Returns:
         Its folder.
@@ -48,7 +48,7 @@ def install_in_folder() -> Path:
     Raises:
         SpearError: pip failed; the message has its last line.
     """
-    folder = find_folder()
+    folder = resolve_folder()
     python = _get_python(folder)
     if not python.is_file():
         venv.create(folder, with_pip=True)

@@ -14,15 +14,15 @@ from typing import Any
 
 import numpy as np
 
-from spear.evaluate.libero.environment import REQUIREMENTS, find_python
+from spear.evaluate.libero.environment import REQUIREMENTS, resolve_python
 from spear.evaluate.libero.process import LiberoProcess
 from spear.evaluate.libero.record import PROTOCOL, begin_at_resting_start
 from spear.evaluate.libero.suites import (
     LABELED_SUITES,
     NUM_TASKS,
-    find_original_suite,
     format_task,
     parse_task,
+    resolve_original_suite,
 )
 from spear.evaluate.simpler.frames import fit_frame
 from spear.sim.world import GRIPPER_NAME
@@ -76,7 +76,7 @@ def label_tasks(
     Raises:
         SpearError: LIBERO's environment is missing, or a suite is unknown.
     """
-    find_python()  # a missing environment is reported before the folder is written
+    resolve_python()  # a missing environment is reported before the folder is written
     jobs = list_jobs(suites or LABELED_SUITES, seeds)
     settings = make_task_settings(seeds, size, simulator=" ".join(REQUIREMENTS))
     if suites:  # the default is not recorded, so that folders of older versions can be continued
@@ -93,7 +93,7 @@ def list_jobs(suites: Sequence[str], seeds: range) -> list[SceneJob]:
     """
     jobs: list[SceneJob] = []
     for suite in suites:
-        find_original_suite(suite)  # raises the error
+        resolve_original_suite(suite)  # raises the error
         for index in range(NUM_TASKS):
             jobs += split_into_jobs(format_task(suite, index), seeds, SCENES_PER_JOB)
     return jobs

@@ -160,28 +160,28 @@ class Outline:
     bottom: float
     top: float
 
-    def measure_distance(self, points: Array) -> Array:
+    def measure_distances_m(self, points: Array) -> Array:
         """The horizontal distances [n] of points [n, 2]; 0 above or below the box."""
-        outside = np.maximum(self._measure_excess(points), 0)
+        outside = np.maximum(self._measure_excess_m(points), 0)
         return np.linalg.norm(outside, axis=-1)
 
-    def measure_distance_to_sides(self, points: Array) -> Array:
+    def measure_distances_to_sides_m(self, points: Array) -> Array:
         """The horizontal distances [n] of points [n, 2] inside the box from its nearest side;
         negative outside."""
-        return -self._measure_excess(points).max(axis=-1)
+        return -self._measure_excess_m(points).max(axis=-1)
 
-    def measure_signed_distance(self, points: Array) -> Array:
+    def measure_signed_distances_m(self, points: Array) -> Array:
         """The horizontal distances [n] of points [n, 2]; inside negative, to the nearest side."""
-        inside = np.minimum(-self.measure_distance_to_sides(points), 0)
-        return self.measure_distance(points) + inside
+        inside = np.minimum(-self.measure_distances_to_sides_m(points), 0)
+        return self.measure_distances_m(points) + inside
 
-    def find_exit_direction(self, point: Array) -> Array:
+    def compute_exit_direction(self, point: Array) -> Array:
         """The direction [2] in which a point leaves the box soonest."""
-        side = int(np.argmax(self._measure_excess(point)))
+        side = int(np.argmax(self._measure_excess_m(point)))
         axis = self.axes[:, side]
         return axis * np.sign((point - self.center) @ axis)
 
-    def _measure_excess(self, points: Array) -> Array:
+    def _measure_excess_m(self, points: Array) -> Array:
         """How far points lie beyond the sides, along each axis: [n, 2], negative inside."""
         return np.abs((points - self.center) @ self.axes) - self.half_size
 
@@ -210,12 +210,12 @@ def is_fulfilled(condition: Sequence[str], moment: LiberoMoment) -> bool:
     if predicate == "turnon":
         return moment.joints[f"{name}_button"] > ON_ANGLE_RAD
     if predicate == "open":
-        joint, _ = _find_joint_and_cabinet(name)
+        joint, _ = _get_joint_and_cabinet_names(name)
         return moment.joints[joint] < -OPEN_DRAWER_M
     if predicate not in ("on", "in"):
         return False  # the oracle knows no other conditions, and waits
     source = moment.objects[name]
-    target_position = find_rest_position(source, place_names[0], moment)
+    target_position = compute_rest_position(source, place_names[0], moment)
     offset = np.linalg.norm(source.pose[:2] - target_position[:2])
     is_low = source.pose[2] < target_position[2] + MAX_PLACED_HEIGHT_M
     return bool(moment.is_commanded_open and is_low and offset < MAX_PLACED_OFFSET_M)
@@ -246,15 +246,17 @@ def _prepare_drawer(region: str, moment: LiberoMoment) -> Array | None:
     Returns:
         The next action; None when both is done.
     """
-    joint, cabinet = _find_joint_and_cabinet(region)
+    joint, cabinet = _get_joint_and_cabinet_names(region)
     if moment.joints[joint] > -ENOUGH_DRAWER_M:
         return _open_drawer(region, moment, FILLED_DRAWER_M)
-    offset = moment.pose[:3] - _find_handle(region, moment)
-    is_sideways = _measure_angle_between(DOWN, moment.pose[3:]) > MAX_SIDEWAYS_RAD
+    offset = moment.pose[:3] - _compute_handle_position(region, moment)
+    is_sideways = _measure_angle_between_rad(DOWN, moment.pose[3:]) > MAX_SIDEWAYS_RAD
     if is_sideways and moment.opening < OPEN_GRIPPER:  # let go first, so that the drawer stays
         return _move_posed(moment, moment.commanded[:3], moment.commanded[3:], is_open=True)
     if is_sideways and np.linalg.norm(offset) < MIN_LEFT_FRONT_M:
-        goal = moment.commanded[:3] + DRAWER_STEP_M * _find_outward(moment.objects[cabinet])
+        goal = moment.commanded[:3] + DRAWER_STEP_M * _compute_outward_direction(
+            moment.objects[cabinet]
+        )
         return _move_posed(moment, goal, moment.commanded[3:], is_open=True)
     return None
 
@@ -271,11 +273,11 @@ def _pick_and_place(name: str, place_name: str, moment: LiberoMoment) -> Array:
         return _wait(moment, is_open=False)
     if name not in moment.gripped_objects:
         return _wait(moment, is_open=True)
-    target_position = find_rest_position(moment.objects[name], place_name, moment)
+    target_position = compute_rest_position(moment.objects[name], place_name, moment)
     return _carry(name, target_position, moment)
 
 
-def find_rest_position(source: Box, place_name: str, moment: LiberoMoment) -> Array:
+def compute_rest_position(source: Box, place_name: str, moment: LiberoMoment) -> Array:
     """Compute where an object's origin should come to rest: [3] in the base frame, m."""
     origin_height = source.pose[2] - _compute_corners(source)[:, 2].min()  # above its lowest point
     if place_name in moment.regions:
@@ -291,11 +293,11 @@ def find_rest_position(source: Box, place_name: str, moment: LiberoMoment) -> Ar
     return np.array([center[0], center[1], target.pose[2] + HOLLOW_DEPTH_M + origin_height])
 
 
-def find_grasps(name: str, moment: LiberoMoment) -> list[Grasp]:
+def list_grasps(name: str, moment: LiberoMoment) -> list[Grasp]:
     """Find all good grasps of an object: a bowl's at its rim, others' around the middle."""
     box = moment.objects[name]
     if "bowl" in name:
-        return _find_rim_grasps(name, moment)
+        return _list_rim_grasps(name, moment)
 
     corners = _compute_corners(box)
     center = corners.mean(axis=0)
@@ -320,7 +322,7 @@ def find_grasps(name: str, moment: LiberoMoment) -> list[Grasp]:
     return grasps
 
 
-def _find_rim_grasps(name: str, moment: LiberoMoment) -> list[Grasp]:
+def _list_rim_grasps(name: str, moment: LiberoMoment) -> list[Grasp]:
     """Find the grasps of a bowl's wall at which fingers and hand have room.
 
     If no grasp has `ENOUGH_ROOM_M`, those with the most room are returned.
@@ -342,14 +344,14 @@ def _find_rim_grasps(name: str, moment: LiberoMoment) -> list[Grasp]:
         point = center[:2] + radius * outward
         grasp = Grasp(np.array([*point, rim_height - depth]), angle - math.pi / 2)
         grasps.append(grasp)
-        rooms.append(_measure_room(grasp, center[:2], obstacles))
+        rooms.append(_measure_room_m(grasp, center[:2], obstacles))
     if max(rooms) < 0 and _list_open_drawers(moment):
-        return [_find_leaning_grasp(grasps, center[:2], moment)]
+        return [_choose_leaning_grasp(grasps, center[:2], moment)]
     enough = min(ENOUGH_ROOM_M, max(rooms))  # compared with a margin for rounding errors
     return [grasp for grasp, room in zip(grasps, rooms, strict=True) if room >= enough - 1e-9]
 
 
-def _find_leaning_grasp(grasps: Sequence[Grasp], center: Array, moment: LiberoMoment) -> Grasp:
+def _choose_leaning_grasp(grasps: Sequence[Grasp], center: Array, moment: LiberoMoment) -> Grasp:
     """Find the grasp of a bowl's rim at which the hand is farthest from any open drawer.
 
     The bowl stands partly under a drawer, so the hand leans outward, away from the bowl's middle.
@@ -371,7 +373,7 @@ def _find_leaning_grasp(grasps: Sequence[Grasp], center: Array, moment: LiberoMo
         hand_line = middle + reaches[:, None] * outward
         edge = HAND_HALF_WIDTH_M * across
         hand_points = np.concatenate([hand_line - edge, hand_line + edge])
-        room = min(float(cover.measure_signed_distance(hand_points).min()) for cover in covers)
+        room = min(float(cover.measure_signed_distances_m(hand_points).min()) for cover in covers)
         if room > best_room:
             best_room = room
             lean = LEAN_RAD * np.array([-outward[1], outward[0], 0])
@@ -379,7 +381,7 @@ def _find_leaning_grasp(grasps: Sequence[Grasp], center: Array, moment: LiberoMo
     return best_grasp
 
 
-def _measure_room(grasp: Grasp, center: Array, obstacles: Sequence[Outline]) -> float:
+def _measure_room_m(grasp: Grasp, center: Array, obstacles: Sequence[Outline]) -> float:
     """Measure how far fingers and hand stay away from obstacles at a grasp of a rim, m.
 
     Args:
@@ -397,42 +399,44 @@ def _measure_room(grasp: Grasp, center: Array, obstacles: Sequence[Outline]) -> 
     for obstacle in obstacles:
         if obstacle.top > grasp.position[2] - RIM_CLEARANCE_M:
             is_around = (
-                obstacle.bottom < grasp.position[2] and obstacle.measure_distance(center) == 0
+                obstacle.bottom < grasp.position[2] and obstacle.measure_distances_m(center) == 0
             )
             if is_around:
-                distance = obstacle.measure_distance_to_sides(outer_finger) - DRAWER_WALL_M
+                distance = obstacle.measure_distances_to_sides_m(outer_finger) - DRAWER_WALL_M
             else:
-                distance = obstacle.measure_distance(outer_finger)
+                distance = obstacle.measure_distances_m(outer_finger)
             room = min(room, float(distance))
         if obstacle.top > grasp.position[2] + PALM_HEIGHT_M:
-            distances = obstacle.measure_distance(hand_points)
+            distances = obstacle.measure_distances_m(hand_points)
             room = min(room, float(distances.min()) - HAND_HALF_WIDTH_M)
     return room
 
 
 def _approach(name: str, moment: LiberoMoment) -> Array:
     """Move above the object first, then down to it, then close the gripper."""
-    current_yaw = _measure_yaw(moment.commanded)
+    current_yaw = _measure_yaw_rad(moment.commanded)
 
     def measure_effort(grasp: Grasp) -> float:
-        turn = abs(_find_nearest_yaw(grasp.yaw, current_yaw) - current_yaw)
+        turn = abs(_choose_nearest_yaw(grasp.yaw, current_yaw) - current_yaw)
         distance = float(np.linalg.norm(grasp.position[:2] - moment.pose[:2]))
         return turn + DISTANCE_WEIGHT_RAD_PER_M * distance
 
-    best = min(find_grasps(name, moment), key=measure_effort)
+    best = min(list_grasps(name, moment), key=measure_effort)
     facing = _face_grasp(best, moment)
     goal = best.position.copy()
     offset = float(np.linalg.norm(moment.pose[:2] - goal[:2]))
     is_leaning = bool(np.any(best.lean))
     if is_leaning:
-        turn = _measure_angle_between(facing, moment.pose[3:])
+        turn = _measure_angle_between_rad(facing, moment.pose[3:])
     else:
-        turn = abs(_wrap(_find_nearest_yaw(best.yaw, current_yaw) - _measure_yaw(moment.pose)))
+        turn = abs(
+            _wrap(_choose_nearest_yaw(best.yaw, current_yaw) - _measure_yaw_rad(moment.pose))
+        )
     is_aligned = offset < MAX_GRASP_OFFSET_M and turn < MAX_GRASP_TURN_RAD
     if not is_aligned:
         hover = goal[2] + HOVER_M
         if offset > FAR_OFFSET_M or is_leaning:
-            hover = max(hover, _find_height_to_clear(moment, goal, [name]) + CLEARANCE_M)
+            hover = max(hover, _compute_height_to_clear_m(moment, goal, [name]) + CLEARANCE_M)
         return _move_over(moment, goal, hover, facing, is_open=True)
     is_at_grasp = np.linalg.norm(moment.pose[:3] - goal) < MAX_ARM_OFFSET_M
     is_low = moment.pose[2] < goal[2] + MAX_BLOCKED_HEIGHT_M
@@ -448,20 +452,22 @@ def _face_grasp(grasp: Grasp, moment: LiberoMoment) -> Array:
     to the commanded orientation is returned.
     """
     if not np.any(grasp.lean):
-        return _face_down(_find_nearest_yaw(grasp.yaw, _measure_yaw(moment.commanded)))
+        return _face_down(_choose_nearest_yaw(grasp.yaw, _measure_yaw_rad(moment.commanded)))
     lean = quat_exp(torch.from_numpy(grasp.lean))
     candidates = []
     for yaw in (grasp.yaw, grasp.yaw + math.pi):
         upright = torch.from_numpy(_face_down(yaw))
         candidates.append(quat_multiply(lean, upright).numpy())
-    return min(candidates, key=lambda facing: _measure_angle_between(facing, moment.commanded[3:]))
+    return min(
+        candidates, key=lambda facing: _measure_angle_between_rad(facing, moment.commanded[3:])
+    )
 
 
 def _carry(name: str, target_position: Array, moment: LiberoMoment) -> Array:
     """Carry the object up, across and down, then open the gripper."""
     box = moment.objects[name]
-    facing = _face_down(_measure_yaw(moment.commanded))
-    if _measure_angle_between(facing, moment.commanded[3:]) > MAX_UPRIGHT_RAD:
+    facing = _face_down(_measure_yaw_rad(moment.commanded))
+    if _measure_angle_between_rad(facing, moment.commanded[3:]) > MAX_UPRIGHT_RAD:
         facing = moment.commanded[3:]  # the object would be turned, too
     move_out = _compute_move_from_under_drawer(box, moment)
     if move_out is not None:
@@ -473,7 +479,7 @@ def _carry(name: str, target_position: Array, moment: LiberoMoment) -> Array:
     # How far the object hangs below the end-effector
     hanging = moment.pose[2] - _compute_corners(box)[:, 2].min()
     if distance > MAX_PLACE_OFFSET_M:
-        height = _find_height_to_clear(moment, goal, [name]) + CLEARANCE_M + hanging
+        height = _compute_height_to_clear_m(moment, goal, [name]) + CLEARANCE_M + hanging
         height = max(height, moment.pose[2] + target_position[2] - box.pose[2] + CARRY_MARGIN_M)
         return _move_over(moment, goal, height, facing, is_open=False)
     goal[2] = moment.pose[2] + target_position[2] + RELEASE_M - box.pose[2]
@@ -490,11 +496,11 @@ def _compute_move_from_under_drawer(box: Box, moment: LiberoMoment) -> Array | N
     radius = float(outline.half_size.max())
     for cover in _list_open_drawers(moment):
         room_above = cover.bottom - outline.top
-        is_beside = cover.measure_distance(outline.center) > radius + COVER_MARGIN_M
+        is_beside = cover.measure_distances_m(outline.center) > radius + COVER_MARGIN_M
         if room_above < 0 or is_beside:
             continue
         lift = float(np.clip(room_above - COVER_MARGIN_M, 0, MAX_STEP_M / 2))
-        return np.append(MAX_STEP_M * cover.find_exit_direction(outline.center), lift)
+        return np.append(MAX_STEP_M * cover.compute_exit_direction(outline.center), lift)
     return None
 
 
@@ -504,8 +510,8 @@ def _push(name: str, region: Region, moment: LiberoMoment) -> Array:
     displacement = region.pose[:2] - center[:2]
     distance = float(np.linalg.norm(displacement))
     direction_2d = displacement / max(distance, 1e-6)
-    yaw = _find_nearest_yaw(
-        math.atan2(direction_2d[1], direction_2d[0]), _measure_yaw(moment.commanded)
+    yaw = _choose_nearest_yaw(
+        math.atan2(direction_2d[1], direction_2d[0]), _measure_yaw_rad(moment.commanded)
     )
     facing = _face_down(yaw)
     push_height = moment.objects[name].pose[2] + PUSH_HEIGHT_M
@@ -513,7 +519,7 @@ def _push(name: str, region: Region, moment: LiberoMoment) -> Array:
     is_inside = np.linalg.norm(moment.pose[:2] - center[:2]) < INSIDE_PLATE_M
     if moment.pose[2] > push_height + PUSH_HEIGHT_MARGIN_M or not is_inside:
         if np.linalg.norm(moment.pose[:2] - center[:2]) > MAX_PUSH_START_OFFSET_M:
-            clear_height = _find_height_to_clear(moment, center, [name]) + CLEARANCE_M
+            clear_height = _compute_height_to_clear_m(moment, center, [name]) + CLEARANCE_M
             height = max(push_height + HOVER_M, clear_height)
             return _move_over(moment, center, height, facing, is_open=False)
         return _move_posed(moment, np.array([*center[:2], push_height]), facing, is_open=False)
@@ -546,9 +552,9 @@ def _turn_on(name: str, moment: LiberoMoment) -> Array:
 
 def _open_drawer(region: str, moment: LiberoMoment, target_m: float = math.inf) -> Array:
     """Take a drawer by its handle, from in front, and pull until it is open by `target_m`."""
-    joint, cabinet = _find_joint_and_cabinet(region)
-    outward = _find_outward(moment.objects[cabinet])
-    handle = _find_handle(region, moment)
+    joint, cabinet = _get_joint_and_cabinet_names(region)
+    outward = _compute_outward_direction(moment.objects[cabinet])
+    handle = _compute_handle_position(region, moment)
     facing = _face_sideways(math.atan2(outward[1], outward[0]), moment)
     present_goal = moment.commanded[:3]
     outward_goal = present_goal + DRAWER_STEP_M * outward  # away from the cabinet
@@ -557,7 +563,7 @@ def _open_drawer(region: str, moment: LiberoMoment, target_m: float = math.inf) 
     offset = moment.pose[:3] - handle
     front = float(offset @ outward)  # how far in front of the handle, m
     aside = float(np.linalg.norm(offset - front * outward))  # how far above, below or beside it, m
-    turn = _measure_angle_between(facing, moment.pose[3:])
+    turn = _measure_angle_between_rad(facing, moment.pose[3:])
     is_at_handle = aside < MAX_HANDLE_OFFSET_M and front < MAX_HANDLE_OFFSET_M
     is_facing_handle = aside <= MAX_HANDLE_OFFSET_M and turn <= MAX_HANDLE_TURN_RAD
     could_meet_handle = front < MIN_FRONT_M and aside < NEAR_HANDLE_M
@@ -589,28 +595,31 @@ def _open_drawer(region: str, moment: LiberoMoment, target_m: float = math.inf) 
 
 
 def _is_drawer(place_name: str, moment: LiberoMoment) -> bool:
-    return place_name in moment.regions and _find_joint_and_cabinet(place_name)[0] in moment.joints
+    return (
+        place_name in moment.regions
+        and _get_joint_and_cabinet_names(place_name)[0] in moment.joints
+    )
 
 
-def _find_outward(cabinet: Box) -> Array:
+def _compute_outward_direction(cabinet: Box) -> Array:
     """Return the direction [3] in which a cabinet's drawers open: the cabinet's own -y axis."""
     outward = torch.tensor([0.0, -1.0, 0.0], dtype=torch.float64)
     return quat_rotate(torch.from_numpy(cabinet.pose[3:]), outward).numpy()
 
 
-def _find_handle(region: str, moment: LiberoMoment) -> Array:
+def _compute_handle_position(region: str, moment: LiberoMoment) -> Array:
     """Compute the middle of a drawer's handle [3]."""
-    _, cabinet = _find_joint_and_cabinet(region)
+    _, cabinet = _get_joint_and_cabinet_names(region)
     middle = moment.regions[region].pose[:3]
-    handle = middle + HANDLE_DISTANCE_M * _find_outward(moment.objects[cabinet])
+    handle = middle + HANDLE_DISTANCE_M * _compute_outward_direction(moment.objects[cabinet])
     return handle + np.array([0, 0, HANDLE_HEIGHT_M])
 
 
-def _find_joint_and_cabinet(drawer_region: str) -> tuple[str, str]:
+def _get_joint_and_cabinet_names(drawer_region: str) -> tuple[str, str]:
     """Return the names of the joint and of the cabinet of a drawer's region.
 
     Example:
-        >>> _find_joint_and_cabinet("wooden_cabinet_1_middle_region")
+        >>> _get_joint_and_cabinet_names("wooden_cabinet_1_middle_region")
         ('wooden_cabinet_1_middle_level', 'wooden_cabinet_1')
     """
     drawer = drawer_region.removesuffix("_region")
@@ -632,10 +641,12 @@ def _face_sideways(yaw: float, moment: LiberoMoment) -> Array:
     for roll in (math.pi / 2, -math.pi / 2):
         rolled = quat_exp(torch.tensor([0.0, 0.0, roll], dtype=torch.float64))
         candidates.append(quat_multiply(turned, quat_multiply(tipped, rolled)).numpy())
-    return min(candidates, key=lambda facing: _measure_angle_between(facing, moment.commanded[3:]))
+    return min(
+        candidates, key=lambda facing: _measure_angle_between_rad(facing, moment.commanded[3:])
+    )
 
 
-def _measure_angle_between(first_quat: Array, second_quat: Array) -> float:
+def _measure_angle_between_rad(first_quat: Array, second_quat: Array) -> float:
     """Measure the angle of the rotation between two orientations [4], rad."""
     return float(quat_distance(torch.from_numpy(first_quat), torch.from_numpy(second_quat)))
 
@@ -643,13 +654,13 @@ def _measure_angle_between(first_quat: Array, second_quat: Array) -> float:
 def _retreat(moment: LiberoMoment) -> Array:
     """Rise with open fingers."""
     goal = moment.commanded[:3] + np.array([0, 0, RETREAT_M])
-    return _move_posed(moment, goal, _face_down(_measure_yaw(moment.commanded)), is_open=True)
+    return _move_posed(moment, goal, _face_down(_measure_yaw_rad(moment.commanded)), is_open=True)
 
 
 def _wait(moment: LiberoMoment, is_open: bool) -> Array:
     """Move the fingers only."""
-    facing = _face_down(_measure_yaw(moment.commanded))
-    if _measure_angle_between(facing, moment.commanded[3:]) > MAX_UPRIGHT_RAD:
+    facing = _face_down(_measure_yaw_rad(moment.commanded))
+    if _measure_angle_between_rad(facing, moment.commanded[3:]) > MAX_UPRIGHT_RAD:
         facing = moment.commanded[3:]
     return _move_posed(moment, moment.commanded[:3], facing, is_open)
 
@@ -666,7 +677,7 @@ def _move_over(
     return _move_posed(moment, target, facing, is_open)
 
 
-def _find_height_to_clear(moment: LiberoMoment, goal: Array, ignored: Sequence[str]) -> float:
+def _compute_height_to_clear_m(moment: LiberoMoment, goal: Array, ignored: Sequence[str]) -> float:
     """Return the height of the highest thing near the straight way from the gripper to `goal`.
 
     Without such a thing, it is a height below everything (-1 m).
@@ -675,7 +686,7 @@ def _find_height_to_clear(moment: LiberoMoment, goal: Array, ignored: Sequence[s
     path = moment.pose[:2] + fractions[:, None] * (goal[:2] - moment.pose[:2])
     highest = -1.0
     for obstacle in _list_obstacles(moment, ignored):
-        if obstacle.measure_distance(path).min() < PATH_WIDTH_M:
+        if obstacle.measure_distances_m(path).min() < PATH_WIDTH_M:
             highest = max(highest, obstacle.top)
     return highest
 
@@ -687,9 +698,9 @@ def _list_obstacles(moment: LiberoMoment, ignored: Sequence[str]) -> list[Outlin
     for region in moment.regions:
         if not _is_drawer(region, moment):
             continue
-        _, cabinet = _find_joint_and_cabinet(region)
+        _, cabinet = _get_joint_and_cabinet_names(region)
         box = moment.objects[cabinet]
-        drawers.append(_find_drawer_box(region, moment))
+        drawers.append(_make_drawer_box(region, moment))
         # The cabinet's box includes the handles of closed drawers. They move with the drawers.
         without_handles = box.low + np.array([0, HANDLE_DEPTH_M, 0])
         boxes[cabinet] = Box(box.pose, without_handles, box.high)
@@ -702,17 +713,17 @@ def _list_open_drawers(moment: LiberoMoment) -> list[Outline]:
     for region in moment.regions:
         if not _is_drawer(region, moment):
             continue
-        joint, _ = _find_joint_and_cabinet(region)
+        joint, _ = _get_joint_and_cabinet_names(region)
         if moment.joints[joint] < -MIN_COVER_M:
-            box = _find_drawer_box(region, moment)
+            box = _make_drawer_box(region, moment)
             without_handle = box.low + np.array([0, HANDLE_DEPTH_M, 0])
             outlines.append(_make_outline(Box(box.pose, without_handle, box.high)))
     return outlines
 
 
-def _find_drawer_box(region: str, moment: LiberoMoment) -> Box:
+def _make_drawer_box(region: str, moment: LiberoMoment) -> Box:
     """The box from a drawer's handle, wherever that is, to the back of its cabinet."""
-    joint, cabinet = _find_joint_and_cabinet(region)
+    joint, cabinet = _get_joint_and_cabinet_names(region)
     box = moment.objects[cabinet]
     height = moment.regions[region].pose[2] - box.pose[2]
     # A drawer slides along the cabinet's -y axis, and its joint is negative when it is open.
@@ -754,7 +765,7 @@ def _make_outline(box: Box) -> Outline:
     """Return a box as it is seen from above."""
     corners = _compute_corners(box)
     center = corners[:, :2].mean(axis=0)
-    yaw = _measure_yaw(box.pose)
+    yaw = _measure_yaw_rad(box.pose)
     along = np.array([math.cos(yaw), math.sin(yaw)])
     across = np.array([-along[1], along[0]])
     axes = np.stack([along, across], axis=1)
@@ -763,7 +774,7 @@ def _make_outline(box: Box) -> Outline:
     return Outline(center, axes, half_size, bottom=float(heights.min()), top=float(heights.max()))
 
 
-def _find_nearest_yaw(yaw: float, current: float) -> float:
+def _choose_nearest_yaw(yaw: float, current: float) -> float:
     """Return `yaw`, or `yaw` and half a turn, whichever is nearer to `current`, rad.
 
     The gripper has two fingers, so it grasps in the same way after half a turn.
@@ -776,6 +787,6 @@ def _wrap(angle: float) -> float:
     return (angle + math.pi) % (2 * math.pi) - math.pi
 
 
-def _measure_yaw(pose: Array) -> float:
+def _measure_yaw_rad(pose: Array) -> float:
     """Return the rotation of a pose [7] about the vertical, rad."""
     return float(quat_to_euler(torch.from_numpy(pose[3:]), "xyz")[2])

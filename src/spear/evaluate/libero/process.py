@@ -21,7 +21,7 @@ from spear.embodiments.libero import (
 )
 from spear.embodiments.observations import IMAGE_KEY, PROMPT_KEY, WRIST_IMAGE_KEY
 from spear.errors import SpearError
-from spear.evaluate.libero.environment import find_folder, find_python
+from spear.evaluate.libero.environment import resolve_folder, resolve_python
 from spear.geometry import quat_log, quat_multiply
 from spear.types import Array
 
@@ -201,7 +201,7 @@ def make_blank_pictures() -> dict[str, Array]:
 
 def _start_worker() -> tuple[subprocess.Popen[bytes], Connection]:
     """Start worker.py in LIBERO's own Python. Return the process and the connection to it."""
-    python = find_python()
+    python = resolve_python()
     key = secrets.token_bytes(32)
     with tempfile.TemporaryDirectory() as folder:
         address = str(Path(folder) / "socket")
@@ -209,7 +209,7 @@ def _start_worker() -> tuple[subprocess.Popen[bytes], Connection]:
             **os.environ,
             "SPEAR_LIBERO_KEY": key.hex(),
             "MUJOCO_GL": os.environ.get("MUJOCO_GL", "egl"),
-            "LIBERO_CONFIG_PATH": str(find_folder() / "config"),
+            "LIBERO_CONFIG_PATH": str(resolve_folder() / "config"),
             "OMP_NUM_THREADS": "1",
         }
         environment.pop("PYTHONPATH", None)  # packages of another Python

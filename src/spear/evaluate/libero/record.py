@@ -25,9 +25,9 @@ from spear.evaluate.libero.starts import sample_start
 from spear.evaluate.libero.suites import (
     NUM_TASKS,
     PROTOCOLS,
-    find_original_suite,
     format_task,
     get_max_steps,
+    resolve_original_suite,
 )
 from spear.sim.record import (
     ArmDisturber,
@@ -99,7 +99,7 @@ def record_demonstrations(
             a suite is unknown, or LIBERO's environment is missing.
     """
     for suite in suites:
-        find_original_suite(suite)
+        resolve_original_suite(suite)
     check_training_seed(seeds.start)
     simulator = " ".join(REQUIREMENTS)
     if settings.fast_rendering:

@@ -33,10 +33,10 @@ from spear.evaluate.libero.process import (
 from spear.evaluate.libero.suites import (
     NUM_TASKS,
     PROTOCOLS,
-    find_original_suite,
     format_task,
     get_max_steps,
     parse_task,
+    resolve_original_suite,
 )
 from spear.evaluate.options import LiberoOptions
 from spear.evaluate.results import Outcome, Results
@@ -68,7 +68,7 @@ def evaluate_libero(agent: Agent, options: LiberoOptions) -> tuple[Results, list
     """
     check_known("protocol", PROTOCOLS, options.protocol)
     for suite in options.suites:
-        find_original_suite(suite)
+        resolve_original_suite(suite)
     settings: dict[str, Any] = {
         "simulator": list(REQUIREMENTS),
         "protocol": options.protocol,

@@ -62,7 +62,7 @@ def sample_start(official: Mapping[str, Array], seed: int, attempt: int = 0) -> 
     positions = np.stack([official[name] for name in names], axis=1)  # [S, objects, 3]
     state_index = seed % len(positions)
     old_positions = positions[state_index]
-    group_of_object = _find_groups(old_positions)
+    group_of_object = _assign_group_numbers(old_positions)
     heights = old_positions[:, 2] - old_positions[:, 2].min()
 
     rng = np.random.default_rng([seed, attempt])
@@ -74,7 +74,7 @@ def sample_start(official: Mapping[str, Array], seed: int, attempt: int = 0) -> 
             if heights[is_member].min() > RAISED_M:
                 shifts[is_member] *= MAX_RAISED_SHIFT_M / MAX_SHIFT_M
         new_positions = old_positions[:, :2] + shifts
-        is_new = measure_distance_from_official(positions[:, :, :2], new_positions) > MARGIN_M
+        is_new = measure_distance_from_official_m(positions[:, :, :2], new_positions) > MARGIN_M
         if is_new and _has_gaps(old_positions[:, :2], new_positions, group_of_object):
             joints = rng.uniform(-MAX_JOINT_TURN_RAD, MAX_JOINT_TURN_RAD, 7)
             objects = {}
@@ -87,7 +87,7 @@ def sample_start(official: Mapping[str, Array], seed: int, attempt: int = 0) -> 
     )
 
 
-def measure_distance_from_official(official_positions: Array, start_positions: Array) -> float:
+def measure_distance_from_official_m(official_positions: Array, start_positions: Array) -> float:
     """Measure how much a start differs from the most similar official state, m.
 
     The difference of two states is the distance between the two positions of the object that is
@@ -108,7 +108,7 @@ def _sample_shift_m(rng: np.random.Generator) -> Array:
     return np.array([radius * math.cos(angle), radius * math.sin(angle)])
 
 
-def _find_groups(positions: Array) -> list[int]:
+def _assign_group_numbers(positions: Array) -> list[int]:
     """Group objects that stand on or in each other.
 
     Args:

@@ -42,10 +42,10 @@ PROTOCOLS = {
 envs.libero). LeRobot draws its seed for each run; we take openpi's."""
 
 
-def find_original_suite(suite: str) -> str:
+def resolve_original_suite(suite: str) -> str:
     """Return the original suite that a perturbed one belongs to.
 
-    >>> find_original_suite("libero_goal_swap")
+    >>> resolve_original_suite("libero_goal_swap")
     'libero_goal'
     """
     for original in MAX_STEPS:
@@ -59,7 +59,7 @@ def find_original_suite(suite: str) -> str:
 
 def get_max_steps(suite: str, protocol: Protocol) -> int:
     """Return the controller steps after which an episode ends."""
-    original = find_original_suite(suite)
+    original = resolve_original_suite(suite)
     return protocol.max_steps.get(original, MAX_STEPS[original])
 
 

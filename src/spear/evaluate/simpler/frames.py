@@ -73,7 +73,7 @@ def render_labeled_frame(
     start = sample_off_grid_start(task, seed, official_positions, official_orientations)
 
     # The order of these calls must stay, because it is the order in which `rng` draws numbers.
-    clutter_names = _build_scene_with_clutter(env, start, rng)
+    clutter_names = _build_scene_and_list_clutter(env, start, rng)
     _change_light(env, rng)
     _change_posture(env, rng)
     is_camera_moved = _move_camera_sometimes(env, rng)
@@ -103,7 +103,7 @@ def render_labeled_frame(
     )
 
 
-def _build_scene_with_clutter(env: Any, start: Start, rng: np.random.Generator) -> list[str]:
+def _build_scene_and_list_clutter(env: Any, start: Start, rng: np.random.Generator) -> list[str]:
     """Build the scene of a start, with clutter. Return the models of the clutter objects."""
     task_names = list(env.obj_names)
     foreground_names = list(env.objects_excluded_from_greenscreening)

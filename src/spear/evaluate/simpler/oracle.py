@@ -86,13 +86,13 @@ def choose_action(task_name: str, truth: Truth) -> Array:
 def _retreat(truth: Truth, rest_position: Array) -> Array:
     """Move straight up, away from the placed object."""
     position = np.array([truth.commanded[0], truth.commanded[1], rest_position[2] + RETREAT_M])
-    return _move_towards(truth, position, _measure_yaw(truth.commanded), should_open=True)
+    return _move_towards(truth, position, _measure_yaw_rad(truth.commanded), should_open=True)
 
 
 def _wait(truth: Truth, should_open: bool) -> Array:
     """Move only the fingers."""
     return _move_towards(
-        truth, truth.commanded[:3], _measure_yaw(truth.commanded), should_open=should_open
+        truth, truth.commanded[:3], _measure_yaw_rad(truth.commanded), should_open=should_open
     )
 
 
@@ -106,13 +106,13 @@ def _approach(truth: Truth, task: Task) -> Array:
     # Choose the equally good direction that is nearest to the commanded one: the difference is
     # wrapped to -period/2 … period/2.
     period = 2 * math.pi / task.num_grasp_directions
-    current_yaw = _measure_yaw(truth.commanded)
+    current_yaw = _measure_yaw_rad(truth.commanded)
     object_yaw = math.atan2(axis[1], axis[0])
     yaw = current_yaw + (object_yaw - current_yaw + period / 2) % period - period / 2
 
     offset = float(np.linalg.norm(truth.measured[:2] - target[:2]))
     # The angle that is left to turn, wrapped to 0 … π.
-    turn = abs((yaw - _measure_yaw(truth.measured) + math.pi) % (2 * math.pi) - math.pi)
+    turn = abs((yaw - _measure_yaw_rad(truth.measured) + math.pi) % (2 * math.pi) - math.pi)
     is_aligned = offset <= MAX_GRASP_OFFSET_M and turn <= MAX_GRASP_TURN_RAD
     if not is_aligned:
         target[2] += HOVER_M
@@ -149,7 +149,7 @@ def _carry(truth: Truth, task: Task, rest_position: Array, offset: float) -> Arr
     is_blocked = truth.is_still and lag_m > MAX_LAG_M and height < MAX_BLOCKED_HEIGHT_M
     is_placed = offset < MAX_PLACE_OFFSET_M and height < task.release_height_m + RELEASE_MARGIN_M
     should_open = is_placed or (is_above and is_blocked)
-    return _move_towards(truth, target, _measure_yaw(truth.commanded), should_open=should_open)
+    return _move_towards(truth, target, _measure_yaw_rad(truth.commanded), should_open=should_open)
 
 
 def _move_towards(truth: Truth, target: Array, yaw: float, should_open: bool) -> Array:
@@ -176,6 +176,6 @@ def _move_towards(truth: Truth, target: Array, yaw: float, should_open: bool) ->
     return action.astype(np.float32)
 
 
-def _measure_yaw(pose: Array) -> float:
+def _measure_yaw_rad(pose: Array) -> float:
     """Return the rotation of a pose [7] about the vertical, rad."""
     return float(quat_to_euler(torch.from_numpy(pose[3:]), "xyz")[2])

@@ -45,7 +45,7 @@ class CameraView:
         """Vertical view angle, degrees."""
         return math.degrees(2 * math.atan(self.size_px[1] / 2 / self.focal_px))
 
-    def find_target(self, table_z_m: float) -> Array:
+    def compute_target(self, table_z_m: float) -> Array:
         """Return the point [3] where the optical axis meets the table, m, base frame."""
         forward = self.rotation[:, 2]
         depth_m = (table_z_m - self.position[2]) / forward[2]
@@ -73,7 +73,7 @@ class CameraView:
         return np.asarray(in_camera[..., :2] / depth_m * self.focal_px + self.center_px)
 
 
-def find_stage_points(camera: CameraView, target: Array) -> Array:
+def compute_stage_points(camera: CameraView, target: Array) -> Array:
     """Return the point [h, w, 3] of the stage that each pixel of a camera shows, m, base frame.
 
     Args:
@@ -108,7 +108,7 @@ def view_from(
     Returns:
         [h, w, 3] uint8. Parts that were not photographed are mirrored at the photograph's edges.
     """
-    points = find_stage_points(camera, photographed_by.find_target(table_z_m))
+    points = compute_stage_points(camera, photographed_by.compute_target(table_z_m))
     pixels = photographed_by.project(points)  # [h, w, 2]
     # A single reflection is enough; farther away, the mirrored image's edge is repeated.
     width, height = photographed_by.size_px
@@ -125,7 +125,7 @@ def measure_photographed_fraction(
     photographed_by: CameraView, camera: CameraView, table_z_m: float
 ) -> float:
     """Return which fraction of another camera's image the photograph shows, not a mirror of it."""
-    points = find_stage_points(camera, photographed_by.find_target(table_z_m))
+    points = compute_stage_points(camera, photographed_by.compute_target(table_z_m))
     x, y = np.moveaxis(photographed_by.project(points), -1, 0)
     width, height = photographed_by.size_px
     is_photographed = (x >= -0.5) & (x <= width - 0.5) & (y >= -0.5) & (y <= height - 0.5)
@@ -170,7 +170,7 @@ def paint_texture(
         camera: The camera.
         table_z_m: The table's height, m, base frame.
     """
-    points = find_stage_points(camera, camera.find_target(table_z_m))
+    points = compute_stage_points(camera, camera.compute_target(table_z_m))
     tile_pixels = np.floor(points[..., :2] / TEXTURE_PERIOD_M * TEXTURE_SIZE_PX).astype(int)
     columns, rows = np.moveaxis(tile_pixels % TEXTURE_SIZE_PX, -1, 0)
     gray = draw_texture(texture)[rows, columns]  # [h, w]

@@ -21,7 +21,7 @@ from spear.evaluate.simpler import oracle
 from spear.evaluate.simpler.frames import OBJECT_NAMES
 from spear.evaluate.simpler.run import ROBOT
 from spear.evaluate.simpler.tasks import CAMERA_SIZE, TASKS
-from spear.evaluate.simpler.world import SimplerProcess, describe_simulator, find_assets
+from spear.evaluate.simpler.world import SimplerProcess, describe_simulator, resolve_assets_folder
 from spear.sim.record import (
     ArmDisturber,
     Disturbance,
@@ -70,7 +70,7 @@ def record_demonstrations(
         seeds: Seeds of the starts.
         height: Height of the images in pixels. The whole camera image is scaled to it.
         workers: Number of processes that run at once.
-        assets: ManiSkill's asset folder, see `find_assets`.
+        assets: ManiSkill's asset folder, see `resolve_assets_folder`.
         policy: A policy that takes turns with the oracle. The steps that it takes are masked, so
             that they are no training targets (`spear.sim.record`).
 
@@ -83,7 +83,7 @@ def record_demonstrations(
     """
     check_known("task", TASKS, *tasks)
     check_training_seed(seeds.start)
-    simulator = describe_simulator(find_assets(assets))
+    simulator = describe_simulator(resolve_assets_folder(assets))
     camera_width, camera_height = CAMERA_SIZE
     size = (round(camera_width * height / camera_height), height)
     counts = {}
@@ -116,7 +116,7 @@ def record_episodes(
         seeds: Seeds of the starts.
         size: (width, height) of the images, px. They are JPEG of quality 95.
         workers: Number of processes that run at once.
-        assets: ManiSkill's asset folder, see `find_assets`.
+        assets: ManiSkill's asset folder, see `resolve_assets_folder`.
         policy: A policy that takes turns with the oracle.
     """
     free_processes: SimpleQueue[SimplerProcess] = SimpleQueue()
@@ -203,7 +203,7 @@ def label_tasks(out: Path, seeds: range, size: tuple[int, int], workers: int = 2
     Raises:
         SpearError: ManiSkill, its assets or a renderer are missing.
     """
-    assets = find_assets(None)
+    assets = resolve_assets_folder(None)
     jobs: list[SceneJob] = []
     for task in TASKS:
         jobs += split_into_jobs(task, seeds, SCENES_PER_JOB)

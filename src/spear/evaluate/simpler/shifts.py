@@ -180,7 +180,7 @@ def sample_camera(
         level: How far the camera is moved at most.
         rng: Generator of random numbers.
     """
-    target = camera.find_target(table_z_m)
+    target = camera.compute_target(table_z_m)
     x, y, z = target.tolist()
     orbit = CameraOrbit.around((x, y, z), tuple(camera.position.tolist()))
     position = np.array(sample_orbit_near(orbit, level, rng).position())

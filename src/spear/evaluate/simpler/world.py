@@ -69,7 +69,7 @@ class NoRenderer(SpearError):
         )
 
 
-def find_assets(folder: Path | None) -> Path:
+def resolve_assets_folder(folder: Path | None) -> Path:
     """Find ManiSkill's asset folder: `folder`, or else $MS_ASSET_DIR, or else ~/.maniskill.
 
     Raises:
@@ -422,12 +422,12 @@ class SimplerProcess:
 
     Args:
         task: One of `TASKS`.
-        assets: ManiSkill's asset folder, see `find_assets`.
+        assets: ManiSkill's asset folder, see `resolve_assets_folder`.
     """
 
     def __init__(self, task: str, assets: Path | None = None) -> None:
         # ManiSkill reads this variable when the new process imports it.
-        os.environ["MS_ASSET_DIR"] = str(find_assets(assets))
+        os.environ["MS_ASSET_DIR"] = str(resolve_assets_folder(assets))
         self._task = task
         context = multiprocessing.get_context("spawn")
         self._worker = ProcessPoolExecutor(1, context, initializer=follow_parent_process)

@@ -106,7 +106,7 @@ def ask_question(
 
     # `prompt_type` is the type of which the prompt is a taught wording. It can differ from a
     # `question_type` that the caller wants.
-    prompt, prompt_type = _choose_prompt(question, parsed, keeps_wording)
+    prompt, prompt_type = _choose_prompt_and_its_type(question, parsed, keeps_wording)
     question_type = question_type or prompt_type
 
     # Do not ask where an object is that the model does not see.
@@ -134,7 +134,7 @@ def ask_question(
     return answer, text
 
 
-def _choose_prompt(
+def _choose_prompt_and_its_type(
     question: str, parsed: ParsedQuestion | None, keeps_wording: bool
 ) -> tuple[str, str | None]:
     """Choose the words in which the model is asked.

@@ -211,7 +211,7 @@ def _read_features(example: Example) -> list[frozenset[str]]:
 def list_features(skeleton: Skeleton) -> set[str]:
     """List the features of a skeleton: its words, its cues, and pairs of each."""
     words = ["<begin>", *skeleton.words, "<end>"]
-    cues = _find_cues(skeleton)
+    cues = _list_cues(skeleton)
     num_objects = f"{skeleton.num_objects} objects"
     num_unexplained = min(2, words.count(UNEXPLAINED))
     features = {*words, num_objects, f"{num_unexplained} unexplained"}
@@ -225,7 +225,7 @@ def list_features(skeleton: Skeleton) -> set[str]:
     return features
 
 
-def _find_cues(skeleton: Skeleton) -> list[str]:
+def _list_cues(skeleton: Skeleton) -> list[str]:
     """Find the cues of a skeleton: groups of words that it uses, and patterns; sorted."""
     cues = [group for group, words in CUES.items() if words.intersection(skeleton.words)]
     text = " ".join(skeleton.words)

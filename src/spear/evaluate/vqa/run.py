@@ -218,7 +218,7 @@ def measure_trust(
                 certainties.append(answered.certainty)
         factors[question_type] = compute_spread_factor(certainties)
 
-    names_present, names_absent = _measure_naming(model, labels)
+    names_present, names_absent = _measure_naming_rates(model, labels)
     return Trust(
         measured_on=f"{format_count(len(labels), 'images')} of {images_in_words}",
         factors=factors,
@@ -228,7 +228,7 @@ def measure_trust(
     )
 
 
-def _measure_naming(model: VlmBundle, labels: Sequence[LabeledImage]) -> tuple[float, float]:
+def _measure_naming_rates(model: VlmBundle, labels: Sequence[LabeledImage]) -> tuple[float, float]:
     """Measure how often the model names objects that are in an image, and objects that are not.
 
     Returns:

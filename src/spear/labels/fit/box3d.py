@@ -108,7 +108,7 @@ def make_box(center: Array, size: Array, axes: Array) -> Box3D:
         size: [3] full sizes along the axes.
         axes: [3, 3] unit axes as columns, in any order and with any signs.
     """
-    order, signs = _find_right_down_away(axes)
+    order, signs = _order_axes_right_down_away(axes)
     rotation = axes[:, order] * signs
     ordered_size = np.asarray(size)[list(order)]
     offsets = VERTEX_SIGNS * (ordered_size / 2)  # [8, 3] of the vertices from the center, box frame
@@ -175,12 +175,12 @@ def order_vertices(vertices: Array) -> Array:
     axes = unit[_TRIPLES[most_orthogonal]].T  # [3, 3], as columns
 
     # Vertex number n is the one that is furthest in the direction of `VERTEX_SIGNS[n]`.
-    order, signs = _find_right_down_away(axes)
+    order, signs = _order_axes_right_down_away(axes)
     along = (v - v.mean(axis=0)) @ (axes[:, order] * signs)  # [8, 3]
     return v[(along @ VERTEX_SIGNS.T).argmax(axis=0)]
 
 
-def _find_right_down_away(axes: Array) -> tuple[list[int], Array]:
+def _order_axes_right_down_away(axes: Array) -> tuple[list[int], Array]:
     """Find which columns of `axes` [3, 3] are the box's right, down and away axes.
 
     Returns:
@@ -573,7 +573,7 @@ def _fit_smallest_volume_axes(points: Array) -> Array:
     return _fit_upright_axes(corners, normals[np.argmin(volumes)])
 
 
-def find_keypoints(points: Array, box: Box3D) -> dict[str, Array]:
+def compute_keypoints(points: Array, box: Box3D) -> dict[str, Array]:
     """Find the three keypoints of an object.
 
     Args:
@@ -597,7 +597,7 @@ def compute_iou_3d(a: Box3D, b: Box3D) -> float:
     # The intersection is convex. Its corners are the corners of each box that are inside the other
     # box, and the points where an edge of one box crosses a face of the other.
     corners = np.concatenate(
-        [_find_corners_and_edge_crossings(a, b), _find_corners_and_edge_crossings(b, a)]
+        [_compute_corners_and_edge_crossings(a, b), _compute_corners_and_edge_crossings(b, a)]
     )
     intersection = 0.0
     if len(corners) >= 4:
@@ -608,7 +608,7 @@ def compute_iou_3d(a: Box3D, b: Box3D) -> float:
     return intersection / (volume_a + volume_b - intersection)
 
 
-def _find_corners_and_edge_crossings(a: Box3D, b: Box3D) -> Array:
+def _compute_corners_and_edge_crossings(a: Box3D, b: Box3D) -> Array:
     """The corners of box `a` inside box `b`, and where `a`'s edges cross `b`'s faces: [n, 3]."""
     axes = b.rotation.astype(np.float64)
     half_size = b.size.astype(np.float64) / 2

@@ -448,7 +448,7 @@ class _CocoIndex:
         for index, entry in enumerate(_validate_list(content["annotations"])):
             entry_name = _name_entry("annotation", entry, index)
             try:
-                image_id = self._find_image_id(entry)
+                image_id = self._get_image_id(entry)
             except _ENTRY_ERRORS as error:
                 stray_problems.append(f"{entry_name} {_explain(error)}")
                 continue
@@ -474,7 +474,7 @@ class _CocoIndex:
             f"{entry['file_name']} has height {height} and width {width}, which is no size"
         )
 
-    def _find_image_id(self, entry: Mapping[str, Any]) -> Any:
+    def _get_image_id(self, entry: Mapping[str, Any]) -> Any:
         """The id of the image that an annotation belongs to."""
         image_id = entry["image_id"]
         if image_id not in self._annotations:

@@ -291,7 +291,7 @@ class GeminiDetector:
                 f"Gemini refused {source} ({reason}). Change the settings, or leave it out."
             )
 
-        advised_s = _find_advised_wait(error, details)
+        advised_s = _find_advised_wait_s(error, details)
         is_daily_quota = "PerDay" in details  # part of the name of Google's daily quotas
         if is_daily_quota or (advised_s or 0) > MAX_WAIT_S:
             when = "tomorrow" if is_daily_quota else f"in {advised_s:.0f} s"
@@ -340,7 +340,7 @@ def _list_connection_error_types() -> tuple[type[Exception], ...]:
     return tuple(errors)
 
 
-def _find_advised_wait(error: Any, details: str) -> float | None:
+def _find_advised_wait_s(error: Any, details: str) -> float | None:
     """The number of seconds that the service asks to wait; None if it does not ask.
 
     Args:

@@ -18,7 +18,11 @@ import torch
 
 from spear.errors import SpearError
 from spear.labels.fit.image import clip_boxes, suppress_overlaps
-from spear.labels.models.pretrained import explain_full_memory, load_model, load_pretrained_part
+from spear.labels.models.pretrained import (
+    load_model,
+    load_pretrained_part,
+    translate_out_of_memory_errors,
+)
 from spear.labels.models.protocols import Detection
 from spear.types import Array, Frame
 
@@ -84,7 +88,7 @@ class _OpenVocabularyDetector:
         """
         inputs = self._processor(images=images, text=prompts, return_tensors="pt", **options)
         inputs = inputs.to(self._network.device, self._network.dtype)
-        with torch.inference_mode(), explain_full_memory(len(images)):
+        with torch.inference_mode(), translate_out_of_memory_errors(len(images)):
             return inputs, self._network(**inputs)
 
 
@@ -138,7 +142,7 @@ class GroundingDinoDetector(_OpenVocabularyDetector):
         """
         # The score of a name is that of its best token; a box gets its best name.
         token_scores = outputs.logits.float().sigmoid()
-        spans = self._find_name_spans(tokens)
+        spans = self._list_name_spans(tokens)
         scores_by_name = [token_scores[..., span].amax(dim=-1) for span in spans]
         name_scores = torch.stack(scores_by_name, dim=-1)  # [images, boxes, names]
         scores, name_indices = name_scores.max(dim=-1)  # [images, boxes]
@@ -162,7 +166,7 @@ class GroundingDinoDetector(_OpenVocabularyDetector):
             )
         return results
 
-    def _find_name_spans(self, tokens: Sequence[int]) -> list[list[int]]:
+    def _list_name_spans(self, tokens: Sequence[int]) -> list[list[int]]:
         """Find the positions of each name's tokens in a prompt.
 
         Names are the runs of tokens between full stops and special tokens.

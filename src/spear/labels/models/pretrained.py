@@ -66,7 +66,7 @@ def refuse_nan(network: Any, inputs: Any, outputs: Any) -> None:
 
 
 @contextmanager
-def explain_full_memory(num_images: int) -> Iterator[None]:
+def translate_out_of_memory_errors(num_images: int) -> Iterator[None]:
     """In the `with` block, turn PyTorch's out-of-memory error into a `SpearError`.
 
     After a `SpearError` the pipeline tries the batch again, one image at a time.

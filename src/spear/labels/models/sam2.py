@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from spear.labels.models.pretrained import explain_full_memory, load_model
+from spear.labels.models.pretrained import load_model, translate_out_of_memory_errors
 from spear.labels.models.protocols import Detection
 from spear.models.vision import normalize_by_imagenet
 from spear.types import Array, Frame
@@ -56,7 +56,7 @@ class Sam2Segmenter:
         if not indices:
             return masks
         pixels = torch.stack([preprocess(frames[i].image, self._side_px) for i in indices])
-        with torch.inference_mode(), explain_full_memory(len(indices)):
+        with torch.inference_mode(), translate_out_of_memory_errors(len(indices)):
             # Feature maps of several sizes, each [frames, channels, height, width]
             levels = self._network.get_image_embeddings(
                 pixels.to(self._network.device, self._network.dtype)

@@ -41,7 +41,7 @@ def _clip_to_unit(fraction: float) -> float:
     return min(max(fraction, 0.0), 1.0 - 1e-6)
 
 
-def find_center_2d(o: LabeledObject, label: LabeledImage) -> Pixel:
+def compute_center_2d(o: LabeledObject, label: LabeledImage) -> Pixel:
     """The center of an object's 2D box."""
     x0, y0, x1, y1 = o.box2d.tolist()
     return to_pixel((x0 + x1) / 2, (y0 + y1) / 2, label)

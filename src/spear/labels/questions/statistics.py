@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 
 from spear.errors import SpearError, format_count
 from spear.labels.questions.generate import find_exclusion_reasons
-from spear.labels.store import QUESTIONS_FILE, SKIPPED_FILE, explain_read_errors, read_labels
+from spear.labels.store import QUESTIONS_FILE, SKIPPED_FILE, read_labels, translate_read_errors
 from spear.types import LabeledImage, Unit
 from spear.util.files import write_text
 
@@ -162,7 +162,7 @@ def count_skip_reasons(folder: Path) -> Counter[str]:
     path = folder / SKIPPED_FILE
     if not path.is_file():
         return Counter()
-    with explain_read_errors(path):
+    with translate_read_errors(path):
         reasons = pq.read_table(path)["reason"].to_pylist()
     summaries = Counter[str]()
     for reason in reasons:

@@ -24,8 +24,8 @@ from spear.labels.store import (
     QUESTIONS_FILE,
     ParquetWriter,
     count_labels,
-    explain_read_errors,
     read_labels,
+    translate_read_errors,
 )
 from spear.question_types import QUESTION_TYPES, QUESTION_TYPES_2D
 from spear.types import LabeledImage, Pixel, Question
@@ -139,7 +139,7 @@ def read_questions(folder: Path) -> Iterator[tuple[str, Question]]:
     path = folder / QUESTIONS_FILE
     if not path.is_file():
         return
-    with explain_read_errors(path, "Write it again with `spear questions`."):
+    with translate_read_errors(path, "Write it again with `spear questions`."):
         for batch in pq.ParquetFile(path).iter_batches(READ_BATCH_SIZE, use_threads=False):
             for row in batch.to_pylist():
                 yield row["source"], _question_from_row(row)

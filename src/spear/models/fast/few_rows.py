@@ -32,13 +32,16 @@ compares these kernels with PyTorch's and times them.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+if TYPE_CHECKING:
+    from spear.models.fast.stack import RotaryFactors
 
 MAX_ROWS = 16  # tokens of a batch, together; the height of one product of the tensor cores
 
@@ -116,7 +119,7 @@ class FewRows:
         return x.dtype == torch.bfloat16 and num_rows <= MAX_ROWS and len(window.block_lengths) <= 2
 
     def __call__(
-        self, x: Tensor, rotations: tuple[Tensor, ...], window: Any, bias: Tensor | None
+        self, x: Tensor, rotations: "RotaryFactors", window: Any, bias: Tensor | None
     ) -> Tensor:
         """Run all layers, without the norm after the last one: [B, S, D] -> [B, S, D].
 
@@ -155,7 +158,7 @@ class _LayerKernels:
         self,
         model: FewRows,
         x: Tensor,
-        rotations: tuple[Tensor, ...],
+        rotations: "RotaryFactors",
         window: Any,
         bias: Tensor | None,
     ) -> None:
@@ -506,7 +509,7 @@ def _project_qkv_kernel(
     [2, B, 1, S, E].
 
     Rotary embedding of column c < E/2 and its partner c + E/2, where `sin` has the signs of
-    `LayerStack.compute_rotations`:
+    `LayerStack.compute_rotary_factors`:
         c:        q_c cos_c + q_{c+E/2} sin_c
         c + E/2:  q_{c+E/2} cos_{c+E/2} + q_c sin_{c+E/2}
 

@@ -30,7 +30,7 @@ from transformers.activations import GELUTanh
 
 from spear.models.fast.kv_cache import CacheWindow, StaticKVCache, TokenBlock
 from spear.models.fast.linear import MAX_CACHED_ELEMENTS, ModuleCache, is_plain_linear
-from spear.models.fast.stack import LayerStack, compute_norm_scale
+from spear.models.fast.stack import LayerStack, RotaryFactors, compute_norm_scale
 
 MLP_BLOCK_ROWS = 128
 """Number of rows that an MLP runs at once, so that its hidden layer stays in the core's cache (our
@@ -126,13 +126,14 @@ class SmallLayerStack(LayerStack):
         pairs.copy_(halves.transpose(-1, -2))
         return copy
 
-    def compute_rotations(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, ...]:
+    def compute_rotary_factors(self, positions: Tensor, _dtype: torch.dtype) -> RotaryFactors:
         """Return the complex factors cos θ + i sin θ of queries and keys at positions [B, S].
 
-        The result has one element, [B, S, 1, d / 2].
+        The result has one element, [B, S, 1, d / 2] complex64, whatever `_dtype` is.
         """
-        cos, sin = super().compute_rotations(positions, torch.float32)
-        # The second halves have the sines without the sign; see `LayerStack.compute_rotations`.
+        cos, sin = super().compute_rotary_factors(positions, torch.float32)
+        # The second halves have the sines without the sign
+        # (`LayerStack.compute_rotary_factors`).
         half = self.head_dim // 2
         second_cos = cos[..., half:].contiguous()
         second_sin = sin[..., half:].contiguous()
@@ -141,7 +142,7 @@ class SmallLayerStack(LayerStack):
     def __call__(
         self,
         x: Tensor,
-        rotations: tuple[Tensor, ...],
+        rotations: RotaryFactors,
         window: CacheWindow,
         bias: Tensor | None = None,
         keys_only: bool = False,

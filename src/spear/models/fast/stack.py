@@ -31,6 +31,11 @@ length and one for any length, each for the VLM and the expert, for prompts and 
 for several types. PyTorch's default of 8 is too small."""
 
 
+RotaryFactors = tuple[Tensor, ...]
+"""The factors of the rotary embedding, in the form that a stack of layers needs: two tensors with
+cosines and signed sines (`LayerStack`), or one complex tensor (`SmallLayerStack`)."""
+
+
 class ImageInputs(NamedTuple):
     """The images of a batch, and masks of the images that are present, both as view -> tensor."""
 
@@ -165,7 +170,7 @@ class LayerStack:
         copy.buffer.copy_(cache.buffer)
         return copy
 
-    def compute_rotations(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, ...]:
+    def compute_rotary_factors(self, positions: Tensor, dtype: torch.dtype) -> RotaryFactors:
         """Return cosines and signed sines of the rotary embedding at positions [B, S].
 
         Both are [B, S, 1, d]. The signed sines are the sines with the sign of their first half
@@ -181,7 +186,7 @@ class LayerStack:
     def __call__(
         self,
         x: Tensor,
-        rotations: tuple[Tensor, ...],
+        rotations: RotaryFactors,
         window: CacheWindow,
         bias: Tensor | None = None,
         keys_only: bool = False,
@@ -191,7 +196,7 @@ class LayerStack:
 
         Args:
             x: [B, S, D] embeddings of new tokens.
-            rotations: The result of `compute_rotations` for the tokens' positions.
+            rotations: The result of `compute_rotary_factors` for the tokens' positions.
             window: The views of the cache that the tokens write and see.
             bias: [B · kv heads, 1, places] added to all scores, or None; see
                 `PrefilledCache.make_bias`.
@@ -238,7 +243,7 @@ class LayerStack:
         qkv = qkv.view(batch, length, -1, self.head_dim)
 
         # Rotary embedding of queries and keys together, [B, S, heads, d]. `sin` has signed sines
-        # (`compute_rotations`), so that halves (a, b) become (a cos - b sin, b cos + a sin).
+        # (`compute_rotary_factors`), so that halves (a, b) become (a cos - b sin, b cos + a sin).
         query_key, value = qkv.tensor_split((self.num_heads + self.num_kv_heads,), dim=2)
         swapped = query_key.roll(self.head_dim // 2, dims=-1)
         rotated = torch.addcmul(query_key * cos, swapped, sin)
@@ -452,7 +457,7 @@ def prefill(  # noqa: PLR0913  the layers, their inputs and masks, and what to c
     # One block with all tokens of the prefix, which see all of these tokens.
     block = TokenBlock(num_tokens=length, visible_end=length)
     window = replace(cache.make_window(0, [block]), write_events=write_events)
-    rotations = layers.compute_rotations(positions, x.dtype)
+    rotations = layers.compute_rotary_factors(positions, x.dtype)
     bias = prefix.make_bias(0, layers.num_kv_heads, x.dtype)
     if keys_only:
         layers(x, rotations, window, bias, keys_only=True)

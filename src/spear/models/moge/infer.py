@@ -62,7 +62,7 @@ def infer_geometry(
         output = model(images, model.max_tokens)
 
     mask = output.mask > 0.5
-    focal, shift = recover_focal_shift(output.points, mask)
+    focal, shift = recover_focal_and_shift(output.points, mask)
     height, width = images.shape[2:]
     intrinsics = make_centered_intrinsics(focal, width, height)
     # Only the depth of the predicted points is used. x and y follow from the ray of the pixel.
@@ -73,7 +73,7 @@ def infer_geometry(
     return Geometry(points, mask & (depth > 0), intrinsics)
 
 
-def recover_focal_shift(points: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+def recover_focal_and_shift(points: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
     """Find the focal length and the shift along z that make points project to their own pixels.
 
     As MoGe does, we minimize the sum of squares of focal · xy / (z + shift) - uv over a subsampled
@@ -102,12 +102,12 @@ def recover_focal_shift(points: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
     )
     maps = nn.functional.interpolate(maps, (FIT_SIDE_PX, FIT_SIDE_PX), mode="nearest")
     rows_per_map = maps.flatten(2).transpose(1, 2).detach().cpu().numpy()  # [B, n, 6]
-    fits = [_fit_focal_shift(rows) for rows in rows_per_map]
+    fits = [_fit_focal_and_shift(rows) for rows in rows_per_map]
     focal_shift = torch.tensor(fits, device=points.device, dtype=torch.float32)
     return focal_shift[:, 0], focal_shift[:, 1]
 
 
-def _fit_focal_shift(rows: Array) -> tuple[float, float]:
+def _fit_focal_and_shift(rows: Array) -> tuple[float, float]:
     """Focal length and shift of one map.
 
     `rows` is [n, 6], and has x, y, z, u, v and whether the point is known (1 or 0) of n pixels.

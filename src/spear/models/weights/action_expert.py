@@ -83,7 +83,7 @@ def plan_policy(
     # The VLM and the expert, and the config of both.
     stored_vlm = StoredCheckpoint.open(vlm, "SPEAR-VLM")
     vlm_config = _read_config_of_vlm(stored_vlm)
-    dtype = stored_vlm.find_common_dtype(stored_vlm.weights)
+    dtype = stored_vlm.compute_common_dtype(stored_vlm.weights)
     sources = {"SPEAR-VLM": describe_source(vlm, stored_vlm.folder)}
     pi0 = None
     if expert is not None:
@@ -160,7 +160,7 @@ def plan_expert(
         The status of each weight of the new model and of the checkpoint, and the readers of the
         loaded weights.
     """
-    new_names = _find_new_weights(expected_weights, pi0, config)
+    new_names = _list_new_weights(expected_weights, pi0, config)
     wanted_of_pi0 = {name: w for name, w in expected_weights.items() if name not in new_names}
     entries, loaded_names = match_weights(wanted_of_pi0, pi0.checkpoint, pi0.names, pi0.title)
 
@@ -190,7 +190,7 @@ def plan_expert(
     return entries, readers
 
 
-def _find_new_weights(
+def _list_new_weights(
     expected_weights: Mapping[str, Tensor], pi0: Pi0Checkpoint, config: Spear1Config
 ) -> list[str]:
     """Return the names of weights that cannot be the checkpoint's."""

@@ -163,7 +163,7 @@ def plan_vlm(
     # PaliGemma's vocabulary, MoGe, and the new model's config.
     checkpoint = published.checkpoint
     stored_names = dict(published.names)
-    vocabulary = _find_vocabulary_and_drop_head(checkpoint, stored_names, published.config)
+    vocabulary = _resolve_vocabulary_and_drop_head(checkpoint, stored_names, published.config)
     tokenizer, first_new_id = _load_and_extend_tokenizer(
         published.tokenizer_folder, vocabulary.num_rows, preset.bins
     )
@@ -211,7 +211,7 @@ def plan_vlm(
         config=config,
         report=ConversionReport(_sort_like_model(entries, expected_weights)),
         readers=readers,
-        dtype=checkpoint.find_common_dtype([vocabulary.name, *loaded_names.values()]),
+        dtype=checkpoint.compute_common_dtype([vocabulary.name, *loaded_names.values()]),
         sources=sources,
         tokenizer=tokenizer,
     )
@@ -308,7 +308,7 @@ def _read_paligemma_config(checkpoint: StoredCheckpoint) -> Any:
     return config
 
 
-def _find_vocabulary_and_drop_head(
+def _resolve_vocabulary_and_drop_head(
     checkpoint: StoredCheckpoint, stored_names: dict[str, str], published_config: Any
 ) -> _StoredVocabulary:
     """Find the token embeddings, and change `stored_names` so that it lacks the output head.

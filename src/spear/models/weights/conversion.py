@@ -414,7 +414,7 @@ def match_weights(
             entries.append(WeightStatus(our_name, shape, "missing", f"not in {source}"))
             continue
         stored_name = stored_names[our_name]
-        checkpoint.find_dtype(stored_name)  # raises SpearError for quantized weights
+        checkpoint.get_dtype(stored_name)  # raises SpearError for quantized weights
         stored_shape = checkpoint.weights[stored_name].shape
         if stored_shape != shape:
             note = f"its shape is {list(stored_shape)}, its config says {list(shape)}"

@@ -149,7 +149,7 @@ def read_compatible_config(cls: type[PreTrainedModel], folder: Path) -> PreTrain
         )
     check_known("architecture", [expected], architecture, location=str(folder / "config.json"))
     checkpoint = StoredCheckpoint.open(folder, expected)
-    checkpoint.find_common_dtype(checkpoint.weights)  # raises SpearError for quantized weights
+    checkpoint.compute_common_dtype(checkpoint.weights)  # raises SpearError for quantized weights
     return checkpoint.read_config(cls.config_class)
 
 
@@ -220,9 +220,9 @@ class StoredCheckpoint:
         Raises:
             SpearError: The checkpoint is not found, incomplete or broken.
         """
-        folder = find_checkpoint(name, kind_in_messages)
+        folder = get_or_download_checkpoint(name, kind_in_messages)
         weights: dict[str, StoredTensor] = {}
-        for file in _find_weight_files(folder):
+        for file in _list_weight_files(folder):
             for key, tensor in _list_tensors(file).items():
                 if key in weights:
                     raise SpearError(
@@ -238,7 +238,7 @@ class StoredCheckpoint:
             config = read_json(config_file, _NEEDS_WHOLE_CHECKPOINT)
         return StoredCheckpoint(folder, config, weights)
 
-    def find_dtype(self, key: str) -> torch.dtype:
+    def get_dtype(self, key: str) -> torch.dtype:
         """The dtype of a weight. Raise `SpearError` if it is no plain floating-point type."""
         tensor = self.weights[key]
         if tensor.dtype not in FLOAT_DTYPES:
@@ -248,12 +248,12 @@ class StoredCheckpoint:
             )
         return FLOAT_DTYPES[tensor.dtype]
 
-    def find_common_dtype(self, keys: Iterable[str]) -> torch.dtype:
+    def compute_common_dtype(self, keys: Iterable[str]) -> torch.dtype:
         """The smallest dtype that represents all of these weights (at least one) exactly.
 
         Raise `SpearError` if a weight has no plain floating-point type.
         """
-        return functools.reduce(torch.promote_types, map(self.find_dtype, keys))
+        return functools.reduce(torch.promote_types, map(self.get_dtype, keys))
 
     def map_to_stored_names(self, rules: Iterable[tuple[str, str]]) -> dict[str, str]:
         """Return new name -> stored name of all weights, with new names from `rename_prefixes`.
@@ -315,7 +315,7 @@ class StoredCheckpoint:
 
         A piece is valid only until the next one is read.
         """
-        self.find_dtype(key)  # raises SpearError for quantized weights
+        self.get_dtype(key)  # raises SpearError for quantized weights
         tensor = self.weights[key]
         row_bytes = max(1, math.prod(tensor.shape[1:]) * 4)  # 4 bytes per number, as in float32
         rows_per_piece = max(1, MAX_READ_BYTES // row_bytes)
@@ -331,7 +331,7 @@ class StoredCheckpoint:
         return out
 
 
-def _find_weight_files(folder: Path) -> list[Path]:
+def _list_weight_files(folder: Path) -> list[Path]:
     """Return the safetensors files of a checkpoint folder: those in the index, or the single file.
 
     Raises:
@@ -481,7 +481,7 @@ def describe_tensor_differences(
 # --- Where checkpoints are ---
 
 
-def find_checkpoint(name: Path | str, kind_in_messages: str) -> Path:
+def get_or_download_checkpoint(name: Path | str, kind_in_messages: str) -> Path:
     """Return the folder of a checkpoint, which is `name` itself or, for a name on the Hub, the
     folder in the cache.
 
@@ -489,15 +489,21 @@ def find_checkpoint(name: Path | str, kind_in_messages: str) -> Path:
         SpearError: There is no such checkpoint. The message calls it `kind_in_messages`.
     """
     description = f"{kind_in_messages} {name}"
-    return _find_folder(name, description, "config.json and safetensors", HUB_FILE_PATTERNS)
+    return _get_or_download_folder(
+        name, description, "config.json and safetensors", HUB_FILE_PATTERNS
+    )
 
 
-def find_tokenizer(name: Path | str) -> Path:
-    """Return the folder of a tokenizer, as `find_checkpoint` does. No weights are downloaded."""
-    return _find_folder(name, f"tokenizer {name}", "tokenizer.json", HUB_TOKENIZER_PATTERNS)
+def get_or_download_tokenizer(name: Path | str) -> Path:
+    """Return the folder of a tokenizer, as `get_or_download_checkpoint` does, without weights."""
+    return _get_or_download_folder(
+        name, f"tokenizer {name}", "tokenizer.json", HUB_TOKENIZER_PATTERNS
+    )
 
 
-def _find_folder(name: Path | str, description: str, content: str, patterns: Sequence[str]) -> Path:
+def _get_or_download_folder(
+    name: Path | str, description: str, content: str, patterns: Sequence[str]
+) -> Path:
     """Return a local folder, or download the files with the names `patterns` from the Hub.
 
     Messages say what was not found by `description`, and what its folder contains by `content`.

@@ -30,7 +30,7 @@ from spear.models.weights.load import (
     StoredCheckpoint,
     WeightReader,
     describe_source,
-    find_tokenizer,
+    get_or_download_tokenizer,
     load_tokenizer,
     make_weight_reader,
     rename_prefixes,
@@ -191,7 +191,7 @@ def plan_mapped(
     loaded_tokenizer = None
     if tokenizer is not None:
         loaded_tokenizer = _load_tokenizer(tokenizer, config.vlm_config)
-        sources["tokenizer"] = describe_source(tokenizer, find_tokenizer(tokenizer))
+        sources["tokenizer"] = describe_source(tokenizer, get_or_download_tokenizer(tokenizer))
     return Conversion(
         model_class=Spear1ForActionPrediction,
         config=config,
@@ -200,7 +200,7 @@ def plan_mapped(
             make_weight_reader(stored, loaded_names),
             _make_joined_reader(stored, fitting_weights, expected),
         ],
-        dtype=stored.find_common_dtype(stored.weights),
+        dtype=stored.compute_common_dtype(stored.weights),
         sources=sources,
         tokenizer=loaded_tokenizer,
     )
@@ -269,7 +269,7 @@ def _load_tokenizer(name: Path | str, vlm_config: Any) -> Any:
     Raises:
         SpearError: The tokenizer is missing, or its 3D tokens have other ids than the model's.
     """
-    folder = find_tokenizer(name)
+    folder = get_or_download_tokenizer(name)
     tokenizer = load_tokenizer(folder)
     check_tokenizer(tokenizer)
     first_id = extend_tokenizer(tokenizer, vlm_config.coordinate_bins).start

@@ -17,7 +17,7 @@ from spear.models.weights.conversion import Conversion, ConversionReport, Weight
 from spear.models.weights.load import (
     add_prefix_to_reader,
     describe_source,
-    find_tokenizer,
+    get_or_download_tokenizer,
 )
 from spear.models.weights.pi0 import VLM_PREFIX, Pi0Checkpoint
 
@@ -50,7 +50,7 @@ def plan_pi0(
     pi0_checkpoint = Pi0Checkpoint.open(pi0)
     tokenizer_folder = pi0_checkpoint.checkpoint.folder
     if tokenizer is not None:
-        tokenizer_folder = find_tokenizer(tokenizer)
+        tokenizer_folder = get_or_download_tokenizer(tokenizer)
     paligemma = StoredPaliGemma(
         title=pi0_checkpoint.title,
         source=describe_source(pi0, pi0_checkpoint.checkpoint.folder),

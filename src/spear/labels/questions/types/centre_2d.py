@@ -1,7 +1,7 @@
 """Questions for the middle of an object in the image. The answer is 1 pixel."""
 
 from spear.labels.questions.interface import QuestionType, about_one_object
-from spear.labels.questions.positions import find_center_2d
+from spear.labels.questions.positions import compute_center_2d
 from spear.types import LabeledImage, LabeledObject, Segments
 
 PROMPTS = (
@@ -14,7 +14,7 @@ PROMPTS = (
 
 
 def _answer(o: LabeledObject, label: LabeledImage) -> Segments:
-    return [find_center_2d(o, label)]
+    return [compute_center_2d(o, label)]
 
 
 QUESTION_TYPE = QuestionType(prompts=PROMPTS, draft=about_one_object("objects_2d", _answer))

@@ -9,7 +9,7 @@ from spear.labels.questions.interface import (
     QuestionType,
     Random,
 )
-from spear.labels.questions.positions import find_center_2d
+from spear.labels.questions.positions import compute_center_2d
 
 PROMPTS = (
     "Which objects are in the image, from left to right?",
@@ -25,7 +25,7 @@ def _draft(scene: QuestionScene, rng: Random) -> Draft | None:
 
     Return None if an object is nearly above another one, so that their order is not clear.
     """
-    names_with_x = [(find_center_2d(o, scene.label).x, o.name) for o in scene.label.objects]
+    names_with_x = [(compute_center_2d(o, scene.label).x, o.name) for o in scene.label.objects]
     names_with_x.sort(key=_get_x)
     if not names_with_x:
         return None
