@@ -10,7 +10,8 @@ the whole pipeline, 8 demonstrations of each family, an RLDS dataset prepared in
 of every recipe at nano size, 800 evaluation scenes of nano (--only leaves parts out). It keeps a
 SHA-256 of each file that they write, without times, logs and pages; of recorded and prepared data
 one of each episode, as the version itself reads it. Both runs must be on one machine: other
-processors round differently.
+processors round differently. The scenes of a family are evaluated in one batch: a policy's actions
+depend, by rounding, on the other scenes of their batch, and older versions split scenes otherwise.
 """
 
 from __future__ import annotations
@@ -60,7 +61,7 @@ TRAININGS = {
     "finetune-lora": f"{ROBOT} --init nano",
     "finetune-expert": f"{ROBOT} --init nano",
 }
-EVALUATION = {"evaluation": "evaluate --policy nano --num-scenes 200 --videos 0"}
+EVALUATION = {"evaluation": "evaluate --policy nano --num-scenes 200 --batch-size 200 --videos 0"}
 
 READ_EPISODES = """
 import hashlib, json, sys
@@ -83,6 +84,7 @@ print(json.dumps(digests))
 OLD_OPTIONS = {
     "--num-scenes": "--scenes",
     "--num-episodes": "--episodes",
+    "--batch-size": "--batch",
     "--image-size": "--size",
     "--init-depth-encoder": "--moge",
     "--videos": "--films",

@@ -65,7 +65,7 @@ class PolicyAgent(Agent):
     """A policy, which sees only the observations of the cameras that it was trained with.
 
     The noise from which the policy computes actions is fixed by the scene's seed and the step.
-    Therefore an outcome does not depend on which other scenes run at the same time.
+    Therefore an outcome depends only by rounding on which other scenes run at the same time.
     """
 
     needs_images = True
