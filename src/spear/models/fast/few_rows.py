@@ -32,16 +32,13 @@ compares these kernels with PyTorch's and times them.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
-
-if TYPE_CHECKING:
-    from spear.models.fast.stack import RotaryFactors
 
 MAX_ROWS = 16  # tokens of a batch, together; the height of one product of the tensor cores
 
@@ -119,7 +116,7 @@ class FewRows:
         return x.dtype == torch.bfloat16 and num_rows <= MAX_ROWS and len(window.block_lengths) <= 2
 
     def __call__(
-        self, x: Tensor, rotations: "RotaryFactors", window: Any, bias: Tensor | None
+        self, x: Tensor, rotations: tuple[Tensor, ...], window: Any, bias: Tensor | None
     ) -> Tensor:
         """Run all layers, without the norm after the last one: [B, S, D] -> [B, S, D].
 
@@ -158,7 +155,7 @@ class _LayerKernels:
         self,
         model: FewRows,
         x: Tensor,
-        rotations: "RotaryFactors",
+        rotations: tuple[Tensor, ...],
         window: Any,
         bias: Tensor | None,
     ) -> None:
