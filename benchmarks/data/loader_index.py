@@ -30,7 +30,7 @@ from spear.data.mixture import Mixture
 from spear.data.normalize import NUM_AXES, Normalizer, write_sketches
 from spear.data.store.episode_store import EpisodeStore, WeightedStore
 from spear.data.store.prepare import MAX_SHARD_MIB
-from spear.data.store.shard import write_shard
+from spear.data.store.shard import write_shard_files
 from spear.data.store.stats import QuantileSketch
 from spear.types import Episode
 
@@ -54,7 +54,7 @@ def write_dataset(
             shutil.copyfile(shard_by_num_episodes[shard_episodes], path)
         else:
             episodes = _make_episodes(number, shard_episodes, episode_steps, step_bytes)
-            write_shard(path, episodes, {})
+            write_shard_files(path, episodes, {})
             shard_by_num_episodes[shard_episodes] = path
         with open(path.with_suffix(".images"), "wb") as file:
             file.truncate(shard_episodes * episode_steps * step_bytes)

@@ -35,7 +35,7 @@ from robot import MAX_RECORDING_BYTES, ClientHabits
 from score import summarize, write_table
 from spear import embodiments
 from spear.cli import run_reporting_errors
-from spear.data.actions import add_actions, extract_chunk
+from spear.data.actions import extract_chunk, with_canonical_actions
 from spear.data.readers.formats import read_episodes
 from spear.data.store.episode_store import append_episodes
 from spear.errors import SpearError
@@ -187,7 +187,9 @@ def main(options: Options) -> None:
     out = options.out
     if not (out / "episodes").is_dir():
         append_episodes(read_episodes(options.data, TRAIN_SPLIT), out / "episodes")
-    held_out = [add_actions(episode) for episode in read_episodes(options.data, HELD_OUT_SPLIT)]
+    held_out = [
+        with_canonical_actions(episode) for episode in read_episodes(options.data, HELD_OUT_SPLIT)
+    ]
     policy = Spear1Policy.load(options.policy)
     service = Service(policy, embodiments.load("generic"), name="bridge")
 

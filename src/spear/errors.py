@@ -110,15 +110,15 @@ def unknown_name_error(
             return SpearError(message)
     if len(known_names) > MAX_LISTED_NAMES and advice:
         return SpearError(f"{message} {advice}")
-    return SpearError(f"{message} Give {list_alternatives(known_names)}.")
+    return SpearError(f"{message} Give {format_alternatives(known_names)}.")
 
 
-def list_alternatives(names: Sequence[str]) -> str:
+def format_alternatives(names: Sequence[str]) -> str:
     """List names of which one is to be chosen, at most about `MAX_LISTED_NAMES` of them.
 
-    >>> list_alternatives(["nano", "small", "spear1"])
+    >>> format_alternatives(["nano", "small", "spear1"])
     'nano, small or spear1'
-    >>> list_alternatives(list("abcdefghi"))
+    >>> format_alternatives(list("abcdefghi"))
     'a, b, c, d, e, f or one of 3 others'
     """
     listed_names = list(names[:MAX_LISTED_NAMES])

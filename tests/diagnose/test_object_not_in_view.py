@@ -72,7 +72,7 @@ def examine(
     names_absent: float = 0.02,
 ) -> Result:
     """Examine a rollout of some gray levels."""
-    monkeypatch.setattr("spear.diagnose.sight.name_at_points", name_by_brightness)
+    monkeypatch.setattr("spear.diagnose.sight.ask_what_is_at_points", name_by_brightness)
     folder = tmp_path / "policy"
     folder.mkdir()
     Trust("made images", {}, names_present=0.95, names_absent=names_absent).save(folder)

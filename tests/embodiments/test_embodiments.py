@@ -20,7 +20,7 @@ from spear import embodiments
 from spear.data.readers.build_episode import build_episode
 from spear.data.readers.dataset_layout import REGISTRY
 from spear.embodiments import Embodiment, droid
-from spear.embodiments.observations import remove_padding
+from spear.embodiments.observations import crop_padding
 from spear.errors import suppress_notices
 from spear.policy import Spear1Policy
 from spear.serve.options import EMBODIMENTS
@@ -531,7 +531,7 @@ def test_only_bands_of_padding_are_cut_off(height: int, width: int) -> None:
         np.roll(padded, 2, (0, 1)),  # bands of unequal sizes
     ]
     for image in other_images:
-        assert remove_padding(image) is image
+        assert crop_padding(image) is image
 
 
 def test_what_openpi_pads_is_cut_off_for_robots_with_one_camera() -> None:

@@ -22,7 +22,7 @@ from scipy.spatial.transform import Rotation
 
 from data_tiny import make_episode
 from refusals import refuses
-from spear.data.actions import add_actions
+from spear.data.actions import with_canonical_actions
 from spear.data.store.lerobot_write import ACTION_NAMES, STATE_NAMES, write_lerobot
 from spear.types import Array
 
@@ -442,7 +442,7 @@ class TestDemonstratedFrames:
     def episodes(self) -> list[Any]:
         outcomes = (True, False, None)
         return [
-            add_actions(make_episode(index, success=outcome))
+            with_canonical_actions(make_episode(index, success=outcome))
             for index, outcome in enumerate(outcomes)
         ]
 

@@ -127,7 +127,7 @@ def _describe_foreign_dataset(folder: Dataset) -> str:
         texts = []
         for episode in folder.episodes:
             texts.extend(episode.tasks)
-        cameras = _list_lerobot_cameras(folder)
+        cameras = _describe_lerobot_cameras(folder)
         axes = {
             _to_column_name(name): feature.component_names
             for name, feature in folder.info.features.items()
@@ -177,7 +177,7 @@ def _summarize_lerobot(folder: LeRobotFolder) -> _LeRobotSummary:
     )
 
 
-def _list_lerobot_cameras(folder: LeRobotFolder) -> list[str]:
+def _describe_lerobot_cameras(folder: LeRobotFolder) -> list[str]:
     """Describe each camera of a LeRobot dataset in a line."""
     lines = []
     for name, feature in folder.info.features.items():

@@ -258,7 +258,7 @@ def evaluate_data(options: EvaluateDataOptions) -> None:
             )
             training = training_store.select_demonstrations()
             _check_episodes_are_disjoint(options, held_out, training, train_split)
-        _note_learned_episodes(options.policy, held_out)
+        _notice_learned_episodes(options.policy, held_out)
 
         horizon = policy.model.config.horizon
         policy_errors = open_loop.score_policy(options.policy, policy, held_out)
@@ -324,7 +324,7 @@ def _describe_shared_episodes(
     )
 
 
-def _note_learned_episodes(policy: str, held_out: "EpisodeStore") -> None:
+def _notice_learned_episodes(policy: str, held_out: "EpisodeStore") -> None:
     """Give a notice if the policy was trained on held-out episodes."""
     fingerprints = set(held_out.episode_fingerprints())
     num_learned = len(fingerprints & _read_learned_fingerprints(policy))
@@ -476,7 +476,7 @@ def _ask_and_save(
             f"--calibrate needs at least {MIN_CALIBRATION_IMAGES} images, and there are "
             f"{len(labels)}. Give more with --num-images."
         )
-    _note_learned_images(options.model, labels)
+    _notice_learned_images(options.model, labels)
     # The calibration that an earlier run measured. A run that measures it must not apply one.
     trust = None if options.calibrate else Trust.load(locate(options.model))
     scores = run.evaluate_vqa(bundle, labels, options.query, trust)
@@ -549,7 +549,7 @@ def _check_vqa_run(options: EvaluateVqaOptions) -> None:
         )
 
 
-def _note_learned_images(model: str, labels: "Sequence[LabeledImage]") -> None:
+def _notice_learned_images(model: str, labels: "Sequence[LabeledImage]") -> None:
     """Give a notice if the model was trained on some of the images."""
     from spear.labels.inputs import hash_content
 

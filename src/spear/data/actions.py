@@ -4,7 +4,7 @@ A canonical action consists of a translation in the base frame, a rotation in th
 (unit quaternion) and an absolute gripper command (1 open, 0 closed). Here it is a NumPy row [8], as
 `Action.to_vector` arranges it. If an episode has actions, these are used. Otherwise they are
 derived from the states: an action is then the motion to the next state. Actions are derived once,
-when an episode is written (`add_actions`).
+when an episode is written (`with_canonical_actions`).
 
 A mask says which actions of an episode are known. For example, the last action of an episode is not
 known if it would have to be derived from a next state.
@@ -115,7 +115,7 @@ def compose_action_groups(action_groups: Array) -> Array:
     return composed
 
 
-def add_actions(episode: Episode) -> Episode:
+def with_canonical_actions(episode: Episode) -> Episode:
     """Add the canonical actions and their mask to an episode. Stores contain such episodes only."""
     actions, is_known = get_or_derive_actions(episode)
     return dataclasses.replace(episode, action=actions, action_mask=is_known)

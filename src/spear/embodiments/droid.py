@@ -36,12 +36,12 @@ from spear.embodiments.kinematics import Poses
 from spear.embodiments.observations import (
     OPENPI_SIDE_PX,
     REQUIRED_KEYS,
+    crop_padding,
     make_example_image,
     make_state,
     read_image,
     read_numbers,
     read_prompt,
-    remove_padding,
     validate_and_clip_opening,
     validate_radians,
 )
@@ -144,8 +144,8 @@ def observe(
     hand_position, hand_rotation = arm.compute_ee_pose(joints)
     position, rotation = tool.from_hand(hand_position, hand_rotation)
     return {
-        "observation/image": remove_padding(read_image(observation, image_key)),
-        "observation/wrist_image": remove_padding(read_image(observation, WRIST_IMAGE_KEY)),
+        "observation/image": crop_padding(read_image(observation, image_key)),
+        "observation/wrist_image": crop_padding(read_image(observation, WRIST_IMAGE_KEY)),
         "observation/state": make_state(position, rotation, opening=1 - gripper_position),
         "prompt": read_prompt(observation),
     }

@@ -14,7 +14,7 @@ from spear.embodiments.observations import (
     CheckedObservation,
     Observation,
     check_keys,
-    read_seed,
+    read_optional_seed,
     validate_observation,
 )
 from spear.errors import SpearError, check_known
@@ -123,7 +123,7 @@ class Embodiment:
                 "values."
             )
         check_keys(observation, self.required, self.optional)
-        policy_observation = {**self.observe(observation), **read_seed(observation)}
+        policy_observation = {**self.observe(observation), **read_optional_seed(observation)}
         return validate_observation(policy_observation)
 
     def with_frames(self, frames: Mapping[str, int] | None) -> "Embodiment":

@@ -22,7 +22,7 @@ import torch
 from spear.embodiments import Control, Embodiment, Observation
 from spear.embodiments import simpler_widowx as maniskill3
 from spear.embodiments.actions import compute_base_rotations
-from spear.embodiments.observations import make_example_image, read_arm, read_numbers
+from spear.embodiments.observations import make_example_image, make_policy_observation, read_numbers
 from spear.errors import SpearError
 from spear.geometry import quat_log
 from spear.types import Array
@@ -40,7 +40,7 @@ def observe(observation: Observation) -> dict[str, Any]:
         raise SpearError("images has no 'primary'. Send a map of camera names to images.")
     values = read_numbers(observation, "states", 8)
     link_rotation = values[3:7]
-    return read_arm(
+    return make_policy_observation(
         {**observation, PRIMARY_IMAGE_KEY: images["primary"]},
         "states",
         values,

@@ -94,9 +94,11 @@ def validate_observation(observation: Observation) -> CheckedObservation:
     for key in camera_keys:
         read_image(observation, key)
     checked_values = {
-        **read_arm(observation, STATE_KEY, state_numbers, rotation=state_numbers[3:7]),
-        **read_seed(observation),
-        **read_committed(observation),
+        **make_policy_observation(
+            observation, STATE_KEY, state_numbers, rotation=state_numbers[3:7]
+        ),
+        **read_optional_seed(observation),
+        **read_optional_committed(observation),
     }
     return CheckedObservation({**observation, **checked_values})
 
@@ -207,7 +209,7 @@ def read_image(observation: Observation, key: str) -> Array:
     return image
 
 
-def remove_padding(image: Array) -> Array:
+def crop_padding(image: Array) -> Array:
     """Cut off the black bands with which a client of openpi padded an image to a square.
 
     The model's input gets its own black bars. With both, the scene would be smaller than in
@@ -322,7 +324,7 @@ def read_prompt(observation: Observation, key: str = PROMPT_KEY) -> str:
     return prompt
 
 
-def read_seed(observation: Observation) -> dict[str, int]:
+def read_optional_seed(observation: Observation) -> dict[str, int]:
     """Read the seed, which fixes what is random in the answer to an observation.
 
     Returns a dict with the seed under its key, which is empty if the observation has no seed.
@@ -336,7 +338,7 @@ def read_seed(observation: Observation) -> dict[str, int]:
     return {SEED_KEY: int(seed)}
 
 
-def read_committed(observation: Observation) -> dict[str, Array]:
+def read_optional_committed(observation: Observation) -> dict[str, Array]:
     """Read the committed prefix: actions [d, 8] with which the next chunk must begin.
 
     Returns a dict with the actions under their key, which is empty if the observation has none.
@@ -384,7 +386,7 @@ def make_state(
     return state
 
 
-def read_arm(
+def make_policy_observation(
     observation: Observation,
     state_key: str,
     values: Array,
@@ -410,7 +412,7 @@ def read_arm(
         SpearError: a value is wrong. The message names its key.
     """
     last_index = len(values) - 1
-    image = remove_padding(read_image(observation, image_key))
+    image = crop_padding(read_image(observation, image_key))
     position = validate_meters(values[:3], f"{state_key}[0:3]")
     opening = validate_and_clip_opening(values[last_index], f"{state_key}[{last_index}]")
     rotation_name = f"{state_key}[3:{last_index}]"

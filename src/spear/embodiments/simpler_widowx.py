@@ -28,7 +28,7 @@ import torch
 
 from spear.embodiments import Control, Embodiment, Observation
 from spear.embodiments.actions import compute_base_rotations
-from spear.embodiments.observations import make_example_image, read_arm, read_numbers
+from spear.embodiments.observations import make_example_image, make_policy_observation, read_numbers
 from spear.geometry import matrix_to_quat, quat_conjugate, quat_multiply, quat_to_euler
 from spear.types import Array
 
@@ -72,7 +72,7 @@ def observe(observation: Observation) -> dict[str, Any]:
     values = read_numbers(observation, POSE_KEY, 8)
     link_rotation = values[3:7]
     rotation = convert_link_to_ee_rotation(link_rotation)
-    return read_arm(observation, POSE_KEY, values, rotation)
+    return make_policy_observation(observation, POSE_KEY, values, rotation)
 
 
 def convert_to_commands(actions: Array, state: Array, observation: Observation) -> Array:

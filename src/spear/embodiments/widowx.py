@@ -19,7 +19,7 @@ from spear.embodiments import Control, Embodiment, Observation
 from spear.embodiments.actions import compute_base_rotations
 from spear.embodiments.observations import (
     make_example_image,
-    read_arm,
+    make_policy_observation,
     read_numbers,
     validate_radians,
 )
@@ -37,7 +37,7 @@ def observe(observation: Observation) -> dict[str, Any]:
     values = read_numbers(observation, STATE_KEY, 7)
     angles = validate_radians(values[3:6], f"{STATE_KEY}[3:6]")
     rotation = euler_to_quat(torch.from_numpy(angles), "xyz").numpy()
-    return read_arm(observation, STATE_KEY, values, rotation)
+    return make_policy_observation(observation, STATE_KEY, values, rotation)
 
 
 def convert_to_step_actions(actions: Array, state: Array, observation: Observation) -> Array:

@@ -69,7 +69,7 @@ def compose_frame(
 
     # The caption ends before the badge; without a badge, 20 px before the right side.
     right_space_px = 20 if success is None else BADGE_WIDTH_PX
-    font = _fit_font(caption, frame.width - right_space_px - MARGIN_PX)
+    font = _choose_largest_fitting_font(caption, frame.width - right_space_px - MARGIN_PX)
     draw = ImageDraw.Draw(frame)
     # Anchors: "lm" is the middle of the text's left side, "rm" of its right side.
     draw.text((MARGIN_PX, BAR_HEIGHT_PX // 2), caption, WHITE, font, anchor="lm")
@@ -121,7 +121,9 @@ def _scale_to_height(image: Array) -> Array:
     return np.asarray(Image.fromarray(image).resize((width, HEIGHT_PX), Image.Resampling.LANCZOS))
 
 
-def _fit_font(text: str, width_px: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
+def _choose_largest_fitting_font(
+    text: str, width_px: int
+) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
     """Return the largest font in which a text fits into a width; the smallest font if none does."""
     for size in range(MAX_FONT_PX, MIN_FONT_PX, -1):
         font = _load_font(size)

@@ -18,10 +18,10 @@ from spear.labels.fit.box3d import compute_keypoints, compute_vertex_error, fit_
 from spear.labels.fit.image import compute_elementwise_iou_2d, compute_tight_box
 from spear.labels.fit.masks import (
     clean_points,
+    drop_support_pixels,
     encode_mask,
     erode,
     keep_main_part,
-    remove_support,
     snap_outline,
 )
 from spear.labels.fit.points import TOUCHING_FRACTION, Plane, find_inliers, subsample
@@ -206,7 +206,7 @@ def _correct_mask(
     inside = keep_main_part(inside, points, is_known, link_limit)
     plane = image.support_plane
     if plane is not None:
-        inside = remove_support(inside, points, is_known, occupied, plane, image.noise)
+        inside = drop_support_pixels(inside, points, is_known, occupied, plane, image.noise)
     snapped = snap_outline(inside, points, is_known, occupied, plane, error_px, image.noise)
     return snapped if snapped.any() else inside
 

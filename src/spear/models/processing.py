@@ -16,7 +16,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-from spear.errors import SpearError, check_known, list_alternatives, notice
+from spear.errors import SpearError, check_known, format_alternatives, notice
 from spear.models import vlm
 from spear.models.decode import FreeTextGrammar
 from spear.models.presets import SPECIAL_TOKEN_IDS, Preset
@@ -239,7 +239,7 @@ class Processor:
             return "Images of that aspect and size would lose nothing."
         if self._is_aspect_of_training(size, view):
             return "The images of training had this aspect, too."
-        aspects = list_alternatives([f"{aspect:.2f}" for aspect in known_aspects])
+        aspects = format_alternatives([f"{aspect:.2f}" for aspect in known_aspects])
         return f"The images of training had width / height {aspects}; send such ones, unchanged."
 
     def map_text_pixels(self, text: str, size: Size, view: str) -> str:

@@ -39,10 +39,10 @@ from spear.sim.scene import (
 from spear.sim.textures import UNSEEN_TEXTURES
 from spear.sim.worlds import (
     CameraOrbit,
-    add_clutter,
     sample_any_color,
     sample_color_near,
     sample_light_from_above,
+    with_clutter,
 )
 
 SCENE_AXES = ("camera", "light", "background", "layout", "robot", "language")
@@ -215,7 +215,7 @@ def shift_scene(scene: SceneSpec, shift: Shift) -> SceneSpec:
     if shift.axis == "layout":
         kinds = DISTRACTORS if shift.level == 1 else TASK_FREE_KINDS
         kinds = _exclude_task_objects(scene, kinds)
-        objects = add_clutter(scene.objects, kinds, NUM_CLUTTER[shift.level], rng)
+        objects = with_clutter(scene.objects, kinds, NUM_CLUTTER[shift.level], rng)
         return dataclasses.replace(scene, objects=objects)
     if shift.axis == "robot":
         return dataclasses.replace(

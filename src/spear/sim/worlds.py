@@ -172,7 +172,7 @@ def place_in_world(scene: SceneSpec, name: str) -> SceneSpec:
         rng = np.random.default_rng([_WILD_STREAM, *scene.family.encode(), scene.seed])
         appearance = _sample_wild_look(scene.appearance, rng)
         num_clutter = int(rng.integers(0, 5))
-    objects = add_clutter(scene.objects, TASK_FREE_KINDS, num_clutter, rng)
+    objects = with_clutter(scene.objects, TASK_FREE_KINDS, num_clutter, rng)
     return dataclasses.replace(scene, appearance=appearance, objects=objects)
 
 
@@ -183,7 +183,7 @@ def with_invisible_robot(scene: SceneSpec) -> SceneSpec:
     )
 
 
-def add_clutter(
+def with_clutter(
     objects: tuple[SceneObject, ...], kinds: tuple[str, ...], number: int, rng: np.random.Generator
 ) -> tuple[SceneObject, ...]:
     """Return the objects and up to `number` further ones, placed on the table with gaps.

@@ -105,9 +105,9 @@ def train(
         new_settings = {**dataclasses.asdict(opt), **changeable_settings}
         _, checkpoint_state = checkpoint
         earlier_settings = loop.list_earlier_settings(checkpoint_state, new_settings)
-    _note_changed_optimization(requested_opt, opt, is_resumed=checkpoint is not None)
-    _note_changed_settings(checkpoint, earlier_settings)
-    _note_settings_without_effect(recipe, requested_opt.steps, options)
+    _notice_changed_optimization(requested_opt, opt, is_resumed=checkpoint is not None)
+    _notice_changed_settings(checkpoint, earlier_settings)
+    _notice_settings_without_effect(recipe, requested_opt.steps, options)
 
     # Build and train.
     model, task, save = build.build(recipe, inputs, options.seed, is_checked=True)
@@ -261,7 +261,7 @@ def _compute_short_hash(folders: Sequence[Path], patterns: Sequence[str]) -> str
     return hash_file_ends(folders, patterns)[:12] if folders else None
 
 
-def _note_changed_optimization(
+def _notice_changed_optimization(
     requested_opt: Optimization, opt: Optimization, is_resumed: bool
 ) -> None:
     """Print notices about settings of the optimization that differ from the requested ones."""
@@ -272,7 +272,7 @@ def _note_changed_optimization(
         notice(f"a run keeps the pieces of its batches, so accumulate is {opt.accumulate}.")
 
 
-def _note_changed_settings(
+def _notice_changed_settings(
     checkpoint: SavedCheckpoint | None, earlier_settings: Sequence[Mapping[str, Any]]
 ) -> None:
     """Print a notice if this continuation of the run changes settings of the run."""
@@ -291,7 +291,7 @@ def _note_changed_settings(
     )
 
 
-def _note_settings_without_effect(recipe: Recipe, steps: int, options: RunOptions) -> None:
+def _notice_settings_without_effect(recipe: Recipe, steps: int, options: RunOptions) -> None:
     """Print notices about settings that have less effect than the user may expect.
 
     `steps` is the number of steps that the user requested.
@@ -474,7 +474,7 @@ def weigh_datasets(
     weights = list(weights) or _get_known_or_equal_weights(stores)
     if len(stores) > 1 and is_first_process():
         _print_mixture(names, weights)
-        _note_repeated_episodes(stores)
+        _notice_repeated_episodes(stores)
     return [
         WeightedStore(name, store, weight)
         for name, store, weight in zip(names, stores, weights, strict=True)
@@ -502,7 +502,7 @@ def _print_mixture(names: Sequence[str], weights: Sequence[float]) -> None:
     print(f"mixture: {', '.join(fractions)}", file=sys.stderr)
 
 
-def _note_repeated_episodes(stores: Sequence[EpisodeStore]) -> None:
+def _notice_repeated_episodes(stores: Sequence[EpisodeStore]) -> None:
     """Print a notice if an episode is in several datasets."""
     fingerprints: list[str] = []
     for store in stores:

@@ -368,9 +368,9 @@ class QuestionSamples:
     def __post_init__(self) -> None:
         if not self.labels or not all(self.labels.values()):
             raise SpearError("there are no labeled images. Make some with `spear label --out …`.")
-        self._note_numbers_outside_of_tokens()
+        self._notice_numbers_outside_of_tokens()
 
-    def _note_numbers_outside_of_tokens(self) -> None:
+    def _notice_numbers_outside_of_tokens(self) -> None:
         """Print a notice if many numbers in a view's answers exceed the range of the 3D tokens."""
         tokens = self.processor.coordinates
         low = tokens.bin_edges[0]

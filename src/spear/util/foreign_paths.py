@@ -82,7 +82,7 @@ def _check_template(template: str, names: frozenset[str]) -> None:
     except ValueError as error:
         raise SpearError(
             f"the path {template!r} of the metadata is no template ({error}). It may use "
-            f"{_list_placeholders(names)}."
+            f"{_format_placeholders(names)}."
         ) from error
 
     for _, name, format_spec, conversion in pieces:
@@ -93,10 +93,10 @@ def _check_template(template: str, names: frozenset[str]) -> None:
         if not is_known or not has_plain_width:
             raise SpearError(
                 f"The path {template[:200]!r} of the metadata has a placeholder that is not known."
-                f" It may use {_list_placeholders(names)}, with a width such as :06d."
+                f" It may use {_format_placeholders(names)}, with a width such as :06d."
             )
 
 
-def _list_placeholders(names: frozenset[str]) -> str:
+def _format_placeholders(names: frozenset[str]) -> str:
     """Return the placeholders with these names, as text."""
     return ", ".join(f"{{{name}}}" for name in sorted(names))

@@ -10,7 +10,7 @@ import pytest
 from scipy.spatial.transform import Rotation
 
 from refusals import refuses
-from spear.data.actions import add_actions, resample_episode
+from spear.data.actions import resample_episode, with_canonical_actions
 from spear.data.readers.bad_rows import Repairs, collect_repairs
 from spear.data.readers.build_episode import build_episode, read_measured_and_commanded_openings
 from spear.data.readers.columns import read_column
@@ -447,7 +447,7 @@ def test_without_commands_the_step_before_a_dropped_row_is_no_target() -> None:
     clear_rows(steps, [4])
     layout = dataclasses.replace(SIRIUS, command=None)
 
-    episode = add_actions(build_episode(steps, layout, SOURCE))
+    episode = with_canonical_actions(build_episode(steps, layout, SOURCE))
 
     np.testing.assert_array_equal(episode.action_mask, [1, 1, 1, 0, 1, 1, 1, 0])
 

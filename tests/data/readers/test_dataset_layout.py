@@ -16,7 +16,7 @@ from scipy.spatial.transform import Rotation
 
 from refusals import refuses
 from rotation_writers import ROTATION_WRITERS
-from spear.data.actions import add_actions
+from spear.data.actions import with_canonical_actions
 from spear.data.readers.build_episode import build_episode, read_recorded_poses
 from spear.data.readers.columns import parse_column, read_column
 from spear.data.readers.dataset_layout import (
@@ -402,8 +402,8 @@ def test_a_base_rotation_turns_poses_and_motions() -> None:
     turned_layout = dataclasses.replace(layout, base_rotation=QUARTER_TURN_ABOUT_Z)
     steps = make_steps(layout)
 
-    episode = add_actions(build_episode(steps, layout, "mine"))
-    turned_episode = add_actions(build_episode(steps, turned_layout, "mine"))
+    episode = with_canonical_actions(build_episode(steps, layout, "mine"))
+    turned_episode = with_canonical_actions(build_episode(steps, turned_layout, "mine"))
 
     quarter_turn = Rotation.from_quat(QUARTER_TURN_ABOUT_Z, scalar_first=True)
     expected_position = quarter_turn.apply(episode.position)
@@ -426,7 +426,7 @@ def test_a_gripper_that_never_moves_keeps_its_command() -> None:
     """The gripper of this dataset is always closed (its `gripper_opening` is 0)."""
     layout = REGISTRY["berkeley_cable_routing"]
 
-    episode = add_actions(build_episode(make_steps(layout), layout, "mine"))
+    episode = with_canonical_actions(build_episode(make_steps(layout), layout, "mine"))
 
     np.testing.assert_array_equal(episode.action[:, 7], 0)
 

@@ -8,7 +8,7 @@ import pytest
 
 from data_tiny import assert_same, make_episode
 from refusals import refuses
-from spear.data.actions import add_actions
+from spear.data.actions import with_canonical_actions
 from spear.data.store.episode_store import EpisodeStore, append_episodes
 from spear.types import Episode
 
@@ -80,7 +80,7 @@ def test_a_store_gives_back_the_episodes_with_canonical_actions(
 ) -> None:
     assert len(store) == 7
     for episode, stored_episode in zip(episodes, store, strict=True):
-        assert_same(stored_episode, add_actions(episode), atol=1e-7)
+        assert_same(stored_episode, with_canonical_actions(episode), atol=1e-7)
 
 
 def test_a_store_knows_its_lengths_and_cameras(

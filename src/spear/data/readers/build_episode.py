@@ -112,7 +112,7 @@ def build_episode(steps: Steps, layout: DatasetLayout, source: str) -> Episode:
     # Canonical actions of the dataset, or actions derived from states and gripper commands. Layouts
     # with canonical actions have no `drop_idle` (`dataset_layout.DEPENDENT_FIELDS`).
     if layout.action is not None:
-        return _add_canonical_actions(episode, steps, layout, source)
+        return _with_logged_canonical_actions(episode, steps, layout, source)
     if command is not None:
         command = binarize_commands(command, episode.rate_hz)
     if layout.drop_idle:
@@ -120,7 +120,7 @@ def build_episode(steps: Steps, layout: DatasetLayout, source: str) -> Episode:
         episode = _select_steps(episode, moving_steps)
         if command is not None:
             command = command[moving_steps]
-    return episode if command is None else _add_derived_actions(episode, command)
+    return episode if command is None else _with_derived_actions(episode, command)
 
 
 def drop_bad_rows_and_list_good_ones(
@@ -194,7 +194,7 @@ def _mark_usable_actions(
     return is_before_kept_row & is_demonstrated
 
 
-def _add_derived_actions(episode: Episode, gripper_command: Array) -> Episode:
+def _with_derived_actions(episode: Episode, gripper_command: Array) -> Episode:
     """Add actions that consist of the motions between states and of gripper commands [T]."""
     action = derive_actions(episode.position, episode.rotation, gripper_command)
     last_step = len(episode) - 1
@@ -236,7 +236,7 @@ def _check_angle_unit(rotation: Array, rotation_format: RotationFormat, source: 
         )
 
 
-def _add_canonical_actions(
+def _with_logged_canonical_actions(
     episode: Episode, steps: Steps, layout: DatasetLayout, source: str
 ) -> Episode:
     """Add the canonical actions of a dataset that this program wrote, their mask and source."""

@@ -298,10 +298,10 @@ def resolve_layout(
     missing_fields = find_missing_fields(layout)
     if missing_fields:
         raise _missing_fields_error(missing_fields, layout, path)
-    return _add_arm(layout, path)
+    return _with_arm(layout, path)
 
 
-def _add_arm(layout: DatasetLayout, path: Path) -> DatasetLayout:
+def _with_arm(layout: DatasetLayout, path: Path) -> DatasetLayout:
     """Add the arm whose URDF a layout file names, if the dataset has joint angles.
 
     Args:

@@ -15,7 +15,7 @@ from spear.data.readers.rlds import RldsFolder, find_rlds_folders, open_rlds
 from spear.data.readers.splits import parse_split
 from spear.data.readers.tfrecord import read_checksums
 from spear.data.store.episode_store import SHARD_GLOB, EpisodeStore, list_shards
-from spear.errors import SpearError, format_count, list_alternatives
+from spear.errors import SpearError, format_alternatives, format_count
 from spear.types import Episode
 from spear.util.fingerprints import hash_file_ends
 from spear.util.skipped_items import SkippedItems
@@ -129,9 +129,9 @@ def open_dataset(path: str | Path) -> Dataset | EpisodeStore:
         if stores:
             raise SpearError(
                 f"{path} contains {format_count(len(stores), 'prepared datasets')} in a folder "
-                f"below it. Give {list_alternatives([str(store) for store in stores])}."
+                f"below it. Give {format_alternatives([str(store) for store in stores])}."
             )
-        titles = list_alternatives([data_format.title for data_format in FORMATS.values()])
+        titles = format_alternatives([data_format.title for data_format in FORMATS.values()])
         raise SpearError(f"{path} contains no robot data. Give {titles}.")
     return FORMATS[format_name].open(path)
 

@@ -204,7 +204,7 @@ class LeRobotFolder:
                 f"says {self.info.fps} fps. Leave rate_hz out of the layout."
             )
         if layout.rotation_format == "urdf_joints":
-            layout = self._add_joint_names(layout)
+            layout = self._with_joint_names(layout)
         elif layout.rotation_format != "franka_joints":
             self._check_no_joints("position", str(layout.position))
             self._check_no_joints("rotation", str(layout.rotation))
@@ -218,7 +218,7 @@ class LeRobotFolder:
             )
         return layout
 
-    def _add_joint_names(self, layout: DatasetLayout) -> DatasetLayout:
+    def _with_joint_names(self, layout: DatasetLayout) -> DatasetLayout:
         """Add the names of the joints that the metadata give, unless the layout names them.
 
         Raises SpearError if the metadata's names are not those of the layout's arm.

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from spear.data.store.shard import ServedSteps, Shard, open_shard, write_shard
+from spear.data.store.shard import ServedSteps, Shard, open_shard, write_shard_files
 from spear.errors import SpearError, format_count, notice, to_sentence
 from spear.types import Array, Episode
 from spear.util.files import notice_missing_shards, read_json, report_write_errors
@@ -49,10 +49,10 @@ def append_episodes(episodes: Iterable[Episode], folder: Path, shard_size: int =
             readable.
     """
     # Imported here, so that reading a store does not load PyTorch.
-    from spear.data.actions import add_actions, validate_episode
+    from spear.data.actions import validate_episode, with_canonical_actions
 
     folder.mkdir(parents=True, exist_ok=True)
-    checked_episodes = (add_actions(validate_episode(episode)) for episode in episodes)
+    checked_episodes = (with_canonical_actions(validate_episode(episode)) for episode in episodes)
     num_written = 0
     while shard_episodes := list(itertools.islice(checked_episodes, shard_size)):
         add_shard(shard_episodes, folder, note={})
@@ -75,7 +75,7 @@ def add_shard(episodes: Sequence[Episode], folder: Path, note: Mapping[str, str]
     temporary_images = temporary.with_suffix(".images")
     try:
         with report_write_errors(folder):
-            write_shard(temporary, episodes, note)  # and its images, beside it
+            write_shard_files(temporary, episodes, note)  # and its images, beside it
             # Linking fails if the name exists, so no two processes get the same number.
             for number in itertools.count(len(list_shards(folder))):
                 target = folder / f"episodes-{number:05d}.arrow"

@@ -21,7 +21,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from spear.data.actions import add_actions, validate_episode
+from spear.data.actions import validate_episode, with_canonical_actions
 from spear.data.frames import FrameVersions
 from spear.data.readers.dataset_layout import LAYOUT_FILE
 from spear.data.readers.video import VideoWriter
@@ -101,7 +101,7 @@ def write_lerobot(
         shutil.rmtree(work_dir / "dataset", ignore_errors=True)
         try:
             for unchecked_episode in episodes:
-                episode = add_actions(validate_episode(unchecked_episode))
+                episode = with_canonical_actions(validate_episode(unchecked_episode))
                 histograms = compute_pixel_histograms(episode)
                 if writer is None:
                     writer = _Writer(work_dir / "dataset", histograms, episode.rate_hz, images)

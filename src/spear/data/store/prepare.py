@@ -35,7 +35,7 @@ from spear.checks.instructions import explain_doubtful_instruction
 from spear.checks.recording import Recording
 from spear.checks.result import Check
 from spear.checks.states import find_state_problems
-from spear.data.actions import ACTION_RULES_VERSION, add_actions, resample_episode
+from spear.data.actions import ACTION_RULES_VERSION, resample_episode, with_canonical_actions
 from spear.data.frames import (
     hash_layout,
     hash_text,
@@ -507,7 +507,7 @@ def _convert_episode(episode: Episode, conversion: Conversion) -> Episode:
             f"{', '.join(sorted(episode.images))}."
         )
 
-    episode = add_actions(resample_episode(episode, conversion.control_hz))
+    episode = with_canonical_actions(resample_episode(episode, conversion.control_hz))
     if not np.any(episode.action_mask):
         raise SpearError(
             f"no action of {episode.source} is known, so nothing can be learned from it. Leave "

@@ -246,7 +246,7 @@ class Shard:
         return images
 
 
-def write_shard(path: Path, episodes: Sequence[Episode], note: Mapping[str, str]) -> None:
+def write_shard_files(path: Path, episodes: Sequence[Episode], note: Mapping[str, str]) -> None:
     """Write a shard, and wait until its files are on the disk.
 
     Args:

@@ -172,7 +172,7 @@ def record_episode(
         state = observation["observation/state"]
         oracle_action = oracle.choose_action(process.goal, moment)
         action, is_disturbed = disturb(oracle_action, step, observation, seed)
-        recorder.add(_fit_pictures(observation, settings), state, action, is_disturbed)
+        recorder.add(_fit_pictures_into_views(observation, settings), state, action, is_disturbed)
         rows = control.convert(action[None], state, {})
         moment = process.run(rows, max_steps)
         step += 1
@@ -221,7 +221,9 @@ def _is_at_rest_where_put(
     return True
 
 
-def _fit_pictures(observation: Mapping[str, Any], settings: RecordingSettings) -> dict[str, Array]:
+def _fit_pictures_into_views(
+    observation: Mapping[str, Any], settings: RecordingSettings
+) -> dict[str, Array]:
     """Scale the pictures of an observation to the views' sizes."""
     key_of_view = {"external": "observation/image", "wrist": "observation/wrist_image"}
     pictures = {}

@@ -89,7 +89,9 @@ def render_labeled_frame(
         images["rgb"] = env._green_sceen_rgb(images["rgb"], images["segmentation"], photograph)
 
     segment_ids = images["segmentation"][0].numpy()[..., 0]  # [480, 640]
-    instances, names = _name_instances(segment_ids, _find_foreground_segments(env, clutter_names))
+    instances, names = _number_named_objects(
+        segment_ids, _find_foreground_segments(env, clutter_names)
+    )
     camera = sensor.get_params()
     camera_from_world = np.vstack([camera["extrinsic_cv"][0].numpy(), [0, 0, 0, 1]])
     depth_mm = images["depth"][0].numpy()[..., 0]
@@ -176,7 +178,7 @@ def _find_foreground_segments(env: Any, clutter_names: Sequence[str]) -> dict[st
     return segments
 
 
-def _name_instances(
+def _number_named_objects(
     segment_ids: Array, segments: Mapping[str, Sequence[int]]
 ) -> tuple[Array, dict[int, str]]:
     """Number the named objects from 1 on.
@@ -247,7 +249,7 @@ def sample_clutter(
     return positions, clutter_names
 
 
-def fit_frame(frame: Frame, size: tuple[int, int], source: str) -> Frame:
+def fit_frame_into_size(frame: Frame, size: tuple[int, int], source: str) -> Frame:
     """Scale a frame to the size at which the policy sees images.
 
     The whole frame is visible. If the aspect ratio differs, there is a black border on two sides,

@@ -51,7 +51,7 @@ class CameraView:
         depth_m = (table_z_m - self.position[2]) / forward[2]
         return np.asarray(self.position + depth_m * forward)
 
-    def list_rays(self) -> Array:
+    def compute_rays(self) -> Array:
         """Return the direction [h, w, 3] of the ray of each pixel, unit vectors, base frame."""
         width, height = self.size_px
         columns, rows = np.meshgrid(np.arange(width), np.arange(height))
@@ -80,7 +80,7 @@ def compute_stage_points(camera: CameraView, target: Array) -> Array:
         camera: A camera inside the dome, above the table.
         target: [3] the middle of the dome, a point on the table.
     """
-    rays = camera.list_rays()
+    rays = camera.compute_rays()
     offset = camera.position - target
     # The ray meets the dome where |offset + distance · ray| is its radius. A camera outside of the
     # dome widens it.

@@ -205,9 +205,9 @@ def find_absent_objects(
 ) -> dict[str, str]:
     """Find the objects that the model does not see in an image.
 
-    If the model gives another name to what is at the point of an object (`name_at_points`), the
-    object is absent. This works only with a model that learned to point and to name well enough
-    (`Trust.tells_absent`).
+    If the model gives another name to what is at the point of an object, the object is absent; see
+    `ask_what_is_at_points`. This works only with a model that learned to point and to name well
+    enough (`Trust.tells_absent`).
 
     Args:
         model: SPEAR-VLM with its processor.
@@ -219,14 +219,14 @@ def find_absent_objects(
         Name of each absent object → what the model sees instead.
     """
     absent = {}
-    seen_names = name_at_points(model, [image] * len(names), names, view)
+    seen_names = ask_what_is_at_points(model, [image] * len(names), names, view)
     for name, seen_name in zip(names, seen_names, strict=True):
         if not is_a(seen_name, name) and not is_a(name, seen_name):
             absent[name] = seen_name
     return absent
 
 
-def name_at_points(
+def ask_what_is_at_points(
     model: VlmBundle, images: Sequence[Array], names: Sequence[str], view: str = "external"
 ) -> list[str]:
     """Let the model point at an object in each image, and then name what is at that point.

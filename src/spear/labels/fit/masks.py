@@ -41,7 +41,7 @@ is at least this."""
 MIN_PART_FRACTION = 0.2
 """`keep_main_part` drops parts with a smaller fraction of the largest part's pixels."""
 MIN_OFF_SUPPORT_FRACTION = 0.3
-"""`remove_support` returns a mask unchanged if less than this fraction of the mask would remain."""
+"""`drop_support_pixels` leaves a mask as it is if less than this fraction of it would remain."""
 MIN_LEVEL_POINTS = 8  # with fewer points beside an object, their height says nothing
 
 
@@ -221,7 +221,7 @@ def keep_main_part(mask: Array, points: Array, is_known: Array, limit: float) ->
     return result
 
 
-def remove_support(
+def drop_support_pixels(
     mask: Array, points: Array, is_known: Array, occupied: Array, plane: Plane, noise: float
 ) -> Array:
     """Remove the pixels of a mask that lie on the support, where the mask leaks on to the support.

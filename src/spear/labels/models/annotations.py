@@ -324,7 +324,7 @@ class FileSegmenter:
         for annotation in self.annotations.find_in_frame(frame) or ():
             if annotation.has_outline:
                 annotations.append(annotation)
-        matches = _match(detections, annotations, height, width)
+        matches = _match_by_name_then_overlap(detections, annotations, height, width)
         for detection_index, annotation_index in matches.items():
             annotation = annotations[annotation_index]
             annotation.check_box_fits_mask()
@@ -349,7 +349,7 @@ class _IncompleteMasks(NamedTuple):
     missing_detections: list[Detection]
 
 
-def _match(
+def _match_by_name_then_overlap(
     detections: Sequence[Detection], annotations: Sequence[Annotation], height: int, width: int
 ) -> dict[int, int]:
     """Decide which detection gets the mask of which annotation.

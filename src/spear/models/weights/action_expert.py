@@ -19,8 +19,8 @@ from spear.models.weights.conversion import (
     Conversion,
     ConversionReport,
     WeightStatus,
+    list_statuses_of_unused_weights,
     match_weights,
-    report_unused_weights,
 )
 from spear.models.weights.load import (
     StoredCheckpoint,
@@ -103,18 +103,23 @@ def plan_policy(
     vlm_names = {f"vlm.{name}": name for name in stored_vlm.weights}
     entries, loaded_names = match_weights(wanted_of_vlm, stored_vlm, vlm_names, "SPEAR-VLM")
     leftover_names = {our: name for our, name in vlm_names.items() if our not in wanted_of_vlm}
-    entries += report_unused_weights(leftover_names, stored_vlm, unused={}, model_name="SPEAR-VLM")
+    entries += list_statuses_of_unused_weights(
+        leftover_names, stored_vlm, unused={}, model_name="SPEAR-VLM"
+    )
     readers = [make_weight_reader(stored_vlm, loaded_names)]
 
     # The other weights are π0's, or new.
     if pi0 is None:
-        entries += [_report_new(name, weight, config) for name, weight in wanted_of_expert.items()]
+        entries += [
+            _make_status_of_new_weight(name, weight, config)
+            for name, weight in wanted_of_expert.items()
+        ]
     else:
         expert_entries, expert_readers = plan_expert(wanted_of_expert, pi0, config)
         entries += expert_entries
         # The pattern "" matches every name: all weights of π0's VLM are left out.
         unused = {"": f"{pi0.title}'s own VLM, which SPEAR-VLM replaces"}
-        entries += report_unused_weights(
+        entries += list_statuses_of_unused_weights(
             pi0.map_vlm_to_stored_names(), pi0.checkpoint, unused, "SPEAR-1"
         )
         readers += expert_readers
@@ -171,14 +176,18 @@ def plan_expert(
         is_output = our_name.startswith(f"{OUTPUT_LAYER}.")
         target = output_names if is_output else other_names
         target[our_name] = stored_name
-    entries = [_note_negation(entry) if entry.name in output_names else entry for entry in entries]
+    entries = [
+        _with_note_on_negation(entry) if entry.name in output_names else entry for entry in entries
+    ]
     readers = [
         make_weight_reader(pi0.checkpoint, other_names),
         make_weight_reader(pi0.checkpoint, output_names, factor=-1.0),
     ]
 
     # Layers for other states or actions are new, and π0's weights of these layers are not read.
-    entries += [_report_new(name, expected_weights[name], config) for name in new_names]
+    entries += [
+        _make_status_of_new_weight(name, expected_weights[name], config) for name in new_names
+    ]
     leftover_names = {}
     for our_name, stored_name in pi0.names.items():
         is_wanted = our_name in expected_weights and our_name not in new_names
@@ -186,7 +195,9 @@ def plan_expert(
             leftover_names[our_name] = stored_name
     robot_layers = dict.fromkeys(ROBOT_LAYERS, "its states and actions mean other numbers")
     unused = {**pi0.rules.unused, **robot_layers}
-    entries += report_unused_weights(leftover_names, pi0.checkpoint, unused, "the action expert")
+    entries += list_statuses_of_unused_weights(
+        leftover_names, pi0.checkpoint, unused, "the action expert"
+    )
     return entries, readers
 
 
@@ -219,7 +230,7 @@ def _find_new_layers(pi0: Pi0Checkpoint, config: Spear1Config) -> set[str]:
     return new_layers
 
 
-def _note_negation(entry: WeightStatus) -> WeightStatus:
+def _with_note_on_negation(entry: WeightStatus) -> WeightStatus:
     """Add to a weight's note that its values are negated."""
     return replace(entry, note=f"{entry.note}, negated: π0's velocity points to the noise")
 
@@ -228,7 +239,7 @@ def _predicts_clean_actions(config: Spear1Config) -> bool:
     return (config.flow or {})["prediction"] == "clean"
 
 
-def _report_new(name: str, weight: Tensor, config: Spear1Config) -> WeightStatus:
+def _make_status_of_new_weight(name: str, weight: Tensor, config: Spear1Config) -> WeightStatus:
     """Report a new weight, with the initialization that `Spear1ForActionPrediction` gives it."""
     shape = tuple(weight.shape)
     return WeightStatus(name, shape, "new", _describe_initialization(name, shape, config))

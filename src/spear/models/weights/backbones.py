@@ -22,8 +22,8 @@ from spear.models.weights.conversion import (
     Conversion,
     ConversionReport,
     WeightStatus,
+    list_statuses_of_unused_weights,
     match_weights,
-    report_unused_weights,
 )
 from spear.models.weights.depth_encoder import (
     PublishedMoge,
@@ -186,12 +186,12 @@ def plan_vlm(
     entries, loaded_names = match_weights(
         wanted_of_paligemma, checkpoint, stored_names, published.title
     )
-    entries += _report_vocabulary(published, vocabulary, new_tokens)
+    entries += _list_statuses_of_vocabulary(published, vocabulary, new_tokens)
     is_doubled = keeps_visual_tokens and moge is not None  # see `_make_network_readers`
     readers = [_make_vocabulary_reader(checkpoint, vocabulary, new_tokens)]
     readers += _make_network_readers(checkpoint, loaded_names, is_doubled)
     if is_doubled:
-        entries = [_note_doubling(entry) for entry in entries]
+        entries = [_with_note_on_doubling(entry) for entry in entries]
     sources = {published.title: published.source}
 
     # The weights that MoGe has. MoGe is read first, because it needs a copy in float32, for which
@@ -199,13 +199,13 @@ def plan_vlm(
     if depth_encoder is not None and model.moge is not None:
         encoder_plan = depth_encoder.plan(model.moge)
         entries += encoder_plan.entries
-        entries += _report_new_projector(expected_weights, config, keeps_visual_tokens)
+        entries += _list_statuses_of_new_projector(expected_weights, config, keeps_visual_tokens)
         readers.insert(0, encoder_plan.reader)
         if keeps_visual_tokens:
             readers.append(make_zero_reader(_moge_projector_shapes(expected_weights)))
         sources["MoGe"] = depth_encoder.describe()
 
-    entries += _report_left_out(checkpoint, stored_names, vocabulary, expected_weights)
+    entries += _list_statuses_of_left_out(checkpoint, stored_names, vocabulary, expected_weights)
     return Conversion(
         model_class=SpearVLMForConditionalGeneration,
         config=config,
@@ -239,14 +239,14 @@ def _make_network_readers(
     ]
 
 
-def _note_doubling(entry: WeightStatus) -> WeightStatus:
+def _with_note_on_doubling(entry: WeightStatus) -> WeightStatus:
     """Add to the note of SigLIP's projection that it is doubled. Return other weights as is."""
     if entry.status != "loaded" or not entry.name.startswith(SIGLIP_PROJECTOR):
         return entry
     return replace(entry, note=f"{entry.note}, doubled: averaged with MoGe's, which is 0")
 
 
-def _report_left_out(
+def _list_statuses_of_left_out(
     checkpoint: StoredCheckpoint,
     stored_names: Mapping[str, str],
     vocabulary: _StoredVocabulary,
@@ -262,7 +262,7 @@ def _report_left_out(
         our: name for our, name in stored_names.items() if our not in expected_weights
     }
     unused = read_name_rules("paligemma").unused
-    entries += report_unused_weights(leftover_names, checkpoint, unused, "SPEAR-VLM")
+    entries += list_statuses_of_unused_weights(leftover_names, checkpoint, unused, "SPEAR-VLM")
     return entries
 
 
@@ -394,7 +394,7 @@ def _check_image_sizes(preset: Preset, patch_px: int) -> None:
             )
 
 
-def _report_vocabulary(
+def _list_statuses_of_vocabulary(
     published: StoredPaliGemma, vocabulary: _StoredVocabulary, new_tokens: _CoordinateTokens
 ) -> list[WeightStatus]:
     """Report the embeddings in parts: loaded rows, new rows of 3D tokens, and loaded rows after
@@ -467,7 +467,7 @@ def _moge_projector_shapes(expected_weights: Mapping[str, Tensor]) -> dict[str, 
     return shapes
 
 
-def _report_new_projector(
+def _list_statuses_of_new_projector(
     expected_weights: Mapping[str, Tensor], config: SpearVLMConfig, is_zero: bool
 ) -> list[WeightStatus]:
     """Report the projection of MoGe's features, which is new: zero, or a random matrix."""

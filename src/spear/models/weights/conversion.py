@@ -425,7 +425,7 @@ def match_weights(
     return entries, loaded_names
 
 
-def report_unused_weights(
+def list_statuses_of_unused_weights(
     stored_names: Mapping[str, str],
     checkpoint: StoredCheckpoint,
     unused: Mapping[str, str],

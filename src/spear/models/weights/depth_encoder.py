@@ -23,13 +23,17 @@ from spear.models.moge.checkpoint import (
 )
 from spear.models.stage0 import MogeForDepth
 from spear.models.vision import MogeEncoder
-from spear.models.weights.conversion import WeightStatus, match_weights, report_unused_weights
+from spear.models.weights.conversion import (
+    WeightStatus,
+    list_statuses_of_unused_weights,
+    match_weights,
+)
 from spear.models.weights.folders import BUNDLED_WEIGHTS, locate
 from spear.models.weights.load import (
     StoredCheckpoint,
     WeightReader,
-    add_prefix_to_reader,
     describe_source,
+    make_prefixed_reader,
     make_weight_reader,
     read_compatible_config,
 )
@@ -76,7 +80,7 @@ class PublishedMoge:
             SpearError: The checkpoint's weights are not those of the encoder.
         """
         return EncoderPlan(
-            entries=_report_published(encoder, self.checkpoint),
+            entries=_list_statuses_of_published(encoder, self.checkpoint),
             reader=_make_published_reader(encoder, self.checkpoint.path),
         )
 
@@ -113,7 +117,9 @@ class TrainedDepthEncoder:
             name: name for name in self.checkpoint.weights if name not in expected_weights
         }
         unused = {r"head\.": "the head that predicts depth"}
-        entries += report_unused_weights(leftover_names, self.checkpoint, unused, "SPEAR-VLM")
+        entries += list_statuses_of_unused_weights(
+            leftover_names, self.checkpoint, unused, "SPEAR-VLM"
+        )
         return EncoderPlan(entries, make_weight_reader(self.checkpoint, loaded_names))
 
 
@@ -139,7 +145,7 @@ def open_depth_encoder(name: Path | str) -> PublishedMoge | TrainedDepthEncoder:
 # --- A published MoGe ---
 
 
-def _report_published(encoder: MogeEncoder, checkpoint: Checkpoint) -> list[WeightStatus]:
+def _list_statuses_of_published(encoder: MogeEncoder, checkpoint: Checkpoint) -> list[WeightStatus]:
     """Report the weights of MoGe: those of the encoder are loaded, the others left out."""
     stored_names = match_encoder(encoder, checkpoint)
     entries = []
@@ -172,4 +178,4 @@ def _make_published_reader(encoder: MogeEncoder, path: Path) -> WeightReader:
         fill_encoder(filled_encoder, read_checkpoint(path))
         return {name: weight.to(dtype) for name, weight in filled_encoder.state_dict().items()}
 
-    return add_prefix_to_reader(read, MOGE_PREFIX)
+    return make_prefixed_reader(read, MOGE_PREFIX)

@@ -424,7 +424,7 @@ def make_zero_reader(shapes: Mapping[str, tuple[int, ...]]) -> WeightReader:
     return read
 
 
-def add_prefix_to_reader(reader: WeightReader, prefix: str) -> WeightReader:
+def make_prefixed_reader(reader: WeightReader, prefix: str) -> WeightReader:
     """Return a reader of the same weights, whose names begin with `prefix`."""
 
     def read(dtype: torch.dtype, generator: torch.Generator) -> dict[str, Tensor]:

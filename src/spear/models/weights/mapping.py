@@ -23,8 +23,8 @@ from spear.models.weights.conversion import (
     Conversion,
     ConversionReport,
     WeightStatus,
+    list_statuses_of_unused_weights,
     match_weights,
-    report_unused_weights,
 )
 from spear.models.weights.load import (
     StoredCheckpoint,
@@ -177,12 +177,12 @@ def plan_mapped(
     entries, loaded_names = match_weights(wanted, stored, names, SOURCE)
     fitting_weights = []
     for joined in joined_weights:
-        joined_entries = joined.report(stored, expected)
+        joined_entries = joined.list_statuses(stored, expected)
         entries += joined_entries
         if all(entry.status == "loaded" for entry in joined_entries):
             fitting_weights.append(joined)
     leftover_names = {our: stored_name for our, stored_name in names.items() if our not in expected}
-    entries += report_unused_weights(leftover_names, stored, mapping.unused, SOURCE)
+    entries += list_statuses_of_unused_weights(leftover_names, stored, mapping.unused, SOURCE)
 
     sources = {
         SOURCE: describe_source(checkpoint, stored.folder),
@@ -217,7 +217,7 @@ class JoinedWeight:
     stored_name: str
     our_names: Sequence[str]
 
-    def report(
+    def list_statuses(
         self, stored: StoredCheckpoint, expected: Mapping[str, Tensor]
     ) -> list[WeightStatus]:
         """Return the status of each weight of ours, or that the stored weight is refused."""

@@ -15,9 +15,9 @@ from spear.models.weights.action_expert import make_policy_config, plan_expert
 from spear.models.weights.backbones import StoredPaliGemma, plan_vlm
 from spear.models.weights.conversion import Conversion, ConversionReport, WeightStatus
 from spear.models.weights.load import (
-    add_prefix_to_reader,
     describe_source,
     get_or_download_tokenizer,
+    make_prefixed_reader,
 )
 from spear.models.weights.pi0 import VLM_PREFIX, Pi0Checkpoint
 
@@ -72,8 +72,8 @@ def plan_pi0(
             expected_of_expert[name] = weight
     expert_entries, expert_readers = plan_expert(expected_of_expert, pi0_checkpoint, config)
 
-    vlm_entries = _add_prefix(vlm_plan.report.entries)
-    vlm_readers = [add_prefix_to_reader(reader, VLM_PREFIX) for reader in vlm_plan.readers]
+    vlm_entries = _with_prefixed_names(vlm_plan.report.entries)
+    vlm_readers = [make_prefixed_reader(reader, VLM_PREFIX) for reader in vlm_plan.readers]
     sources = dict(vlm_plan.sources)
     if tokenizer is not None:
         sources["tokenizer"] = describe_source(tokenizer, tokenizer_folder)
@@ -88,7 +88,7 @@ def plan_pi0(
     )
 
 
-def _add_prefix(entries: Iterable[WeightStatus]) -> Iterator[WeightStatus]:
+def _with_prefixed_names(entries: Iterable[WeightStatus]) -> Iterator[WeightStatus]:
     """Rename the weights of a SPEAR-VLM to those of the VLM inside SPEAR-1.
 
     Weights that are left out or refused have the checkpoint's names, which stay.
