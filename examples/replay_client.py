@@ -20,7 +20,7 @@ import numpy as np
 from spear.cli import run_reporting_errors
 from spear.data.readers.formats import read_episodes
 from spear.embodiments.actions import compute_target_poses
-from spear.embodiments.observations import camera_key
+from spear.embodiments.observations import get_camera_key
 from spear.serve.client import RemotePolicy
 from spear.types import CONTROL_RATE_HZ, Array, Episode
 from spear.util.images import decode_image
@@ -82,7 +82,7 @@ def replay_episode(episode: Episode, policy: RemotePolicy, fault: Fault) -> int:
         for camera in policy.image_sizes:
             if camera in episode.images:
                 picture = decode_image(episode.images[camera][step], f"{episode.source} {camera}")
-                observation[camera_key(camera)] = fault.change_picture(picture)
+                observation[get_camera_key(camera)] = fault.change_picture(picture)
 
         action = fault.execute(policy.infer(observation)["actions"][0])
 

@@ -9,7 +9,7 @@ import numpy as np
 from PIL import Image
 
 from planted import ImageSizes, Observation, PlantedFault
-from spear.embodiments.observations import IMAGE_KEY, WRIST_IMAGE_KEY, camera_key
+from spear.embodiments.observations import IMAGE_KEY, WRIST_IMAGE_KEY, get_camera_key
 from spear.types import Array
 
 ImageChange = Callable[[Array], Array]
@@ -31,7 +31,7 @@ def _change_images(camera: str, change: ImageChange) -> PlantedFault:
 
 def _find_keys(camera: str, observation: Observation) -> list[str]:
     """Return the keys of a camera's images, without the views that the robot lacks."""
-    keys = [camera_key(view) for view in VIEWS[camera]]
+    keys = [get_camera_key(view) for view in VIEWS[camera]]
     return [key for key in keys if key in observation]
 
 
@@ -185,7 +185,7 @@ def lose_camera(camera: str, appearance: str) -> PlantedFault:
     """Send no image of a camera ("absent"), or a black one ("black")."""
     if appearance == "black":
         return _change_images(camera, np.zeros_like)
-    absent_keys = {camera_key(view) for view in VIEWS[camera]}
+    absent_keys = {get_camera_key(view) for view in VIEWS[camera]}
 
     def remove(observation: Observation) -> Observation:
         return {key: value for key, value in observation.items() if key not in absent_keys}

@@ -39,7 +39,7 @@ from torch import Tensor
 
 from spear import flow
 from spear.cli import run_reporting_errors
-from spear.errors import unknown_name_error
+from spear.errors import make_unknown_name_error
 from spear.flow import FlowConfig
 from spear.geometry import quat_canonical, quat_distance, quat_exp
 from spear.types import Action
@@ -308,7 +308,7 @@ def main(
     """
     for name in losses:
         if name not in LOSSES:
-            raise unknown_name_error("loss", name, LOSSES)
+            raise make_unknown_name_error("loss", name, LOSSES)
     out.mkdir(parents=True, exist_ok=True)
     print(
         f"| loss | {' | '.join(PROBLEMS)} | rarer (small) | rarer (large) | speed | translation |"

@@ -67,7 +67,7 @@ class RetryableError(SpearError):
     """An error whose cause is temporary, such as a service that cannot be reached."""
 
 
-def unknown_name_error(
+def make_unknown_name_error(
     kind: str, name: str, known_names: Iterable[str], location: str = "", advice: str = ""
 ) -> SpearError:
     """Make the error for a name that does not exist. The message suggests a similar known name.
@@ -85,9 +85,9 @@ def unknown_name_error(
             more than `MAX_LISTED_NAMES`.
 
     Example:
-        >>> print(unknown_name_error("preset", "nanno", ["nano", "small"]))
+        >>> print(make_unknown_name_error("preset", "nanno", ["nano", "small"]))
         unknown preset 'nanno'. Did you mean 'nano'? Give nano or small.
-        >>> print(unknown_name_error("key", "learning_rate", ["lr", "steps"], "a.json"))
+        >>> print(make_unknown_name_error("key", "learning_rate", ["lr", "steps"], "a.json"))
         unknown key 'learning_rate' in a.json. Did you mean 'lr'? Give lr or steps.
     """
     known_names = sorted(known_names)
@@ -134,10 +134,10 @@ def format_alternatives(names: Sequence[str]) -> str:
 def check_known(
     kind: str, known_names: Collection[str], *names: str, location: str = "", advice: str = ""
 ) -> None:
-    """Raise `unknown_name_error` for the first of `names` that is not a known name."""
+    """Raise `make_unknown_name_error` for the first of `names` that is not a known name."""
     for name in names:
         if name not in known_names:
-            raise unknown_name_error(kind, name, known_names, location, advice)
+            raise make_unknown_name_error(kind, name, known_names, location, advice)
 
 
 def import_optional(module: str, extra: str, feature: str) -> Any:

@@ -20,11 +20,11 @@ from spear.data.normalize import Normalizer
 from spear.embodiments.actions import validate_chunk
 from spear.embodiments.observations import (
     CheckedObservation,
-    camera_key,
+    get_camera_key,
     is_camera_key,
     validate_observation,
 )
-from spear.errors import SpearError, check_known, notice, unknown_name_error
+from spear.errors import SpearError, check_known, make_unknown_name_error, notice
 from spear.models.decode import LogitRecorder, decode_greedily
 from spear.models.devices import (
     ignore_default_device,
@@ -283,7 +283,7 @@ def _load_model(
         device = prepare_device(device)
     torch_dtype = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
     if not isinstance(torch_dtype, torch.dtype):
-        raise unknown_name_error("dtype", str(dtype), ["float32", "bfloat16", "float16"])
+        raise make_unknown_name_error("dtype", str(dtype), ["float32", "bfloat16", "float16"])
 
     check_quantization(quantize, device)
     model = read_model(folder, torch_dtype)
@@ -548,7 +548,7 @@ class Spear1Policy:
                 would take time.
             is_present: view → B truth values, whether each observation has an image of that view.
         """
-        view_of_key = {camera_key(view): view for view in self.image_sizes}
+        view_of_key = {get_camera_key(view): view for view in self.image_sizes}
         for observation in observations:
             for key in observation:
                 if is_camera_key(key) and key not in view_of_key:

@@ -36,7 +36,7 @@ from spear.data.readers.dataset_layout import REGISTRY
 from spear.data.store.episode_store import append_episodes
 from spear.data.store.prepare import prepare
 from spear.embodiments.kinematics import compute_franka_ee_poses
-from spear.report.audit import advise, conclude, format_report, write_audit_page
+from spear.report.audit import advise, format_conclusion, format_report, write_audit_page
 
 RATE_HZ = 10.0
 BRIDGE_STATE = "observation/state"
@@ -227,7 +227,7 @@ def test_right_data_are_consistent() -> None:
     report = audit_recordings(make_recordings(), RIGHT_ANSWERS)
 
     assert report.outcome == "consistent"
-    assert conclude(report).startswith("consistent: ")
+    assert format_conclusion(report).startswith("consistent: ")
     assert find_verdict(report, "translation", "frame") == ("base", "agrees")
     assert find_verdict(report, "rotation", "frame") == ("ee", "agrees")
 
@@ -252,7 +252,7 @@ def test_an_arm_that_follows_late_is_consistent_and_its_delay_is_mentioned() -> 
     )
 
     assert report.outcome == "consistent"
-    assert "(1 fits best; spear.json has no key for it)" in conclude(report)
+    assert "(1 fits best; spear.json has no key for it)" in format_conclusion(report)
 
 
 def test_a_report_about_the_first_episodes_says_so() -> None:
@@ -260,8 +260,8 @@ def test_a_report_about_the_first_episodes_says_so() -> None:
     report = audit_recordings(all_recordings, RIGHT_ANSWERS)
     cut_report = dataclasses.replace(report, num_episodes=50)  # as many as an audit reads
 
-    assert "of the first" not in conclude(report)
-    assert "of the first 50 episodes" in conclude(cut_report)
+    assert "of the first" not in format_conclusion(report)
+    assert "of the first 50 episodes" in format_conclusion(cut_report)
 
 
 def test_a_single_episode_that_was_recorded_otherwise_is_noticed() -> None:
@@ -272,7 +272,7 @@ def test_a_single_episode_that_was_recorded_otherwise_is_noticed() -> None:
     report = audit_recordings([mirrored, *recordings[1:]], RIGHT_ANSWERS)
 
     assert report.outcome == "undecided"
-    assert "1 of 12 episodes" in conclude(report)
+    assert "1 of 12 episodes" in format_conclusion(report)
 
 
 # Columns: the planted mistake; the part and the question in which the audit should find it; and the
@@ -372,7 +372,7 @@ def test_positions_in_millimeters_are_named() -> None:
 
     report = audit_recordings(make_partial_recordings("translation", mistakes), RIGHT_ANSWERS)
 
-    assert "not meters, but mm" in conclude(report)
+    assert "not meters, but mm" in format_conclusion(report)
 
 
 def test_orientations_in_degrees_are_named() -> None:
@@ -639,7 +639,7 @@ def test_positions_in_another_unit_than_the_layout_says(shared: Path, tmp_path: 
     report = audit_bridge(shared, tmp_path, length_unit="mm")
 
     assert report.outcome == "contradiction"
-    assert "length_unit" in conclude(report)
+    assert "length_unit" in format_conclusion(report)
 
 
 def test_columns_that_nothing_explains_are_undecided(shared: Path, tmp_path: Path) -> None:
@@ -696,8 +696,8 @@ def test_a_wrong_format_of_states_is_named_instead_of_a_wrong_frame(
 
     assert report.outcome == "contradiction"
     assert "euler_xyz" in report.fitting_formats
-    assert "rotation_format euler_xyz" in conclude(report)
-    assert "frame" not in conclude(report)
+    assert "rotation_format euler_xyz" in format_conclusion(report)
+    assert "frame" not in format_conclusion(report)
 
 
 def test_poses_logged_by_a_franka_are_compared_with_the_frame_of_its_hand() -> None:

@@ -206,11 +206,11 @@ def test_a_changed_file_changes_the_stamp_of_its_frame_only(
 ) -> None:
     folder = write_scannet(tmp_path / "s", truth)
     scene = RgbdScene(folder)
-    old_stamps = [scene.compute_stamp(i) for i in range(3)]
+    old_stamps = [scene.make_file_stamp(i) for i in range(3)]
 
     shutil.copy(folder / name.replace("1", "2"), folder / name)  # the file of frame 2
 
-    new_stamps = [scene.compute_stamp(i) for i in range(3)]
+    new_stamps = [scene.make_file_stamp(i) for i in range(3)]
     assert new_stamps[0] == old_stamps[0]
     assert new_stamps[1] != old_stamps[1]
     assert new_stamps[2] == old_stamps[2]
@@ -224,11 +224,11 @@ def write_other_color_intrinsics(folder: Path) -> None:
 
 def test_changed_intrinsics_change_the_stamp_of_a_frame(truth: list[Frame], tmp_path: Path) -> None:
     folder = write_scannet(tmp_path / "s", truth[:1])
-    old_stamp = RgbdScene(folder).compute_stamp(0)
+    old_stamp = RgbdScene(folder).make_file_stamp(0)
 
     write_other_color_intrinsics(folder)
 
-    assert RgbdScene(folder).compute_stamp(0) != old_stamp
+    assert RgbdScene(folder).make_file_stamp(0) != old_stamp
 
 
 def test_changed_intrinsics_are_read_when_a_scene_is_listed_again(

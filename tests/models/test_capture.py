@@ -180,7 +180,7 @@ def monitor_sampling(method: str, model: Any, inputs: dict[str, Tensor]) -> Capt
     num_steps = 3
     packed = True
     sampler = sampling.get_sampler(model, packed)
-    sampler.time_embeddings(num_steps)  # they are computed before a graph is recorded
+    sampler.compute_time_embeddings(num_steps)  # they are computed before a graph is recorded
     with torch.no_grad(), CaptureMonitor(model.device.type) as monitor:
         if method == "plain":
             sampling.sample_plain(model, inputs, num_steps)

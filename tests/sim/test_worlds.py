@@ -12,7 +12,7 @@ from spear.sim.objects import TASK_FREE_KINDS
 from spear.sim.render import render_frame
 from spear.sim.scene import sample_clutter_scene, sample_scene
 from spear.sim.world import GRIPPER_NAME, World
-from spear.sim.worlds import CameraOrbit, lab_of_scene, place_in_world, with_invisible_robot
+from spear.sim.worlds import CameraOrbit, get_lab_of_scene, place_in_world, with_invisible_robot
 
 
 @pytest.mark.parametrize("world", ["wild", "varied", "colorful", "lab:3", "colorful-lab:3"])
@@ -143,7 +143,7 @@ def test_true_boxes_project_onto_their_objects_in_any_camera() -> None:
 
 
 def test_scenes_are_spread_over_the_labs() -> None:
-    labs = {lab_of_scene(seed, num_labs=4) for seed in range(10_000, 10_040)}
+    labs = {get_lab_of_scene(seed, num_labs=4) for seed in range(10_000, 10_040)}
 
     assert labs == {"lab:0", "lab:1", "lab:2", "lab:3"}
 

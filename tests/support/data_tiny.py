@@ -68,11 +68,11 @@ def write_records(path: Path, records: list[bytes]) -> Path:
     with open(path, "wb") as file:
         for record in records:
             length = struct.pack("<Q", len(record))
-            file.write(length + _masked_crc(length) + record + _masked_crc(record))
+            file.write(length + _compute_masked_crc(length) + record + _compute_masked_crc(record))
     return path
 
 
-def _masked_crc(data: bytes) -> bytes:
+def _compute_masked_crc(data: bytes) -> bytes:
     """Return the checksum of data as TFRecord files have it."""
     # The format rotates the checksum by 15 bits and adds a constant, because checksums of data that
     # contain checksums are weak.

@@ -247,7 +247,7 @@ def validate_episode(episode: Episode) -> Episode:
     name = episode.source
     num_steps = len(episode)
     if num_steps == 0:
-        raise empty_episode_error(name)
+        raise make_empty_episode_error(name)
     check_instruction(episode.instruction, name)
     if not (np.isfinite(episode.rate_hz) and episode.rate_hz > 0):
         raise SpearError(
@@ -292,7 +292,7 @@ def check_instruction(text: str, name: str) -> None:
         )
 
 
-def empty_episode_error(name: str) -> SpearError:
+def make_empty_episode_error(name: str) -> SpearError:
     """The error for an episode without steps."""
     return SpearError(f"{name} has no steps. Leave the episode out.")
 

@@ -217,7 +217,9 @@ class TrainingSamples:
             images[camera] = np.zeros((batch_size, height, width, 3), np.uint8)
             is_present: list[bool] = []
             for sample, out in zip(samples, images[camera], strict=True):
-                has_camera = self._decode_and_jitter_image(sample, camera, out)  # writes into `out`
+                has_camera = self._decode_and_jitter_image_if_present(
+                    sample, camera, out
+                )  # writes into `out`
                 is_present.append(has_camera)
             has_image[camera] = np.array(is_present)
 
@@ -236,7 +238,7 @@ class TrainingSamples:
             "dataset": np.array([sample.dataset for sample in samples]),
         }
 
-    def _decode_and_jitter_image(self, sample: Sample, camera: str, out: Array) -> bool:
+    def _decode_and_jitter_image_if_present(self, sample: Sample, camera: str, out: Array) -> bool:
         """Decode a sample's image into `out` [h, w, 3], and jitter its colors if `augment` says so.
 
         `out` is black before. Returns whether the sample's episode has the camera. If not, `out`

@@ -31,7 +31,7 @@ from spear.data.action_reference import (
 )
 from spear.data.actions import HORIZON, extract_chunk
 from spear.data.store.episode_store import EpisodeStore, WeightedStore
-from spear.data.store.stats import QuantileSketch, weighted_quantile
+from spear.data.store.stats import QuantileSketch, compute_weighted_quantile
 from spear.errors import SpearError, check_known, suppress_notices
 from spear.geometry import quat_to_6d
 from spear.types import Action, ActionReference, Array
@@ -519,8 +519,8 @@ def _compute_low_and_high_quantile(
         all_weights.append(counts * share / sketch.count)  # sum to `share`
     values = np.concatenate(all_values)
     weights = np.concatenate(all_weights)
-    low = weighted_quantile(values, weights, LOW_QUANTILE)
-    high = weighted_quantile(values, weights, HIGH_QUANTILE)
+    low = compute_weighted_quantile(values, weights, LOW_QUANTILE)
+    high = compute_weighted_quantile(values, weights, HIGH_QUANTILE)
     return low, high
 
 

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from spear.data.store.episode_store import EpisodeStore
-from spear.embodiments.observations import camera_key, is_camera_key
+from spear.embodiments.observations import get_camera_key, is_camera_key
 from spear.errors import suppress_notices
 from spear.policy import Spear1Policy
 from spear.types import Array
@@ -46,7 +46,9 @@ def build_observation(
     for camera in policy.image_sizes:
         encoded = store.image(index, step, camera)
         if encoded:
-            observation[camera_key(camera)] = decode_image(encoded, f"{episode.source} {camera}")
+            observation[get_camera_key(camera)] = decode_image(
+                encoded, f"{episode.source} {camera}"
+            )
     return observation
 
 

@@ -110,8 +110,8 @@ def solve_joints(
             ee_position, ee_rotation = compute_ee_pose(angles)
             position_error = position - ee_position  # [3] m
             rotation_error = compute_rotation_vector(ee_rotation, rotation)  # [3] rad
-            is_position_reached = euclidean_norm(position_error) < _POSITION_CONVERGED_M
-            is_rotation_reached = euclidean_norm(rotation_error) < _ROTATION_CONVERGED_RAD
+            is_position_reached = compute_euclidean_norm(position_error) < _POSITION_CONVERGED_M
+            is_rotation_reached = compute_euclidean_norm(rotation_error) < _ROTATION_CONVERGED_RAD
             if is_position_reached and is_rotation_reached:
                 break
             error = np.concatenate([position_error, rotation_error])  # [6]
@@ -123,7 +123,7 @@ def solve_joints(
     return angles
 
 
-def euclidean_norm(vector: Floats) -> float:
+def compute_euclidean_norm(vector: Floats) -> float:
     """Return the Euclidean norm of a vector. Unlike NumPy's, it is the same on every processor."""
     return math.hypot(*vector)
 
@@ -165,7 +165,7 @@ def _solve_least_squares(error: Floats, posture_step: Floats) -> Floats:
     # The functions of MuJoCo write their result into their first argument.
     gram = np.empty((6, 6))  # J Jᵀ + λ² I, then its Cholesky factor
     mujoco.mju_mulMatMatT(gram, jacobian, jacobian)
-    damping_factor = min(1.0, _DAMPING_PER_SQUARED_ERROR * euclidean_norm(error) ** 2)
+    damping_factor = min(1.0, _DAMPING_PER_SQUARED_ERROR * compute_euclidean_norm(error) ** 2)
     gram[np.diag_indices(6)] += _DAMPING**2 * damping_factor
     mujoco.mju_cholFactor(gram, _MIN_PIVOT)
 

@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 
-from spear.errors import SpearError, format_count, unknown_name_error
+from spear.errors import SpearError, format_count, make_unknown_name_error
 from spear.geometry import validate_unit_quat
 from spear.types import ACTION_DIM, CONTROL_CHARACTERS, STATE_DIM, Array, Policy
 
@@ -116,7 +116,7 @@ def check_keys(
     known_keys = {*required, *optional}
     for key in observation:
         if key not in known_keys:
-            raise unknown_name_error("observation key", str(key)[:_MAX_KEY_CHARS], known_keys)
+            raise make_unknown_name_error("observation key", str(key)[:_MAX_KEY_CHARS], known_keys)
     for key, description in required.items():
         if key not in observation:
             raise SpearError(f"the observation has no {key!r}. Send {description}.")
@@ -127,19 +127,19 @@ def is_camera_key(key: Any) -> bool:
     return isinstance(key, str) and re.fullmatch(r"observation/(.+_)?image", key) is not None
 
 
-def camera_key(view: str) -> str:
+def get_camera_key(view: str) -> str:
     """Return the key of a view's images.
 
-    >>> camera_key("external"), camera_key("wrist")
+    >>> get_camera_key("external"), get_camera_key("wrist")
     ('observation/image', 'observation/wrist_image')
     """
     return IMAGE_KEY if view == "external" else f"observation/{view}_image"
 
 
-def camera_view(key: str) -> str:
-    """Return the view of a camera's key, the inverse of `camera_key`.
+def get_view_of_key(key: str) -> str:
+    """Return the view of a camera's key, the inverse of `get_camera_key`.
 
-    >>> camera_view("observation/image"), camera_view("observation/wrist_image")
+    >>> get_view_of_key("observation/image"), get_view_of_key("observation/wrist_image")
     ('external', 'wrist')
     """
     if key == IMAGE_KEY:
@@ -172,7 +172,7 @@ def select_cameras(policy: Policy, observation: ObservationT) -> ObservationT:
     observation_type = type(observation)  # dict or `CheckedObservation`
     if not image_sizes:
         return observation_type(observation)
-    policy_camera_keys = {camera_key(view) for view in image_sizes}
+    policy_camera_keys = {get_camera_key(view) for view in image_sizes}
     selected = observation_type()
     for key, value in observation.items():
         if not is_camera_key(key) or key in policy_camera_keys:

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from spear.embodiments.kinematics import Poses
-from spear.errors import SpearError, format_count, summarize_error, unknown_name_error
+from spear.errors import SpearError, format_count, make_unknown_name_error, summarize_error
 from spear.geometry import euler_to_quat, quat_canonical, quat_exp, quat_multiply, quat_rotate
 from spear.types import Array
 from spear.util.json_text import read_utf8
@@ -93,7 +93,7 @@ def read_urdf_arm(file: Path, tip: str) -> UrdfArm:
     """
     joints, link_names = _read_joints_and_links(file)
     if tip not in link_names:
-        raise unknown_name_error("link", tip, link_names, str(file), "Give one as tip.")
+        raise make_unknown_name_error("link", tip, link_names, str(file), "Give one as tip.")
 
     joint_of_child = {joint.child: joint for joint in joints}
     chain: list[UrdfJoint] = []

@@ -20,7 +20,7 @@ from spear.evaluate.results import Outcome, Results
 from spear.evaluate.runner import Film, HasEnded, run_evaluation
 from spear.sim.env import MAX_STEPS, TabletopEnv
 from spear.sim.render import get_thread_renderer
-from spear.sim.scene import FAMILIES, SceneSpec, held_out_seeds, sample_scene
+from spear.sim.scene import FAMILIES, SceneSpec, list_held_out_seeds, sample_scene
 from spear.sim.shifts import Shift, shift_scene
 from spear.sim.world import SIMULATOR_VERSION, World
 from spear.sim.worlds import DEFAULT_WORLD, place_in_world, validate_world
@@ -44,7 +44,7 @@ def evaluate_tabletop(agent: Agent, options: TabletopOptions) -> tuple[Results, 
     """
     check_known("task family", FAMILIES, *options.tasks)
     families = options.tasks or FAMILIES
-    scenes = dict.fromkeys(families, held_out_seeds(options.first_seed, options.num_scenes))
+    scenes = dict.fromkeys(families, list_held_out_seeds(options.first_seed, options.num_scenes))
     settings = {
         "simulator": SIMULATOR_VERSION,
         "replan": options.replan_steps,

@@ -15,7 +15,7 @@ import torch
 
 from spear.data.actions import HORIZON, extract_chunk, get_or_derive_actions, resample_episode
 from spear.data.store.episode_store import EpisodeStore
-from spear.embodiments.observations import DEFAULT_IMAGE_SIZES, camera_key, get_image_sizes
+from spear.embodiments.observations import DEFAULT_IMAGE_SIZES, get_camera_key, get_image_sizes
 from spear.errors import SpearError
 from spear.evaluate.stats import Estimate, bootstrap
 from spear.geometry import quat_distance
@@ -91,7 +91,7 @@ def build_observations(
     for view in views:
         for step, encoded in enumerate(episode.images.get(view, ())):
             source = f"{episode.source} step {step} camera {view!r}"
-            observations[step][camera_key(view)] = decode_image(encoded, source)
+            observations[step][get_camera_key(view)] = decode_image(encoded, source)
     return observations
 
 

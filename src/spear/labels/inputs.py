@@ -62,8 +62,9 @@ class Item(NamedTuple):
         reader: The function that reads the image, together with neighboring items of the same path.
         path: The file or folder that contains the image.
         location: Where the image is in the file or folder; None for a file with one image.
-        stamp: Sizes and modification times of the file or folder (`compute_stamp`). While the stamp
-            is the same, so is the image. None for images that are rendered, which never change.
+        stamp: Sizes and modification times of the file or folder (`make_file_stamp`). While the
+            stamp is the same, so is the image. None for images that are rendered, which never
+            change.
     """
 
     key: str
@@ -73,7 +74,7 @@ class Item(NamedTuple):
     stamp: str | None = None
 
 
-def compute_stamp(*paths: str | Path) -> str:
+def make_file_stamp(*paths: str | Path) -> str:
     """The sizes (bytes) and modification times (ns) of files, as text.
 
     A copy of a file has another stamp than the file, although their contents are equal. To compare
@@ -141,7 +142,7 @@ def _is_image_of_other_suffix(path: str) -> bool:
 
 def _make_file_item(path: str) -> Item:
     # A broken link has no stamp. An error follows when its item is read.
-    stamp = compute_stamp(path) if os.path.isfile(path) else None
+    stamp = make_file_stamp(path) if os.path.isfile(path) else None
     return Item(path, read_file, path, stamp=stamp)
 
 
@@ -247,7 +248,7 @@ def list_tar(path: str) -> Iterator[Item]:
     """List the images in an uncompressed tar file (a WebDataset shard, for instance)."""
     try:
         with tarfile.open(path, "r:") as tar:
-            stamp = compute_stamp(path)
+            stamp = make_file_stamp(path)
             for member in tar:
                 suffix = os.path.splitext(member.name)[1].lower()
                 if member.isfile() and suffix in IMAGE_SUFFIXES:
@@ -304,7 +305,7 @@ def list_parquet(path: str) -> Iterator[Item]:
     with translate_read_errors(Path(path), advice):
         file = pq.ParquetFile(path)
     column = _choose_image_column(file.schema_arrow, path)
-    stamp = compute_stamp(path)
+    stamp = make_file_stamp(path)
     image_number = 0
     for group in range(file.num_row_groups):
         for row in range(file.metadata.row_group(group).num_rows):
@@ -380,7 +381,7 @@ def list_video_frames(path: str, rate: float) -> Iterator[Item]:
         num_frames = stream.frames or round(_measure_duration_s(container, stream) * video_rate)
     if not num_frames:
         raise SpearError(f"{path} does not say how long the video is. Remux it to .mp4.")
-    stamp = compute_stamp(path)
+    stamp = make_file_stamp(path)
     # The indices of the frames that are shown at time_number / rate seconds; `groupby` drops
     # repeated indices. Adding 1e-6 corrects the rounding of products that should be integers.
     indices = (int(time_number / rate * video_rate + 1e-6) for time_number in count())

@@ -34,7 +34,7 @@ from PIL import Image
 
 from spear.errors import SpearError
 from spear.labels.fit.image import have_same_aspect, resize_nearest
-from spear.labels.inputs import compute_stamp
+from spear.labels.inputs import make_file_stamp
 from spear.types import Array, Frame
 from spear.util.files import read_json
 from spear.util.images import IMAGE_SUFFIXES, check_num_pixels, load_image_and_is_turned
@@ -98,7 +98,7 @@ class RgbdScene:
                 file = self.folder / "intrinsics.txt"
             self._camera, self._size = read_intrinsics_and_size(file)
 
-    def compute_stamp(self, index: int) -> str:
+    def make_file_stamp(self, index: int) -> str:
         """The stamp of a frame's files, after a checksum of the scene's calibration.
 
         The checksum also covers the names of the instances.
@@ -109,7 +109,7 @@ class RgbdScene:
         optional_files = [path for path in (pose, instances) if path.is_file()]
         files = [color, depth, *optional_files]
         calibration = repr((self._camera, self._depth_camera, self._names))
-        return f"{zlib.crc32(calibration.encode())} {compute_stamp(*files)}"
+        return f"{zlib.crc32(calibration.encode())} {make_file_stamp(*files)}"
 
     def __getitem__(self, index: int) -> Frame:
         color, depth_path = self._pairs[index]

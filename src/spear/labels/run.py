@@ -38,7 +38,7 @@ from spear.labels.engine import (
     run_local,
     run_ray,
 )
-from spear.labels.inputs import Item, compute_stamp, hash_content, read_contents
+from spear.labels.inputs import Item, hash_content, make_file_stamp, read_contents
 from spear.labels.model_factories import parse_description, resolve_factories
 from spear.labels.models.ground_truth import GROUND_TRUTH
 from spear.labels.options import LabelOptions, WorkOptions
@@ -215,7 +215,7 @@ def _collect_settings(options: LabelOptions, inputs: Sequence[str]) -> dict[str,
         if name != "file" and path and os.path.exists(path):
             weights = Path(path)
             files = sorted(file for file in weights.rglob("*") if file.is_file())
-            settings[f"files of {weights}"] = compute_stamp(weights, *files)
+            settings[f"files of {weights}"] = make_file_stamp(weights, *files)
     return settings
 
 

@@ -129,7 +129,7 @@ def _list_rgbd(folder: str) -> Iterator[Item]:
             "because no image in depth/ has the same name."
         )
     for index, source in enumerate(scene.sources):
-        yield Item(source, read_rgbd, folder, index, scene.compute_stamp(index))
+        yield Item(source, read_rgbd, folder, index, scene.make_file_stamp(index))
 
 
 def read_rgbd(folder: str, indices: Sequence[int]) -> Iterator[Content]:

@@ -11,7 +11,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import nn
 
-from spear.errors import SpearError, format_count, unknown_name_error
+from spear.errors import SpearError, format_count, make_unknown_name_error
 from spear.models.fast.linear import CPU_INFO, HAS_BFLOAT16
 
 # Parameters of glibc's `mallopt`, by their numbers in malloc.h, and the values for them.
@@ -69,7 +69,7 @@ def prepare_device(name: str = "auto") -> torch.device:
         return torch.device("cpu")
     has_wrong_number = has_number and not number.isdecimal()
     if kind != "cuda" or has_wrong_number:
-        raise unknown_name_error("device", name, ("auto", "cpu", "cuda", "cuda:0"))
+        raise make_unknown_name_error("device", name, ("auto", "cpu", "cuda", "cuda:0"))
     if has_number and has_several_processes:
         raise SpearError(
             f"device {name} is one GPU, which several processes cannot share. Use cuda, and "

@@ -113,7 +113,7 @@ def sample_actions(model: Any, inputs: Inputs, steps: int) -> Tensor:
     is_autocast = torch.is_autocast_enabled(inputs["noise"].device.type)
     packed = not is_autocast  # autocast cannot cast packed weights
     sampler = get_sampler(model, packed)
-    kind = _input_kind(inputs, is_autocast)
+    kind = _get_input_kind(inputs, is_autocast)
     # Fake tensors, which only measure memory, have no values that could be compared.
     has_values = not isinstance(inputs["noise"], FakeTensor)
     if kind not in sampler.agreements and has_values:
@@ -141,7 +141,7 @@ def sample_plain(model: Any, inputs: Inputs, steps: int) -> Tensor:
     return vector
 
 
-def _input_kind(inputs: Inputs, is_autocast: bool) -> Hashable:
+def _get_input_kind(inputs: Inputs, is_autocast: bool) -> Hashable:
     """The properties of the inputs that decide which code runs: names, types and autocast.
 
     On a GPU also the shapes belong to the kind, because each set of shapes has its own CUDA graph.
@@ -207,8 +207,8 @@ class Sampler:
     π0 embeds a noisy action a at flow time τ as W₂ silu(W₁ [W a + b, t(τ)] + b₁) + b₂, where t(τ)
     are sine and cosine waves. Split W₁ in its columns for the action and for the time, W₁ₐ and W₁ₜ:
     then W₁ [W a + b, t] + b₁ = (W₁ₐ W) a + (W₁ₜ t + W₁ₐ b + b₁). The matrix W₁ₐ W is computed here,
-    once. The second summand does not depend on the action, and `time_embeddings` computes it once
-    for each flow step.
+    once. The second summand does not depend on the action, and `compute_time_embeddings` computes
+    it once for each flow step.
 
     Args:
         model: A `Spear1ForActionPrediction`.
@@ -269,7 +269,7 @@ class Sampler:
         )
         self.agreements: dict[Hashable, bool] = {}
 
-    def time_embeddings(self, steps: int) -> Tensor:
+    def compute_time_embeddings(self, steps: int) -> Tensor:
         """W₁ₜ t + W₁ₐ b + b₁ (see the class) for the time τ of each Euler step: [steps, width]."""
         if steps not in self._time_embeddings:
             # The result is stored, so it must not be a tensor of inference mode, which autograd
@@ -291,8 +291,8 @@ class Sampler:
 
         Args:
             a_tau: The noisy actions.
-            time_embedding: One of `time_embeddings`, [width], for all actions; or one per action,
-                [B, H, width].
+            time_embedding: One of `compute_time_embeddings`, [width], for all actions; or one per
+                action, [B, H, width].
         """
         dtype = self._action_weight.dtype
         a_tau = a_tau.to(dtype)
@@ -330,7 +330,7 @@ def sample_fast(
     with torch.inference_mode():
         if use_graph and inputs["noise"].device.type == "cuda":
             # Computed and stored now, because recording a graph must not compute it.
-            sampler.time_embeddings(steps)
+            sampler.compute_time_embeddings(steps)
             actions = sampler.expert.run_as_graph(
                 lambda static_inputs: _sample(model, sampler, static_inputs, steps), inputs, steps
             )
@@ -427,14 +427,14 @@ class _ExpertFlow:
             await_events=prefix.write_events,
         )
         self.action_window = cache.make_window(state_end, [action_block])
-        self.time_embeddings = sampler.time_embeddings(steps).unbind(0)
+        self.compute_time_embeddings = sampler.compute_time_embeddings(steps).unbind(0)
         state = inputs["state"].to(sampler.dtype)
         self.state_token = model.state_proj(state).to(expert.dtype)[:, None]
 
     def predict(self, a_tau: Action, tau: Tensor) -> Action:
         """v_θ(a_τ, τ). `tau` is not read, because the steps come in order, at known times."""
         sampler = self.sampler
-        time_embedding = self.time_embeddings[self.step]
+        time_embedding = self.compute_time_embeddings[self.step]
         if self.committed is not None:
             time_embedding = torch.where(
                 self.committed.is_committed[..., None],

@@ -157,11 +157,11 @@ class PatchClassification(nn.Module):
         token_directions = nn.functional.normalize(tokens.float(), dim=-1)
         name_directions = nn.functional.normalize(name_embeddings, dim=-1)
         logits = self.scale.exp() * token_directions @ name_directions.T + self.bias  # [B, P, C]
-        names_loss = _sigmoid_loss(logits, is_shown.float())
+        names_loss = _compute_sigmoid_loss(logits, is_shown.float())
 
         # How much of each object each cell shows.
         cell_logits = self.cells(tokens).float().view(cells.shape)
-        cells_loss = _sigmoid_loss(cell_logits, cells / 255)
+        cells_loss = _compute_sigmoid_loss(cell_logits, cells / 255)
 
         # Where the center of the largest object is.
         center_error = (self.centre(tokens).float() - center).abs().mean(-1)  # [B, P]
@@ -175,7 +175,7 @@ class PatchClassification(nn.Module):
         return LossOutput(loss=names_loss + centers_loss + cells_loss, parts=loss_terms)
 
 
-def _sigmoid_loss(logits: Tensor, targets: Tensor) -> Tensor:
+def _compute_sigmoid_loss(logits: Tensor, targets: Tensor) -> Tensor:
     """Binary cross-entropy, summed over the last axis (names) and averaged over the others."""
     losses = nn.functional.binary_cross_entropy_with_logits(logits, targets, reduction="none")
     return losses.sum(-1).mean()

@@ -228,18 +228,20 @@ def resample_positions(
     if num_rows == num_columns == side:
         return table
     can_cache = not isinstance(table, FakeTensor)  # fake tensors have no values to keep
-    row_weights = _interpolation_weights(side, num_rows, offset, table.device, can_cache)
-    column_weights = _interpolation_weights(side, num_columns, offset, table.device, can_cache)
+    row_weights = _compute_interpolation_weights(side, num_rows, offset, table.device, can_cache)
+    column_weights = _compute_interpolation_weights(
+        side, num_columns, offset, table.device, can_cache
+    )
     resampled_rows = row_weights @ table.double().view(side, -1)  # [num_rows, side · D]
     grid = column_weights @ resampled_rows.view(num_rows, side, -1)  # [num_rows, num_columns, D]
     return grid.flatten(0, 1).to(table.dtype)
 
 
-# (side, num_resampled, offset, device) -> the result of `_interpolation_weights`.
+# (side, num_resampled, offset, device) -> the result of `_compute_interpolation_weights`.
 _interpolation_cache: dict[Hashable, Tensor] = {}
 
 
-def _interpolation_weights(
+def _compute_interpolation_weights(
     side: int, num_resampled: int, offset: float, device: torch.device, can_cache: bool
 ) -> Tensor:
     """The weight of each of `side` positions in each resampled one, [num_resampled, side]."""

@@ -385,7 +385,7 @@ def compute_weighted_cross_entropy(
     if smoothing > 0:
         coordinate_log_p = log_p[:, coordinate_ids.start : coordinate_ids.stop]
         bins = labels - coordinate_ids.start
-        smoothed_log_p = _expected_log_probability(coordinate_log_p, bins, smoothing)
+        smoothed_log_p = _compute_expected_log_probability(coordinate_log_p, bins, smoothing)
         label_log_p = torch.where(is_coordinate, smoothed_log_p, label_log_p)
     losses = -label_log_p
 
@@ -394,18 +394,18 @@ def compute_weighted_cross_entropy(
     weights = text_mask + weight * coordinate_mask
     loss = (weights * losses).sum() / weights.sum().clamp_min(1e-6)
     parts = {
-        "text": _masked_mean(losses.detach(), text_mask),
-        "coordinates": _masked_mean(losses.detach(), coordinate_mask),
+        "text": _compute_masked_mean(losses.detach(), text_mask),
+        "coordinates": _compute_masked_mean(losses.detach(), coordinate_mask),
     }
     return loss, parts
 
 
-def _masked_mean(values: Tensor, mask: Tensor) -> Tensor:
+def _compute_masked_mean(values: Tensor, mask: Tensor) -> Tensor:
     """The mean of the values whose mask is 1, or 0 if there are none."""
     return (values * mask).sum() / mask.sum().clamp_min(1)
 
 
-def _expected_log_probability(log_p: Tensor, bins: Tensor, sigma: float) -> Tensor:
+def _compute_expected_log_probability(log_p: Tensor, bins: Tensor, sigma: float) -> Tensor:
     """The expected log probability of a bin that is drawn from a Gaussian around the right bin.
 
     The Gaussian is cut off at 3σ and at the first and the last bin, and sums to 1.

@@ -54,14 +54,14 @@ def format_report(report: Report) -> str:
         "audit.txt",
         report=report,
         questions=QUESTIONS,
-        conclusion=conclude(report, with_advice=True),
+        conclusion=format_conclusion(report, with_advice=True),
         format_size=format_size,
         format_interval=_format_interval,
         format_count=format_count,
     )
 
 
-def conclude(report: Report, with_advice: bool = False) -> str:
+def format_conclusion(report: Report, with_advice: bool = False) -> str:
     """Return one line: the outcome of the audit, with the contradictions or open questions.
 
     Args:
@@ -197,7 +197,7 @@ def write_audit_page(report: Report, out: Path) -> None:
         title=f"Audit: {Path(report.path).resolve().name}",
         facts=facts,
         report=report,
-        conclusion=conclude(report),
+        conclusion=format_conclusion(report),
         questions=QUESTIONS,
         action_parts=drawn_parts,
         paths=paths,

@@ -44,7 +44,7 @@ from spear.embodiments.observations import (
     PROMPT_KEY,
     STATE_KEY,
     CheckedObservation,
-    camera_view,
+    get_view_of_key,
     is_camera_key,
 )
 from spear.errors import SpearError, format_count, notice
@@ -308,7 +308,7 @@ class _OpenEpisode:
         without_images = CheckedObservation()
         for key, value in exchange.observation.items():
             if is_camera_key(key):
-                images[camera_view(key)] = encode_jpeg(value)
+                images[get_view_of_key(key)] = encode_jpeg(value)
                 without_images[key] = None  # `_get_episode_key` compares the cameras' keys
             elif key in (STATE_KEY, PROMPT_KEY, COMMITTED_KEY):
                 without_images[key] = value

@@ -21,7 +21,7 @@ from spear.embodiments.interface import keep_actions
 from spear.embodiments.observations import (
     COMMITTED_KEY,
     CheckedObservation,
-    camera_key,
+    get_camera_key,
     select_cameras,
 )
 from spear.errors import SpearError, format_count, notice, suppress_notices
@@ -226,7 +226,7 @@ def check_cameras(embodiment: Embodiment, cameras: Collection[str], robot: str) 
     reading = _try(embodiment.read, embodiment.example())
     if isinstance(reading, SpearError):
         raise reading
-    missing_cameras = [camera for camera in cameras if camera_key(camera) not in reading]
+    missing_cameras = [camera for camera in cameras if get_camera_key(camera) not in reading]
     if missing_cameras:
         raise SpearError(
             f"the policy was trained with the camera {missing_cameras[0]!r}, which {robot} does not"

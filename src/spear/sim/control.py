@@ -20,8 +20,8 @@ from spear.embodiments.inverse_kinematics import (
     MAX_JOINT_SPEED_RAD_S,
     Floats,
     compute_ee_pose,
+    compute_euclidean_norm,
     compute_rotation_vector,
-    euclidean_norm,
     solve_joints,
 )
 from spear.embodiments.kinematics import Poses
@@ -190,7 +190,7 @@ def split_action(action: NDArray[np.floating]) -> tuple[Floats, Floats, float]:
         )
     if not np.isfinite(values).all():
         raise SpearError(f"the action is {values.tolist()}. Every number must be finite.")
-    norm = euclidean_norm(values[3:7])
+    norm = compute_euclidean_norm(values[3:7])
     if abs(norm - 1.0) > UNIT_NORM_TOLERANCE:
         raise SpearError(
             f"the quaternion of the action has norm {norm:.4f}. Give a unit quaternion (w, x, "
@@ -203,8 +203,8 @@ def _is_target_missed(
     position: Floats, rotation: Floats, target_position: Floats, target_rotation: Floats
 ) -> bool:
     """Return whether a pose is farther from a target than the tolerance."""
-    distance_m = euclidean_norm(position - target_position)
-    angle_rad = euclidean_norm(compute_rotation_vector(rotation, target_rotation))
+    distance_m = compute_euclidean_norm(position - target_position)
+    angle_rad = compute_euclidean_norm(compute_rotation_vector(rotation, target_rotation))
     return distance_m > REACHED_TOLERANCE_M or angle_rad > REACHED_TOLERANCE_RAD
 
 
@@ -216,10 +216,10 @@ def _limit_lead(target: Floats, measured: Floats) -> Floats:
 def _limit_rotation_lead(target: Floats, measured: Floats) -> Floats:
     """Return a copy of the target rotation, turned to at most `MAX_LEAD_RAD` from `measured`."""
     difference = compute_rotation_vector(measured, target)
-    if euclidean_norm(difference) <= MAX_LEAD_RAD:
+    if compute_euclidean_norm(difference) <= MAX_LEAD_RAD:
         return target.copy()
     difference = _shorten(difference, MAX_LEAD_RAD)
-    angle_rad = euclidean_norm(difference)
+    angle_rad = compute_euclidean_norm(difference)
     step = np.empty(4)
     rotation = np.empty(4)
     mujoco.mju_axisAngle2Quat(step, difference / angle_rad, angle_rad)
@@ -229,5 +229,5 @@ def _limit_rotation_lead(target: Floats, measured: Floats) -> Floats:
 
 def _shorten(vector: Floats, max_length: float) -> Floats:
     """Return the vector, or a vector of `max_length` in its direction if it is longer."""
-    norm = euclidean_norm(vector)
+    norm = compute_euclidean_norm(vector)
     return vector if norm <= max_length else vector * (max_length / norm)

@@ -12,7 +12,7 @@ import gymnasium
 import numpy as np
 from numpy.typing import NDArray
 
-from spear.embodiments.observations import DEFAULT_IMAGE_SIZES, camera_key
+from spear.embodiments.observations import DEFAULT_IMAGE_SIZES, get_camera_key
 from spear.sim.control import split_action
 from spear.sim.render import ImageSize, get_thread_renderer
 from spear.sim.scene import sample_scene
@@ -93,7 +93,7 @@ class TabletopEnv(gymnasium.Env[Observation, NDArray[np.floating]]):
         }
         if images:
             for camera, size in self.image_sizes.items():
-                spaces[camera_key(camera)] = _make_image_space(size)
+                spaces[get_camera_key(camera)] = _make_image_space(size)
         self.observation_space = gymnasium.spaces.Dict(spaces)
         self.action_space: gymnasium.Space[NDArray[Any]] = ActionSpace(-1.0, 1.0, (8,), np.float32)
 
@@ -145,7 +145,7 @@ class TabletopEnv(gymnasium.Env[Observation, NDArray[np.floating]]):
         if self.images:
             images = get_thread_renderer().render_images(self.world, list(self.image_sizes.items()))
             for camera, image in zip(self.image_sizes, images, strict=True):
-                observation[camera_key(camera)] = image
+                observation[get_camera_key(camera)] = image
         return observation
 
     @property

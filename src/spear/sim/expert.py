@@ -18,7 +18,7 @@ import mujoco
 import numpy as np
 from numpy.typing import NDArray
 
-from spear.embodiments.inverse_kinematics import Floats, euclidean_norm
+from spear.embodiments.inverse_kinematics import Floats, compute_euclidean_norm
 from spear.sim.control import FINGER_TRAVEL_M
 from spear.sim.objects import ObjectKind
 from spear.sim.scene import SOURCE_INDEX, TARGET_INDEX
@@ -110,9 +110,9 @@ def act(world: World) -> NDArray[np.float32]:
 def _approach(world: World, gripper: _Gripper) -> _Goal:
     """Approach the source: hover, align, come down, close the gripper."""
     grasp = _compute_grasp(world)
-    yaw = _choose_nearest_yaw(gripper.yaw, grasp.yaws)
-    turn_rad = abs(_wrap(yaw - gripper.yaw))
-    side_m = euclidean_norm(grasp.point[:2] - gripper.position[:2])
+    yaw = _choose_nearest_yaw_rad(gripper.yaw, grasp.yaws)
+    turn_rad = abs(_wrap_angle_rad(yaw - gripper.yaw))
+    side_m = compute_euclidean_norm(grasp.point[:2] - gripper.position[:2])
     # The funnel: up to a misalignment of 12 mm the gripper goes to the grasp itself, and beyond
     # that 1.6 mm higher per millimeter.
     misalignment_m = side_m + FUNNEL_M_PER_RAD * (turn_rad + gripper.tilt)
@@ -130,10 +130,12 @@ def _approach(world: World, gripper: _Gripper) -> _Goal:
 
 def _carry(world: World, gripper: _Gripper) -> _Goal:
     """Carry the held source: lift, move over the target, come down, open the gripper."""
-    yaw = _choose_placing_yaw(world, gripper.yaw)
-    turn_rad = abs(_wrap(yaw - gripper.yaw))
-    offset = world.object_position(TARGET_INDEX)[:2] - world.object_position(SOURCE_INDEX)[:2]
-    side_m = euclidean_norm(offset)
+    yaw = _choose_placing_yaw_rad(world, gripper.yaw)
+    turn_rad = abs(_wrap_angle_rad(yaw - gripper.yaw))
+    offset = (
+        world.get_object_position(TARGET_INDEX)[:2] - world.get_object_position(SOURCE_INDEX)[:2]
+    )
+    side_m = compute_euclidean_norm(offset)
     misalignment_m = side_m + FUNNEL_M_PER_RAD * (turn_rad + gripper.tilt)
 
     # The funnel: 2 mm above the release height per millimeter of misalignment beyond 10 mm, but at
@@ -154,7 +156,7 @@ def _leave(world: World, gripper: _Gripper, is_held: bool) -> _Goal:
     position = gripper.position.copy()
     # The gripper stays in place until its fingers have opened.
     if not is_held and world.servo.measure_opening() > MIN_LEAVING_OPENING:
-        target_height = world.object_position(TARGET_INDEX)[2]
+        target_height = world.get_object_position(TARGET_INDEX)[2]
         position[2] = max(gripper.position[2], target_height + RETREAT_HEIGHT_M)
     return _Goal(position, gripper.yaw, 1.0)
 
@@ -166,14 +168,14 @@ def _step_towards(goal: _Goal, gripper: _Gripper) -> NDArray[np.float32]:
     step = goal.position - gripper.position
     rise_m = max(0.0, step[2] - 0.015)
     step[:2] *= max(0.0, 1.0 - rise_m / 0.04)
-    step *= min(1.0, MAX_TRANSLATION_M / max(euclidean_norm(step), 1e-9))
+    step *= min(1.0, MAX_TRANSLATION_M / max(compute_euclidean_norm(step), 1e-9))
 
     # The rotation from the present orientation to the goal's, shortened to the largest step.
     goal_rotation = np.array([math.cos(goal.yaw / 2), 0, 0, math.sin(goal.yaw / 2)])
     rotation_vector = np.empty(3)
     rotation_step = np.empty(4)
     mujoco.mju_subQuat(rotation_vector, goal_rotation, gripper.rotation)
-    angle_rad = euclidean_norm(rotation_vector)
+    angle_rad = compute_euclidean_norm(rotation_vector)
     axis = rotation_vector / max(angle_rad, 1e-9)
     mujoco.mju_axisAngle2Quat(rotation_step, axis, min(angle_rad, MAX_ROTATION_RAD))
     return np.concatenate([step, rotation_step, [goal.opening]]).astype(np.float32)
@@ -185,7 +187,7 @@ def _step_towards(goal: _Goal, gripper: _Gripper) -> NDArray[np.float32]:
 def _compute_release_height(world: World) -> float:
     """The height at which the source's underside should be when the gripper opens, m."""
     kind = world.bodies[TARGET_INDEX].kind
-    rim_height = float(world.object_position(TARGET_INDEX)[2]) + kind.rim
+    rim_height = float(world.get_object_position(TARGET_INDEX)[2]) + kind.rim
     return rim_height + RELEASE_HEIGHTS_M.get(kind.name, DEFAULT_RELEASE_HEIGHT_M)
 
 
@@ -193,14 +195,14 @@ def _measure_underside_height_m(world: World) -> float:
     """The height of the lowest point of the source's bounding box, m."""
     body = world.bodies[SOURCE_INDEX]
     # The z components of the object's three axes: how much each axis contributes to height, [3].
-    vertical = world.object_rotation(SOURCE_INDEX)[2]
+    vertical = world.get_object_rotation(SOURCE_INDEX)[2]
     center = (body.low + body.high) / 2
     half = (body.high - body.low) / 2
-    height = world.object_position(SOURCE_INDEX)[2]
+    height = world.get_object_position(SOURCE_INDEX)[2]
     return float(height + (vertical * center).sum() - (np.abs(vertical) * half).sum())
 
 
-def _choose_placing_yaw(world: World, yaw: float) -> float:
+def _choose_placing_yaw_rad(world: World, yaw: float) -> float:
     """Return the gripper's yaw for placing the source, given the gripper's present yaw.
 
     A cube is placed square on a cube, and a long object along the basket. For other pairs any yaw
@@ -212,7 +214,7 @@ def _choose_placing_yaw(world: World, yaw: float) -> float:
     # The smallest turn after which the source fits. If the gripper cannot turn so far, it turns in
     # the other direction.
     target_yaw = _measure_object_yaw_rad(world, TARGET_INDEX)
-    turn = _wrap(target_yaw - _measure_object_yaw_rad(world, SOURCE_INDEX), period)
+    turn = _wrap_angle_rad(target_yaw - _measure_object_yaw_rad(world, SOURCE_INDEX), period)
     if abs(yaw + turn) <= MAX_YAW_RAD:
         return yaw + turn
     return yaw + turn - math.copysign(period, turn)
@@ -233,20 +235,20 @@ def _find_placing_period(source: ObjectKind, target: ObjectKind) -> float | None
 
 def _measure_object_yaw_rad(world: World, index: int) -> float:
     """Return the yaw of an object's x axis, rad."""
-    matrix = world.object_rotation(index)
+    matrix = world.get_object_rotation(index)
     return math.atan2(matrix[1, 0], matrix[0, 0])
 
 
 def _compute_grasp(world: World) -> _Grasp:
     """Return how to grasp the source."""
     kind = world.bodies[SOURCE_INDEX].kind
-    axes = world.object_rotation(SOURCE_INDEX)  # [3, 3], the object's axes are the columns
+    axes = world.get_object_rotation(SOURCE_INDEX)  # [3, 3], the object's axes are the columns
     assert kind.grasp is not None
     # Center and half-sizes of the box to grasp, in the object's frame.
     center = np.array(kind.grasp[0])
     half = np.array(kind.grasp[1])
     # Grasp in the middle of the box, but not too deep below its top.
-    point = world.object_position(SOURCE_INDEX) + (axes * center).sum(1)
+    point = world.get_object_position(SOURCE_INDEX) + (axes * center).sum(1)
     top = point[2] + float((np.abs(axes[2]) * half).sum())
     point[2] = max(point[2], top - MAX_GRASP_DEPTH_M, MIN_EE_HEIGHT_M)
     if kind.round:
@@ -269,7 +271,7 @@ def _compute_grasp(world: World) -> _Grasp:
     return _Grasp(point, yaws, 2 * float(half[closing_axes].min()))
 
 
-def _choose_nearest_yaw(yaw: float, fitting_yaws: list[float] | None) -> float:
+def _choose_nearest_yaw_rad(yaw: float, fitting_yaws: list[float] | None) -> float:
     """Return the fitting yaw that is nearest to the present yaw and within `MAX_YAW_RAD`.
 
     `fitting_yaws` None means that all yaws fit.
@@ -277,7 +279,7 @@ def _choose_nearest_yaw(yaw: float, fitting_yaws: list[float] | None) -> float:
     if fitting_yaws is None:
         return float(np.clip(yaw, -MAX_YAW_RAD, MAX_YAW_RAD))
     # After half a turn the gripper grasps in the same way, so each yaw fits in two directions.
-    choices = [yaw + _wrap(fitting_yaw - yaw, math.pi) for fitting_yaw in fitting_yaws]
+    choices = [yaw + _wrap_angle_rad(fitting_yaw - yaw, math.pi) for fitting_yaw in fitting_yaws]
     choices += [choice - math.copysign(math.pi, choice) for choice in choices]
 
     def measure_effort(choice: float) -> tuple[bool, float]:
@@ -296,6 +298,6 @@ def _measure_yaw_and_tilt_rad(rotation: Floats) -> tuple[float, float]:
     return math.atan2(axes[1, 0], axes[0, 0]), tilt
 
 
-def _wrap(angle: float, period: float = 2 * math.pi) -> float:
+def _wrap_angle_rad(angle: float, period: float = 2 * math.pi) -> float:
     """Return the angle plus a multiple of `period` that is nearest to 0, rad."""
     return (angle + period / 2) % period - period / 2

@@ -17,8 +17,8 @@ from typing import Any
 
 import numpy as np
 
-from spear.embodiments.inverse_kinematics import euclidean_norm
-from spear.embodiments.observations import DEFAULT_IMAGE_SIZES, camera_key
+from spear.embodiments.inverse_kinematics import compute_euclidean_norm
+from spear.embodiments.observations import DEFAULT_IMAGE_SIZES, get_camera_key
 from spear.sim import expert
 from spear.sim.env import MAX_STEPS, TabletopEnv
 from spear.sim.render import ImageSize
@@ -130,7 +130,7 @@ def record_episode(
     while env.steps < MAX_STEPS + NUM_EXTRA_STEPS and not info["success"]:
         expert_action = expert.act(env.world)
         action, is_pushed = disturber(expert_action, env.steps, observation, seed)
-        images = {camera: observation[camera_key(camera)] for camera in env.image_sizes}
+        images = {camera: observation[get_camera_key(camera)] for camera in env.image_sizes}
         recorder.add(images, observation["observation/state"], action, is_pushed)
         info = env.physics_step(action)
         observation = env.observe()
@@ -255,7 +255,7 @@ class ArmDisturber:
         translation = rng.normal(0, self.disturbance.translation, 3)
         rotation_vector = rng.normal(0, self.disturbance.rotation, 3)
         rotation_vector[2] += rng.normal(0, self.disturbance.twist)
-        angle_rad = euclidean_norm(rotation_vector)
+        angle_rad = compute_euclidean_norm(rotation_vector)
         imaginary = math.sin(angle_rad / 2) * rotation_vector / max(angle_rad, 1e-9)
         quaternion = np.array([math.cos(angle_rad / 2), *imaginary])
 

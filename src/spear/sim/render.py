@@ -300,8 +300,8 @@ def compute_object_boxes(world: World) -> dict[int, NDArray[np.float64]]:
     boxes = {}
     for index, body in enumerate(world.bodies):
         corners = body.low + _UNIT_CORNERS * (body.high - body.low)  # in the object's frame
-        rotation = world.object_rotation(index)
-        boxes[index + 1] = corners @ rotation.T + world.object_position(index)
+        rotation = world.get_object_rotation(index)
+        boxes[index + 1] = corners @ rotation.T + world.get_object_position(index)
     boxes[len(world.bodies) + 1] = _compute_gripper_box(world)
     return boxes
 

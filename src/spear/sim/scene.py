@@ -135,7 +135,7 @@ class SceneSpec:
     held_object: int | None = None
 
 
-def held_out_seeds(first_seed: int, count: int) -> range:
+def list_held_out_seeds(first_seed: int, count: int) -> range:
     """Return `count` seeds from `first_seed` on.
 
     Raises `SpearError` if training uses one of these seeds, or if `count` is less than 1.

@@ -15,7 +15,7 @@ import mujoco
 import numpy as np
 from numpy.typing import NDArray
 
-from spear.embodiments.inverse_kinematics import Floats, euclidean_norm
+from spear.embodiments.inverse_kinematics import Floats, compute_euclidean_norm
 from spear.sim.control import (
     FINGER_TRAVEL_M,
     HIDDEN_GROUP,
@@ -126,7 +126,7 @@ class World:
             self._pose_gripper_in_clutter()
         else:
             mujoco.mj_step(self.model, self.data, PHYSICS_STEPS_PER_CONTROL_STEP)
-        self.start_positions = self.object_positions()
+        self.start_positions = self.get_object_positions()
 
     def _pose_gripper_in_clutter(self) -> None:
         """Lift the gripper until it touches nothing; then put the held object, if any, into it."""
@@ -163,15 +163,15 @@ class World:
         self.data.qpos[first_qpos : first_qpos + 7] = np.concatenate([object_position, ee_rotation])
         mujoco.mj_forward(self.model, self.data)
 
-    def object_position(self, index: int) -> Floats:
+    def get_object_position(self, index: int) -> Floats:
         """The position [3] of object `index`."""
         return self.data.xpos[self.bodies[index].body_id].copy()
 
-    def object_positions(self) -> Floats:
+    def get_object_positions(self) -> Floats:
         """The positions [num_objects, 3] of all objects."""
         return self.data.xpos[[body.body_id for body in self.bodies]]
 
-    def object_rotation(self, index: int) -> Floats:
+    def get_object_rotation(self, index: int) -> Floats:
         """The orientation of object `index`: a matrix [3, 3], its columns are the object's axes."""
         return self.data.xmat[self.bodies[index].body_id].reshape(3, 3).copy()
 
@@ -206,14 +206,14 @@ def get_milestone_states(world: World) -> dict[str, bool]:
     """
     num_touching = world.count_touching_fingers(SOURCE_INDEX)
     ee_position, _ = world.servo.measure_pose()
-    ee_distance_m = euclidean_norm(ee_position - world.object_position(SOURCE_INDEX))
-    displacement = world.object_positions() - world.start_positions
+    ee_distance_m = compute_euclidean_norm(ee_position - world.get_object_position(SOURCE_INDEX))
+    displacement = world.get_object_positions() - world.start_positions
     # The objects after target and source have no part in the task.
     other_displacements_m = np.linalg.norm(displacement[2:], axis=1)
 
     # The index of the source's velocity in `qvel`: three numbers in m/s, then three in rad/s.
     first_velocity = world.model.body_dofadr[world.bodies[SOURCE_INDEX].body_id]
-    speed_m_s = euclidean_norm(world.data.qvel[first_velocity : first_velocity + 3])
+    speed_m_s = compute_euclidean_norm(world.data.qvel[first_velocity : first_velocity + 3])
     is_resting = num_touching == 0 and speed_m_s < MAX_REST_SPEED_M_S
     is_lifted = displacement[SOURCE_INDEX, 2] > MIN_LIFT_M
     return {
@@ -228,14 +228,14 @@ def is_source_on_target(world: World) -> bool:
     """Return whether the source is on or in the upright target and touches it, held or not."""
     source = world.bodies[SOURCE_INDEX]
     target = world.bodies[TARGET_INDEX]
-    axes = world.object_rotation(TARGET_INDEX)
+    axes = world.get_object_rotation(TARGET_INDEX)
     assert target.kind.inside is not None, "a scene without a task"
     # The vertical component of the target's z axis is the cosine of its tilt. Up to a tilt of 18°
     # the target counts as upright.
     is_upright = axes[2, 2] >= 0.95
     if not is_upright or not world.are_touching(source.body_id, target.body_id):
         return False
-    offset = world.object_position(SOURCE_INDEX) - world.object_position(TARGET_INDEX)
+    offset = world.get_object_position(SOURCE_INDEX) - world.get_object_position(TARGET_INDEX)
     # The offset along the target's axes: the product of the matrix `axes.T` and `offset`, [3] m.
     local_offset = (axes.T * offset).sum(1)
     # Half the sides of the area in which an object counts as placed, and the area's height, m.
@@ -465,9 +465,9 @@ def _point_external_camera(model: mujoco.MjModel, appearance: SceneAppearance) -
     """Point the external camera at its target, so that "up" in the image is up in the scene."""
     # The camera's axes in the base frame: x right, y up, z back (MuJoCo's convention).
     back = np.array(appearance.camera) - appearance.target
-    back /= euclidean_norm(back)
+    back /= compute_euclidean_norm(back)
     right = np.cross([0, 0, 1.0], back)
-    right /= euclidean_norm(right)
+    right /= compute_euclidean_norm(right)
     up = np.cross(back, right)
     camera = model.camera("external")
     mujoco.mju_mat2Quat(camera.quat, np.stack([right, up, back], axis=1).ravel())

@@ -118,10 +118,10 @@ def validate_world(name: str) -> str:
     )
 
 
-def lab_of_scene(seed: int, num_labs: int) -> str:
+def get_lab_of_scene(seed: int, num_labs: int) -> str:
     """The name of the laboratory, one of `num_labs`, in which the scene of a seed stands.
 
-    >>> lab_of_scene(10_005, 4)
+    >>> get_lab_of_scene(10_005, 4)
     'lab:1'
     """
     return f"lab:{seed % num_labs}"
@@ -148,7 +148,7 @@ def place_in_world(scene: SceneSpec, name: str) -> SceneSpec:
     labs = _LABS.fullmatch(name)
     if labs:
         kind = labs[1] or ""  # "" or "colorful-"
-        name = kind + lab_of_scene(scene.seed, int(labs[2]))
+        name = kind + get_lab_of_scene(scene.seed, int(labs[2]))
     lab = _LAB.fullmatch(name)
     if lab:
         number = int(lab[2])

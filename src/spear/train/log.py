@@ -106,17 +106,19 @@ def _open_log(path: Path, first_step: int) -> Any:
     """Open `log.jsonl` for appending, after removing the lines about steps after `first_step`."""
     text = path.read_text("utf-8", "replace") if path.is_file() else ""
     lines = text.splitlines(keepends=True)
-    write_text(path, "".join(line for line in lines if _read_step(line) <= first_step))
+    write_text(path, "".join(line for line in lines if _read_step_or_infinity(line) <= first_step))
     return path.open("a", encoding="utf-8")
 
 
-def _read_step(line: str) -> float:
+def _read_step_or_infinity(line: str) -> float:
     """Return the step of a line in the log, or infinity for a broken line.
 
     The last line is broken if the process was killed while writing it: it lacks its end.
 
-    >>> _read_step('{"step": 20, "loss": 0.5}' + chr(10)), _read_step('{"step": 4')
-    (20.0, inf)
+    >>> _read_step_or_infinity('{"step": 20, "loss": 0.5}' + chr(10))
+    20.0
+    >>> _read_step_or_infinity('{"step": 4')
+    inf
     """
     try:
         return float(json.loads(line)["step"]) if line.endswith("\n") else math.inf

@@ -182,7 +182,7 @@ def _train_steps(stepper: Stepper, saver: "_Saver", logger: Logger | None, out: 
             # Save when it is time, or when a signal tells a process to stop. All processes have to
             # save in the same step, so each takes the maximum over the processes.
             own_signal = signals[0] if signals else 0  # 0 stands for no signal
-            is_due_by_time, stop_signal = parallel.max_over_processes(
+            is_due_by_time, stop_signal = parallel.compute_max_over_processes(
                 [saver.is_due_by_time(), own_signal]
             )
             if is_due_by_time or stop_signal or saver.is_due_by_step(step):

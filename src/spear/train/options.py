@@ -19,8 +19,8 @@ from spear.errors import (
     SpearError,
     check_known,
     format_count,
+    make_unknown_name_error,
     summarize_error,
-    unknown_name_error,
 )
 from spear.question_types import QUESTION_TYPES, QUESTION_TYPES_2D, QUESTION_TYPES_PIXEL
 from spear.util.options import (
@@ -272,7 +272,7 @@ def _check_value(owner: type, key: str, value: Any) -> None:
     except (ValidationError, TypeError) as error:
         choices = _list_choices(hint)
         if choices:
-            raise unknown_name_error(key, str(value), choices) from error
+            raise make_unknown_name_error(key, str(value), choices) from error
         raise SpearError(
             f"the recipe key {key} cannot be {value!r} ({summarize_error(error)}). `spear "
             "recipes NAME` shows each key with its meaning."

@@ -89,7 +89,7 @@ def average_over_processes_in_place(values: torch.Tensor) -> torch.Tensor:
     return values
 
 
-def max_over_processes(values: Sequence[int]) -> list[int]:
+def compute_max_over_processes(values: Sequence[int]) -> list[int]:
     """Return, for each of `values`, its maximum over all processes."""
     if get_world_size() == 1:
         return list(values)

@@ -20,7 +20,7 @@ from PIL import Image
 from spear.chunks import DEFAULT_REPLAN_INTERVAL, ChunkExecutor, count_latency_steps
 from spear.data.store.episode_store import EpisodeStore, list_shards
 from spear.embodiments.observations import (
-    camera_key,
+    get_camera_key,
     get_image_sizes,
     get_rendered_sizes,
     select_cameras,
@@ -110,7 +110,7 @@ class SimulatedEpisode:
         self.newest_step = 0
         self._observations = [observation]
         task = self._env.world.spec.instruction
-        self._views = [self._make_view(observation, info={}, instruction=task)]
+        self._views = [self._make_page_state(observation, info={}, instruction=task)]
 
     def make_constant_state(self) -> PageState:
         """Return the part of the page's state that is the same for all steps."""
@@ -135,7 +135,7 @@ class SimulatedEpisode:
         """Execute one action [8], which takes 0.2 s and was predicted for `instruction`."""
         observation, *_, info = self._env.step(action)
         self._observations.append(observation)
-        self._views.append(self._make_view(observation, info, instruction))
+        self._views.append(self._make_page_state(observation, info, instruction))
         self.newest_step = self._env.steps
 
     def observation_at(self, step: int) -> dict[str, Any]:
@@ -143,7 +143,7 @@ class SimulatedEpisode:
         observation = select_cameras(self._policy, self._observations[step])
         return {**observation, "seed": SEEDS_PER_SCENE * self._env.seed + step}
 
-    def view_at(self, step: int) -> PageState:
+    def make_page_state_at(self, step: int) -> PageState:
         """Return what the page shows of a step."""
         return self._views[step]
 
@@ -152,7 +152,7 @@ class SimulatedEpisode:
         """Whether the episode has ended."""
         return self._views[self.newest_step]["outcome"] is not None
 
-    def _make_view(
+    def _make_page_state(
         self, observation: dict[str, Any], info: Mapping[str, Any], instruction: str
     ) -> PageState:
         """Return what the page shows of the scene in its present state."""
@@ -290,7 +290,7 @@ class RecordedEpisode:
         for view in self.views:
             image = self.load_image(step, view)
             if image is not None:
-                observation[camera_key(view)] = image
+                observation[get_camera_key(view)] = image
         if "observation/image" not in observation:
             raise SpearError(
                 f"{self.name} has no image of the external camera at step {step}. "
@@ -298,7 +298,7 @@ class RecordedEpisode:
             )
         return {**observation, "observation/state": self.states[step], "seed": step}
 
-    def view_at(self, step: int) -> PageState:
+    def make_page_state_at(self, step: int) -> PageState:
         """Return what the page shows of a step."""
         observation = self.observation_at(step)
         image = observation["observation/image"]

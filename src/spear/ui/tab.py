@@ -184,7 +184,7 @@ class Tab:
     def show_step(self, request: Request) -> PageState:
         """Show the images and the robot at a step."""
         episode, step = self._get_episode_and_step(request)
-        return episode.view_at(step)
+        return episode.make_page_state_at(step)
 
     def predict_chunk(self, request: Request) -> PageState:
         """Show the chunk of actions that the policy would execute."""
@@ -210,7 +210,7 @@ class Tab:
             executor.add_chunk(actions, arrival_tick=executor.tick + episode.num_latency_steps)
             self._chunk_instruction = self._instruction
         episode.execute(executor.next_action(), self._chunk_instruction)
-        view |= episode.view_at(episode.newest_step)
+        view |= episode.make_page_state_at(episode.newest_step)
         if self._keeps_boxes_updated and self._box_names:
             view |= self.find_boxes({"objects": self._box_names})
         return view
@@ -286,7 +286,7 @@ class Tab:
         """
         if not self._shared_model.is_metric:
             return {}
-        objects = episode.view_at(step).get("things", ())
+        objects = episode.make_page_state_at(step).get("things", ())
         return {entry["name"]: np.array(entry["vertices"]).mean(0) for entry in objects}
 
     def _compute_half_interval_mm(self, answer: Any) -> float | None:
@@ -332,7 +332,7 @@ class Tab:
                 raise SpearError(
                     "the film is not made, because the tab was closed. Open the page again."
                 )
-            view = episode.view_at(step)
+            view = episode.make_page_state_at(step)
             external_image = _decode_data_uri(view["images"]["external"])
             wrist_uri = view["images"]["wrist"]
             wrist_image = _decode_data_uri(wrist_uri) if wrist_uri else None
@@ -348,7 +348,7 @@ class Tab:
             "source": episode.kind,
             "rate_hz": episode.rate_hz,
             **episode.make_constant_state(),
-            **episode.view_at(0),
+            **episode.make_page_state_at(0),
         }
         self._episode = episode
         self._box_names = []

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from spear import policy as spear
 from spear.data.normalize import MIN_SCALES, Mode, Normalizer
-from spear.embodiments.observations import camera_key
+from spear.embodiments.observations import get_camera_key
 from spear.errors import SpearError, notice
 from spear.monitor.distribution import NUM_SAMPLES, TrainingDistribution
 from spear.train.optimize import apply_freeze, make_optimizer
@@ -295,7 +295,7 @@ class Spear1Policy(PreTrainedPolicy):
         for index, (numbers, task) in enumerate(zip(values, tasks, strict=True)):
             observation = {"observation/state": self.robot.to_state(numbers), "prompt": task}
             for view, view_images in images.items():
-                observation[camera_key(view)] = view_images[index]
+                observation[get_camera_key(view)] = view_images[index]
             observations.append(observation)
         results = self.spear.infer_batch(observations)
 

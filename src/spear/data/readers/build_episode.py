@@ -488,16 +488,16 @@ def _check_jumps(episode: Episode, rows: Array) -> None:
     if distances_m.max(initial=0) * episode.rate_hz > MAX_EE_SPEED_M_S:
         step = int(distances_m.argmax())
         jump = f"moves by {distances_m[step]:.3g} m"
-        raise _jump_error(episode, rows[step + 1], jump, "its unit (length_unit)")
+        raise _make_jump_error(episode, rows[step + 1], jump, "its unit (length_unit)")
 
     turns_rad = _compute_angles_between_steps(episode.rotation) / num_rows_between  # [T - 1]
     if turns_rad.max(initial=0) * episode.rate_hz > MAX_EE_TURN_RAD_S:
         step = int(turns_rad.argmax())
         jump = f"turns by {turns_rad[step]:.3g} rad"
-        raise _jump_error(episode, rows[step + 1], jump, "how its rotations are written")
+        raise _make_jump_error(episode, rows[step + 1], jump, "how its rotations are written")
 
 
-def _jump_error(episode: Episode, row: int, jump: str, cause: str) -> SpearError:
+def _make_jump_error(episode: Episode, row: int, jump: str, cause: str) -> SpearError:
     """The error for a pose that jumps.
 
     Args:

@@ -25,7 +25,7 @@ from pydantic import AfterValidator, ConfigDict, Field, ValidationError
 from pydantic.dataclasses import dataclass
 
 from spear.embodiments.urdf import UrdfArm, check_joint_names, read_urdf_arm
-from spear.errors import SpearError, check_known, summarize_error, unknown_name_error
+from spear.errors import SpearError, check_known, make_unknown_name_error, summarize_error
 from spear.util.files import read_json
 from spear.util.foreign_paths import join_inside
 
@@ -297,7 +297,7 @@ def resolve_layout(
         )
     missing_fields = find_missing_fields(layout)
     if missing_fields:
-        raise _missing_fields_error(missing_fields, layout, path)
+        raise _make_missing_fields_error(missing_fields, layout, path)
     return _with_arm(layout, path)
 
 
@@ -330,7 +330,7 @@ def _with_arm(layout: DatasetLayout, path: Path) -> DatasetLayout:
     return dataclasses.replace(layout, arm=arm)
 
 
-def _missing_fields_error(fields: list[str], layout: DatasetLayout, path: Path) -> SpearError:
+def _make_missing_fields_error(fields: list[str], layout: DatasetLayout, path: Path) -> SpearError:
     """The error for missing fields, with what the layout's `facts` say about each field."""
     descriptions: list[str] = []
     for field_name in fields:
@@ -433,10 +433,12 @@ def _make_layout(fields: Mapping[str, Any], path: Path) -> DatasetLayout:
     try:
         return DatasetLayout(**values)
     except ValidationError as error:
-        raise _wrong_value_error(error, fields, path) from error
+        raise _make_wrong_value_error(error, fields, path) from error
 
 
-def _wrong_value_error(error: ValidationError, fields: Mapping[str, Any], path: Path) -> SpearError:
+def _make_wrong_value_error(
+    error: ValidationError, fields: Mapping[str, Any], path: Path
+) -> SpearError:
     """The error for the first wrong value. For a misspelled choice, it names the known choices."""
     details = error.errors()
     key = str(details[0]["loc"][0])  # "loc" is the path to the wrong value
@@ -446,7 +448,7 @@ def _wrong_value_error(error: ValidationError, fields: Mapping[str, Any], path: 
     if choices and isinstance(fields[key], str):
         # pydantic lists the choices of a `Literal` as text: "'m', 'cm' or 'mm'".
         known_values = re.findall(r"'(\w+)'", " ".join(choices))
-        return unknown_name_error(key, fields[key], known_values, str(path))
+        return make_unknown_name_error(key, fields[key], known_values, str(path))
 
     reason = summarize_error(error).removeprefix(f"{key} ")
     return SpearError(

@@ -28,7 +28,7 @@ import pyarrow.parquet as pq
 from pydantic import BaseModel, Field, NonNegativeInt, PositiveInt
 from pydantic.dataclasses import dataclass
 
-from spear.data.actions import empty_episode_error, find_first
+from spear.data.actions import find_first, make_empty_episode_error
 from spear.data.readers.columns import RawEpisodes, parse_column
 from spear.data.readers.dataset_layout import DatasetLayout, Positive, resolve_layout
 from spear.data.readers.parquet_rows import read_episode_rows
@@ -308,7 +308,7 @@ class LeRobotFolder:
                 "in, or leave the episode out."
             )
         if not episode.length:
-            raise empty_episode_error(f"{self.name}#{index}")
+            raise make_empty_episode_error(f"{self.name}#{index}")
 
         cameras = self._select_cameras(episode, images)
         try:

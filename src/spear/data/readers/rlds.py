@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from spear.data.actions import empty_episode_error
+from spear.data.actions import make_empty_episode_error
 from spear.data.readers.columns import (
     RawEpisodes,
     Steps,
@@ -85,7 +85,7 @@ class RldsFolder:
         layout = resolve_layout(self.name, self.path, layout_file)
         if layout.newest is None:
             return layout
-        if _version_numbers(self.version) > _version_numbers(layout.newest):
+        if _split_version(self.version) > _split_version(layout.newest):
             # `facts` say how we know each field: here, what is wrong with later versions.
             reason = layout.facts.get("newest", "")
             raise SpearError(
@@ -136,7 +136,7 @@ class RldsFolder:
             steps = episode.pop("steps")
             num_steps = count_steps(steps)
             if not num_steps:
-                return empty_episode_error(f"{file} record {index}")
+                return make_empty_episode_error(f"{file} record {index}")
             return _repeat_episode_values(episode, num_steps) | steps
         except (ValueError, KeyError, TypeError, AttributeError, zlib.error) as error:
             return SpearError(
@@ -163,7 +163,7 @@ def _repeat_episode_values(episode: Mapping[str, Any], num_steps: int) -> dict[s
     return columns
 
 
-def _version_numbers(version: str) -> list[int]:
+def _split_version(version: str) -> list[int]:
     """Split "1.0.0" into numbers, which compare in the order of versions."""
     return [int(number) for number in version.split(".") if number.isdecimal()]
 
@@ -268,7 +268,7 @@ def unflatten(
         return {key: unflatten(child, flat, prefix + key, depth) for key, child in children.items()}
     if "sequence" in node:
         return unflatten(node["sequence"]["feature"], flat, name, depth + 1)
-    if depth and -1 in _tensor_shape(node):
+    if depth and -1 in _get_tensor_shape(node):
         return VARYING_SHAPE
 
     # A leaf. Lists of lists have their values below another name.
@@ -320,7 +320,7 @@ def _restore_level(
     return values.reshape(-1, row_length, *values.shape[1:])
 
 
-def _tensor_shape(description: Mapping[str, Any]) -> list[int]:
+def _get_tensor_shape(description: Mapping[str, Any]) -> list[int]:
     """Get the shape of a tensor from its node; a dimension of any size is -1."""
     dimensions = description.get("tensor", {}).get("shape", {}).get("dimensions", [])
     return [int(dimension) for dimension in dimensions]
@@ -348,7 +348,7 @@ def _convert_tensor(
     description: Mapping[str, Any], values: Feature, name: str
 ) -> list[bytes] | Array | UnreadableReason:
     """Convert the flat values of one tensor to [num_elements, *shape]; see `_convert_leaf`."""
-    shape = _tensor_shape(description)
+    shape = _get_tensor_shape(description)
     dtype = description["tensor"]["dtype"]
     encoding = description["tensor"].get("encoding", "none")
     if dtype in ("string", "object"):

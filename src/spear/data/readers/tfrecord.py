@@ -77,7 +77,7 @@ def _read_records(
             first_lost = max(start, index)
             for lost_index in range(first_lost, stop):
                 lost_reason = reason if lost_index == index else "it is behind a broken one"
-                yield lost_index, _broken_record(path, lost_index, lost_reason)
+                yield lost_index, _make_broken_record_error(path, lost_index, lost_reason)
             return
 
         length = _record_length(header)
@@ -87,17 +87,17 @@ def _read_records(
 
         body = file.read(length)
         (checksum,) = struct.unpack("<I", file.read(CHECKSUM_BYTES))
-        if _masked_crc(body) == checksum:
+        if _compute_masked_crc(body) == checksum:
             yield index, body
         else:
-            yield index, _broken_record(path, index, "its checksum does not match")
+            yield index, _make_broken_record_error(path, index, "its checksum does not match")
 
     has_more_records = file.tell() < file_bytes
     if stop == num_expected and has_more_records:
-        yield stop, _broken_record(path, stop, UNLISTED_RECORD)
+        yield stop, _make_broken_record_error(path, stop, UNLISTED_RECORD)
 
 
-def _broken_record(path: Path, index: int, reason: str) -> SpearError:
+def _make_broken_record_error(path: Path, index: int, reason: str) -> SpearError:
     """The error for a record that cannot be read, with the cure that fits the reason."""
     if is_lfs_pointer(path):
         return SpearError(
@@ -142,7 +142,7 @@ def _find_header_error(header: bytes, num_bytes_left: int) -> str:
         return "the file ends before it"
 
     length, checksum = struct.unpack("<QI", header)
-    if _masked_crc(header[:8]) != checksum:
+    if _compute_masked_crc(header[:8]) != checksum:
         return "the checksum of its length does not match"
 
     num_missing = length + CHECKSUM_BYTES - num_bytes_left
@@ -151,7 +151,7 @@ def _find_header_error(header: bytes, num_bytes_left: int) -> str:
     return ""
 
 
-def _masked_crc(data: bytes) -> int:
+def _compute_masked_crc(data: bytes) -> int:
     """Compute the checksum of the TFRecord format: the CRC32C rotated by 15 bits, plus a constant.
 
     The format masks CRCs so that a CRC of bytes which contain a CRC stays a good checksum.

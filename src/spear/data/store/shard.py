@@ -373,11 +373,11 @@ def _open_shard(path: Path) -> Shard:
     has_more_images = is_growing and num_image_bytes > num_expected_bytes
     if num_image_bytes != num_expected_bytes and not has_more_images:
         refuse_lfs_pointer(images_file, images_file)
-        raise _wrong_size_error(images_file, num_image_bytes, num_expected_bytes)
+        raise _make_wrong_size_error(images_file, num_image_bytes, num_expected_bytes)
     return shard
 
 
-def _wrong_size_error(images_file: Path, num_bytes: int, num_written_bytes: int) -> SpearError:
+def _make_wrong_size_error(images_file: Path, num_bytes: int, num_written_bytes: int) -> SpearError:
     """The error for a file of images that has another size than it was written with."""
     if num_bytes < num_written_bytes:
         return SpearError(

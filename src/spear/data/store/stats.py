@@ -59,7 +59,7 @@ class RowStats:
             quantiles: list[float] = []
             for sketch in sketches:
                 values, weights = sketch.get_values_and_weights()
-                quantiles.append(weighted_quantile(values, weights, quantile))
+                quantiles.append(compute_weighted_quantile(values, weights, quantile))
             stats[name] = np.array(quantiles)
         return stats
 
@@ -266,7 +266,7 @@ class QuantileSketch:
         return sketch
 
 
-def weighted_quantile(values: Array, weights: Array, quantile: float) -> float:
+def compute_weighted_quantile(values: Array, weights: Array, quantile: float) -> float:
     """Compute a quantile of values [N] with weights [N].
 
     The sorted values get ranks from 0 to 1, whose distances follow from the weights, and the
@@ -274,7 +274,7 @@ def weighted_quantile(values: Array, weights: Array, quantile: float) -> float:
     this is `numpy.quantile`.
 
     Example:
-        >>> weighted_quantile(np.array([1.0, 2.0, 3.0]), np.ones(3), 0.5)
+        >>> compute_weighted_quantile(np.array([1.0, 2.0, 3.0]), np.ones(3), 0.5)
         2.0
     """
     order = np.argsort(values, kind="stable")

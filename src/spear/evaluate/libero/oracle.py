@@ -417,12 +417,12 @@ def _approach(name: str, moment: LiberoMoment) -> Array:
     current_yaw = _measure_yaw_rad(moment.commanded)
 
     def measure_effort(grasp: Grasp) -> float:
-        turn = abs(_choose_nearest_yaw(grasp.yaw, current_yaw) - current_yaw)
+        turn = abs(_choose_nearest_yaw_rad(grasp.yaw, current_yaw) - current_yaw)
         distance = float(np.linalg.norm(grasp.position[:2] - moment.pose[:2]))
         return turn + DISTANCE_WEIGHT_RAD_PER_M * distance
 
     best = min(list_grasps(name, moment), key=measure_effort)
-    facing = _face_grasp(best, moment)
+    facing = _compute_rotation_facing_grasp(best, moment)
     goal = best.position.copy()
     offset = float(np.linalg.norm(moment.pose[:2] - goal[:2]))
     is_leaning = bool(np.any(best.lean))
@@ -430,7 +430,9 @@ def _approach(name: str, moment: LiberoMoment) -> Array:
         turn = _measure_angle_between_rad(facing, moment.pose[3:])
     else:
         turn = abs(
-            _wrap(_choose_nearest_yaw(best.yaw, current_yaw) - _measure_yaw_rad(moment.pose))
+            _wrap_angle_rad(
+                _choose_nearest_yaw_rad(best.yaw, current_yaw) - _measure_yaw_rad(moment.pose)
+            )
         )
     is_aligned = offset < MAX_GRASP_OFFSET_M and turn < MAX_GRASP_TURN_RAD
     if not is_aligned:
@@ -445,18 +447,20 @@ def _approach(name: str, moment: LiberoMoment) -> Array:
     return _move_posed(moment, goal, facing, is_open=not should_close)
 
 
-def _face_grasp(grasp: Grasp, moment: LiberoMoment) -> Array:
+def _compute_rotation_facing_grasp(grasp: Grasp, moment: LiberoMoment) -> Array:
     """Return the orientation [4] of the gripper at a grasp.
 
     The gripper grasps in the same way after half a turn. Of these two orientations, the one nearer
     to the commanded orientation is returned.
     """
     if not np.any(grasp.lean):
-        return _face_down(_choose_nearest_yaw(grasp.yaw, _measure_yaw_rad(moment.commanded)))
+        return _compute_rotation_facing_down(
+            _choose_nearest_yaw_rad(grasp.yaw, _measure_yaw_rad(moment.commanded))
+        )
     lean = quat_exp(torch.from_numpy(grasp.lean))
     candidates = []
     for yaw in (grasp.yaw, grasp.yaw + math.pi):
-        upright = torch.from_numpy(_face_down(yaw))
+        upright = torch.from_numpy(_compute_rotation_facing_down(yaw))
         candidates.append(quat_multiply(lean, upright).numpy())
     return min(
         candidates, key=lambda facing: _measure_angle_between_rad(facing, moment.commanded[3:])
@@ -466,7 +470,7 @@ def _face_grasp(grasp: Grasp, moment: LiberoMoment) -> Array:
 def _carry(name: str, target_position: Array, moment: LiberoMoment) -> Array:
     """Carry the object up, across and down, then open the gripper."""
     box = moment.objects[name]
-    facing = _face_down(_measure_yaw_rad(moment.commanded))
+    facing = _compute_rotation_facing_down(_measure_yaw_rad(moment.commanded))
     if _measure_angle_between_rad(facing, moment.commanded[3:]) > MAX_UPRIGHT_RAD:
         facing = moment.commanded[3:]  # the object would be turned, too
     move_out = _compute_move_from_under_drawer(box, moment)
@@ -510,10 +514,10 @@ def _push(name: str, region: Region, moment: LiberoMoment) -> Array:
     displacement = region.pose[:2] - center[:2]
     distance = float(np.linalg.norm(displacement))
     direction_2d = displacement / max(distance, 1e-6)
-    yaw = _choose_nearest_yaw(
+    yaw = _choose_nearest_yaw_rad(
         math.atan2(direction_2d[1], direction_2d[0]), _measure_yaw_rad(moment.commanded)
     )
-    facing = _face_down(yaw)
+    facing = _compute_rotation_facing_down(yaw)
     push_height = moment.objects[name].pose[2] + PUSH_HEIGHT_M
 
     is_inside = np.linalg.norm(moment.pose[:2] - center[:2]) < INSIDE_PLATE_M
@@ -555,7 +559,7 @@ def _open_drawer(region: str, moment: LiberoMoment, target_m: float = math.inf) 
     joint, cabinet = _get_joint_and_cabinet_names(region)
     outward = _compute_outward_direction(moment.objects[cabinet])
     handle = _compute_handle_position(region, moment)
-    facing = _face_sideways(math.atan2(outward[1], outward[0]), moment)
+    facing = _compute_rotation_facing_sideways(math.atan2(outward[1], outward[0]), moment)
     present_goal = moment.commanded[:3]
     outward_goal = present_goal + DRAWER_STEP_M * outward  # away from the cabinet
 
@@ -627,7 +631,7 @@ def _get_joint_and_cabinet_names(drawer_region: str) -> tuple[str, str]:
     return f"{drawer}_level", cabinet
 
 
-def _face_sideways(yaw: float, moment: LiberoMoment) -> Array:
+def _compute_rotation_facing_sideways(yaw: float, moment: LiberoMoment) -> Array:
     """Return the orientation [4] of a gripper that points level, against the direction `yaw`.
 
     Its fingers are one above the other. There are two such orientations, of which the one nearer to
@@ -654,12 +658,17 @@ def _measure_angle_between_rad(first_quat: Array, second_quat: Array) -> float:
 def _retreat(moment: LiberoMoment) -> Array:
     """Rise with open fingers."""
     goal = moment.commanded[:3] + np.array([0, 0, RETREAT_M])
-    return _move_posed(moment, goal, _face_down(_measure_yaw_rad(moment.commanded)), is_open=True)
+    return _move_posed(
+        moment,
+        goal,
+        _compute_rotation_facing_down(_measure_yaw_rad(moment.commanded)),
+        is_open=True,
+    )
 
 
 def _wait(moment: LiberoMoment, is_open: bool) -> Array:
     """Move the fingers only."""
-    facing = _face_down(_measure_yaw_rad(moment.commanded))
+    facing = _compute_rotation_facing_down(_measure_yaw_rad(moment.commanded))
     if _measure_angle_between_rad(facing, moment.commanded[3:]) > MAX_UPRIGHT_RAD:
         facing = moment.commanded[3:]
     return _move_posed(moment, moment.commanded[:3], facing, is_open)
@@ -733,7 +742,7 @@ def _make_drawer_box(region: str, moment: LiberoMoment) -> Box:
     return Box(box.pose, low, high)
 
 
-def _face_down(yaw: float) -> Array:
+def _compute_rotation_facing_down(yaw: float) -> Array:
     """The orientation [4] of a gripper that points down."""
     return quat_exp(torch.tensor([0.0, 0.0, yaw], dtype=torch.float64)).numpy()
 
@@ -774,7 +783,7 @@ def _make_outline(box: Box) -> Outline:
     return Outline(center, axes, half_size, bottom=float(heights.min()), top=float(heights.max()))
 
 
-def _choose_nearest_yaw(yaw: float, current: float) -> float:
+def _choose_nearest_yaw_rad(yaw: float, current: float) -> float:
     """Return `yaw`, or `yaw` and half a turn, whichever is nearer to `current`, rad.
 
     The gripper has two fingers, so it grasps in the same way after half a turn.
@@ -782,7 +791,7 @@ def _choose_nearest_yaw(yaw: float, current: float) -> float:
     return current + (yaw - current + math.pi / 2) % math.pi - math.pi / 2
 
 
-def _wrap(angle: float) -> float:
+def _wrap_angle_rad(angle: float) -> float:
     """Add full turns to an angle until it is in -π … π."""
     return (angle + math.pi) % (2 * math.pi) - math.pi
 

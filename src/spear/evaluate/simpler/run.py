@@ -28,7 +28,7 @@ from spear.evaluate.simpler import oracle
 from spear.evaluate.simpler.shifts import SceneShift, parse_simpler_shift, select_tasks
 from spear.evaluate.simpler.tasks import TASKS, Moment
 from spear.evaluate.simpler.world import SimplerProcess, hash_assets, resolve_assets_folder
-from spear.sim.scene import held_out_seeds
+from spear.sim.scene import list_held_out_seeds
 from spear.types import Array
 from spear.util.images import fit_image
 
@@ -58,7 +58,7 @@ def evaluate_simpler(agent: Agent, options: SimplerOptions) -> tuple[Results, li
     """
     tasks = select_tasks(options.tasks, options.shift)
     if options.off_grid:
-        held_out_seeds(options.first_seed, options.num_scenes)  # raises if training uses them
+        list_held_out_seeds(options.first_seed, options.num_scenes)  # raises if training uses them
     assets = resolve_assets_folder(options.assets)  # raises without ManiSkill, too
 
     settings: dict[str, Any] = {

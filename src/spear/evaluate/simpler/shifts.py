@@ -85,14 +85,14 @@ class TaskWords:
     target: ObjectNames
 
 
-def _name_like(official_name: str, kind: str) -> ObjectNames:
+def _make_object_names(official_name: str, kind: str) -> ObjectNames:
     """The names of an object: as the official instruction calls it, and the kind's unseen names."""
     return ObjectNames((official_name,), UNSEEN_SYNONYMS[kind])
 
 
 TASK_WORDS = {
     "PutCarrotOnPlateInScene-v1": TaskWords(
-        "put_on", _name_like("carrot", "carrot"), _name_like("plate", "plate")
+        "put_on", _make_object_names("carrot", "carrot"), _make_object_names("plate", "plate")
     ),
     "PutEggplantInBasketScene-v1": TaskWords(
         "put_in_basket",
@@ -100,12 +100,12 @@ TASK_WORDS = {
         ObjectNames(("yellow basket",), ("yellow hamper", "yellow container")),
     ),
     "PutSpoonOnTableClothInScene-v1": TaskWords(
-        "spoon_on_towel", _name_like("spoon", "spoon"), _name_like("towel", "towel")
+        "spoon_on_towel", _make_object_names("spoon", "spoon"), _make_object_names("towel", "towel")
     ),
     "StackGreenCubeOnYellowCubeBakedTexInScene-v1": TaskWords(
         "stack_cube",
-        _name_like("green block", "green cube"),
-        _name_like("yellow block", "yellow cube"),
+        _make_object_names("green block", "green cube"),
+        _make_object_names("yellow block", "yellow cube"),
     ),
 }
 """Task -> its words."""

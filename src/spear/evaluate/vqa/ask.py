@@ -343,11 +343,11 @@ def render_held_out_frames(
         SpearError: Training uses these seeds (10,000 and above).
     """
     from spear.sim.render import render_frame
-    from spear.sim.scene import held_out_seeds, sample_clutter_scene
+    from spear.sim.scene import list_held_out_seeds, sample_clutter_scene
     from spear.sim.shifts import shift_scene
     from spear.sim.world import World
 
-    for seed in held_out_seeds(first_seed, num_scenes):
+    for seed in list_held_out_seeds(first_seed, num_scenes):
         scene = sample_clutter_scene(seed)
         if shift is not None:
             scene = shift_scene(scene, shift)

@@ -282,7 +282,7 @@ def fit_faces(points: Array, axes: Array, turn_axis: Array | None = None) -> Vis
         change = np.linalg.solve(normal_matrix, -weighted @ error)  # of the turn, then 3 positions
         turn = free_turns @ change[:-3]
         turn *= min(1.0, MAX_TURN_RAD / max(math.sqrt(turn @ turn), 1e-9))
-        axes = _rotation_matrix(turn) @ axes
+        axes = _compute_rotation_matrix(turn) @ axes
         positions = positions + change[-3:]
         along = centered @ axes
 
@@ -293,7 +293,7 @@ def fit_faces(points: Array, axes: Array, turn_axis: Array | None = None) -> Vis
     return VisibleFaces(axes, positions, end_sign, misfit=float(np.abs(error).mean()))
 
 
-def _rotation_matrix(turn: Array) -> Array:
+def _compute_rotation_matrix(turn: Array) -> Array:
     """The matrix [3, 3] of a rotation vector [3], rad, by Rodrigues' formula.
 
     SciPy's function does the same, but its checks of the arguments would take most of the time.
@@ -353,7 +353,9 @@ def fit_box(
             # Fit once more from the better axes, along which other faces may be visible.
             upright = min(upright, fit_faces(points, upright.axes, up), key=_get_misfit)
         if is_upright_box(upright):
-            return _enclose(points, upright.axes, margin, noise, support=support, faces=upright)
+            return _make_enclosing_box(
+                points, upright.axes, margin, noise, support=support, faces=upright
+            )
 
     # Then try a free box. On a support, it must fit much better than the upright box.
     start_axes = _fit_smallest_volume_axes(points)
@@ -364,12 +366,12 @@ def fit_box(
     if up is not None:
         is_upright_almost_as_good = free.misfit > MAX_TILTED_MISFIT_FRACTION * upright.misfit
         if is_upright_almost_as_good or not is_free_box:
-            return _enclose(points, level_axes, margin, noise, support=support)
+            return _make_enclosing_box(points, level_axes, margin, noise, support=support)
     if is_free_box:
-        return _enclose(points, free.axes, margin, noise, faces=free)
+        return _make_enclosing_box(points, free.axes, margin, noise, faces=free)
 
     # The object is not box-shaped, and no support is known.
-    return _enclose(points, start_axes, margin, noise)
+    return _make_enclosing_box(points, start_axes, margin, noise)
 
 
 def _get_misfit(faces: VisibleFaces) -> float:
@@ -389,7 +391,7 @@ def _is_box(
     return faces.misfit < max_misfit * middle_side + blur
 
 
-def _enclose(
+def _make_enclosing_box(
     points: Array,
     axes: Array,
     margin: float,

@@ -81,12 +81,12 @@ def resize_nearest(image: Array, height: int, width: int) -> Array:
 
     A new pixel takes the value of the pixel of `image` in which the new pixel's center lies.
     """
-    rows = _nearest_indices(height, image.shape[0])
-    columns = _nearest_indices(width, image.shape[1])
+    rows = _compute_nearest_indices(height, image.shape[0])
+    columns = _compute_nearest_indices(width, image.shape[1])
     return image[np.ix_(rows, columns)]
 
 
-def _nearest_indices(new_size: int, size: int) -> Array:
+def _compute_nearest_indices(new_size: int, size: int) -> Array:
     """For each of `new_size` new rows (or columns), the index of the old row at its center."""
     return ((np.arange(new_size) + 0.5) * size / new_size).astype(np.intp)
 

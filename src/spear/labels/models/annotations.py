@@ -72,7 +72,7 @@ class Annotation:
         """Whether the object's mask was annotated, and not only its box."""
         return self.decode_outline is not None
 
-    def box_in(self, height: int, width: int) -> Array:
+    def compute_box_in_image(self, height: int, width: int) -> Array:
         """The box [4] float32 in pixels of an image of this size, clipped to the image.
 
         The box consists of zeros if no box was annotated, and the mask is empty or absent.
@@ -81,7 +81,7 @@ class Annotation:
             SpearError: The annotated image has another aspect, or the mask is broken.
         """
         if self.box2d is None:
-            mask = self.mask_in(height, width)
+            mask = self.compute_mask_in_image(height, width)
             return compute_tight_box(mask) if mask is not None else np.zeros(4, np.float32)
         rows, columns = self._get_checked_size(height, width)
         scale_x = width / columns
@@ -90,7 +90,7 @@ class Annotation:
         box = self.box2d * scale
         return clip_boxes(box, height, width)
 
-    def mask_in(self, height: int, width: int) -> Array | None:
+    def compute_mask_in_image(self, height: int, width: int) -> Array | None:
         """The mask [height, width] bool in an image of this size; None if only a box was annotated.
 
         Raises:
@@ -254,7 +254,7 @@ def _to_detections(annotations: Sequence[Annotation], frame: Frame) -> list[Dete
     detections = []
     for annotation in annotations:
         annotation.check_box_fits_mask()
-        box = annotation.box_in(height, width)
+        box = annotation.compute_box_in_image(height, width)
         if box[2] > box[0] and box[3] > box[1]:
             detections.append(Detection(annotation.name, box, annotation.score))
     return detections
@@ -328,7 +328,7 @@ class FileSegmenter:
         for detection_index, annotation_index in matches.items():
             annotation = annotations[annotation_index]
             annotation.check_box_fits_mask()
-            masks[detection_index] = annotation.mask_in(height, width)
+            masks[detection_index] = annotation.compute_mask_in_image(height, width)
         missing_indices = [i for i in range(len(detections)) if i not in matches]
         return masks, missing_indices
 
@@ -363,7 +363,7 @@ def _match_by_name_then_overlap(
     Returns:
         Index of a detection → index of its annotation, for the detections that get a mask.
     """
-    boxes = [annotation.box_in(height, width) for annotation in annotations]
+    boxes = [annotation.compute_box_in_image(height, width) for annotation in annotations]
     candidates = []
     for i, detection in enumerate(detections):
         for j, box in enumerate(boxes):
@@ -795,7 +795,7 @@ def decompress_lz_string(text: str) -> str:
         SpearError: The text is not such a stream, or a truncated one.
     """
     if not set(text) <= _VALUES.keys():
-        raise _broken_lz_string_error()
+        raise _make_broken_lz_string_error()
     bits = chain.from_iterable(f"{_VALUES[letter]:06b}" for letter in text)
     words = ["", "", ""]  # indices 0, 1 and 2 are no words
     output = [""]  # the words of the text, after an empty one that stands for "no previous word"
@@ -806,7 +806,7 @@ def decompress_lz_string(text: str) -> str:
             code = len(words) - 1
         previous_word = output[-1]
         if code > len(words) or (code == len(words) and not previous_word):
-            raise _broken_lz_string_error()
+            raise _make_broken_lz_string_error()
         # The next free index is the entry that is added after this word. Because this word is that
         # entry, it is the previous word with the previous word's own first letter appended.
         word = words[code] if code < len(words) else previous_word + previous_word[0]
@@ -820,9 +820,9 @@ def _read_number(bits: Iterator[str], num_bits: int) -> int:
     """Read the next number from a stream of bits ("0" or "1"), lowest bit first."""
     digits = "".join(islice(bits, num_bits))
     if len(digits) < num_bits:
-        raise _broken_lz_string_error()
+        raise _make_broken_lz_string_error()
     return int(digits[::-1], 2)
 
 
-def _broken_lz_string_error() -> SpearError:
+def _make_broken_lz_string_error() -> SpearError:
     return SpearError("An Ego-Exo4D mask is not an lz-string. Use the file as it was published.")

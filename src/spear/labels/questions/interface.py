@@ -162,7 +162,7 @@ def sample_one(items: Sequence[T], rng: Random) -> T:
     return items[int(rng.random() * len(items))]
 
 
-def word_object(o: LabeledObject, rng: Random) -> str:
+def sample_words_for_object(o: LabeledObject, rng: Random) -> str:
     """The words for an object in a question."""
     # Earlier versions drew the article here. The draw stays, so that seeds give the same questions.
     rng.random()
@@ -187,7 +187,7 @@ def about_one_object(
         segments = answer(o, scene.label)
         if segments is None:
             return None
-        return Draft({"x": word_object(o, rng)}, segments, (o.name,))
+        return Draft({"x": sample_words_for_object(o, rng)}, segments, (o.name,))
 
     return draft
 
@@ -217,7 +217,7 @@ def about_two_objects(
             b = objects[second % len(objects)]
             segments = answer(a, b, scene.label)
             if segments is not None:
-                words = {"x": word_object(a, rng), "y": word_object(b, rng)}
+                words = {"x": sample_words_for_object(a, rng), "y": sample_words_for_object(b, rng)}
                 return Draft(words, segments, (a.name, b.name))
         return None
 

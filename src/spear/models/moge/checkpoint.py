@@ -243,11 +243,11 @@ def to_published_weights(weights: Mapping[str, Tensor], version: int) -> dict[st
         # Queries, keys and values have the same published name, and come in this order.
         published[name] = torch.cat([published[name], weight]) if name in published else weight
     for constant, values in IMAGE_STATISTICS.items():
-        published[_constant_name(constant, version)] = torch.tensor(values).view(1, 3, 1, 1)
+        published[_get_constant_name(constant, version)] = torch.tensor(values).view(1, 3, 1, 1)
     return published
 
 
-def get_published_shapes(
+def compute_published_shapes(
     model: nn.Module, version: int, prefixes: Prefixes | None = None
 ) -> dict[str, tuple[int, ...]]:
     """The shapes that a checkpoint of `model` must have, by the checkpoint's names."""
@@ -259,11 +259,11 @@ def get_published_shapes(
         num_fused = 3 if FUSED_PROJECTIONS in name else 1
         shapes[name] = (num_fused * tensor.shape[0], *tensor.shape[1:])
     for constant in IMAGE_STATISTICS:
-        shapes[_constant_name(constant, version)] = (1, 3, 1, 1)
+        shapes[_get_constant_name(constant, version)] = (1, 3, 1, 1)
     return shapes
 
 
-def _constant_name(constant: str, version: int) -> str:
+def _get_constant_name(constant: str, version: int) -> str:
     """The checkpoint's name of one of `IMAGE_STATISTICS`."""
     return constant if version == 1 else f"encoder.{constant}"
 
@@ -279,7 +279,7 @@ def _match_names(
             is not ImageNet's.
     """
     version = checkpoint.version
-    expected_shapes = get_published_shapes(model, version, prefixes)
+    expected_shapes = compute_published_shapes(model, version, prefixes)
     # DINOv2's own training needs the mask token, MoGe does not.
     mask_token = f"{BACKBONE_PREFIX[version]}mask_token"
     ignored_names = {mask_token, *unused_names} - set(expected_shapes)
@@ -296,7 +296,7 @@ def _match_names(
         )
 
     for constant, values in IMAGE_STATISTICS.items():
-        name = _constant_name(constant, version)
+        name = _get_constant_name(constant, version)
         published = checkpoint.weights[name].float().flatten()
         if not torch.allclose(published, torch.tensor(values), atol=1e-3):
             raise SpearError(

@@ -213,7 +213,7 @@ def to_feature_map(layer_output: Tensor, encoder_input: Tensor) -> Tensor:
     return patch_features.mT.unflatten(2, (rows, columns))
 
 
-def _too_thin_error(width: int, height: int, num_tokens: int) -> SpearError:
+def _make_too_thin_error(width: int, height: int, num_tokens: int) -> SpearError:
     return SpearError(
         f"image of {width}×{height} is too thin for {num_tokens} MoGe tokens. Crop it to a less"
         " extreme aspect."
@@ -287,7 +287,7 @@ class MogeV1(nn.Module):
         factor = math.sqrt(num_pixels / (height * width))
         head_size = int(height * factor), int(width * factor)
         if min(head_size) < PATCH_SIZE_PX:
-            raise _too_thin_error(width, height, num_tokens)
+            raise _make_too_thin_error(width, height, num_tokens)
         resized = nn.functional.interpolate(
             images, head_size, mode="bicubic", antialias=True, align_corners=False
         )
@@ -445,7 +445,7 @@ class MogeV2(nn.Module):
         rows = round(math.sqrt(num_tokens / aspect))
         columns = round(math.sqrt(num_tokens * aspect))
         if min(rows, columns) < 1:
-            raise _too_thin_error(width, height, num_tokens)
+            raise _make_too_thin_error(width, height, num_tokens)
         size = (rows * PATCH_SIZE_PX, columns * PATCH_SIZE_PX)
         resized = nn.functional.interpolate(
             images, size, mode="bilinear", antialias=True, align_corners=False

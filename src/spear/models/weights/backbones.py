@@ -202,7 +202,7 @@ def plan_vlm(
         entries += _list_statuses_of_new_projector(expected_weights, config, keeps_visual_tokens)
         readers.insert(0, encoder_plan.reader)
         if keeps_visual_tokens:
-            readers.append(make_zero_reader(_moge_projector_shapes(expected_weights)))
+            readers.append(make_zero_reader(_select_moge_projector_shapes(expected_weights)))
         sources["MoGe"] = depth_encoder.describe()
 
     entries += _list_statuses_of_left_out(checkpoint, stored_names, vocabulary, expected_weights)
@@ -458,7 +458,9 @@ def _check_head(
 # --- MoGe ---
 
 
-def _moge_projector_shapes(expected_weights: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+def _select_moge_projector_shapes(
+    expected_weights: Mapping[str, Tensor],
+) -> dict[str, tuple[int, ...]]:
     """Return the shapes of the projection of MoGe's features, by name."""
     shapes = {}
     for name, weight in expected_weights.items():
@@ -472,7 +474,7 @@ def _list_statuses_of_new_projector(
 ) -> list[WeightStatus]:
     """Report the projection of MoGe's features, which is new: zero, or a random matrix."""
     entries = []
-    for name, shape in _moge_projector_shapes(expected_weights).items():
+    for name, shape in _select_moge_projector_shapes(expected_weights).items():
         is_random = name.endswith(".weight") and not is_zero
         initialization = f"N(0, {config.initializer_range}²)" if is_random else "0"
         entries.append(WeightStatus(name, shape, "new", initialization))

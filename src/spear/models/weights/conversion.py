@@ -157,7 +157,7 @@ class ConversionReport:
         expert = _ParameterCount()
         total = _ParameterCount()
         for entry in self.select_by_status("loaded", "new"):
-            module_count = modules.setdefault(_module_name(entry.name), _ParameterCount())
+            module_count = modules.setdefault(_get_module_name(entry.name), _ParameterCount())
             model_count = expert if entry.name.startswith(EXPERT_PREFIXES) else vlm
             for parameter_count in (module_count, model_count, total):
                 parameter_count.add(entry)
@@ -461,7 +461,7 @@ def _find_reason(name: str, unused: Mapping[str, str]) -> str | None:
 # --- Printing ---
 
 
-def _module_name(weight_name: str) -> str:
+def _get_module_name(weight_name: str) -> str:
     """The module that a weight belongs to: the first part of the weight's name, or two parts.
 
     It is two parts for the two Gemmas, so that their embeddings and layers are separate modules.

@@ -62,13 +62,13 @@ class Published:
 
         The files may contain other tensors, too.
         """
-        from spear.models.moge.checkpoint import get_published_shapes
+        from spear.models.moge.checkpoint import compute_published_shapes
         from spear.models.weights.load import rename_prefixes
 
         network = self.build()
         if self.kind.startswith("Moge"):
             version = int(self.kind[-1])  # of "MogeV1" or "MogeV2"
-            return get_published_shapes(network, version)
+            return compute_published_shapes(network, version)
         tensors = {}
         for our_name, weight in network.state_dict().items():
             name = rename_prefixes(our_name, self.names)

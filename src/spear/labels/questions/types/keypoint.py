@@ -13,7 +13,7 @@ from spear.labels.questions.interface import (
     QuestionType,
     Random,
     sample_one,
-    word_object,
+    sample_words_for_object,
 )
 from spear.labels.questions.measures import extract_numbers, measure_mean_point_error
 from spear.labels.questions.templates import KEYPOINT_NAMES
@@ -35,7 +35,7 @@ def _draft(scene: QuestionScene, rng: Random) -> Draft | None:
         return None
     o = sample_one(scene.objects_3d, rng)
     keypoint = sample_one(tuple(KEYPOINT_NAMES), rng)
-    words = {"x": word_object(o, rng), "p": sample_one(KEYPOINT_NAMES[keypoint], rng)}
+    words = {"x": sample_words_for_object(o, rng), "p": sample_one(KEYPOINT_NAMES[keypoint], rng)}
     return Draft(words, o.keypoints[keypoint].tolist(), (o.name,))
 
 
