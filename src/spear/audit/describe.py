@@ -15,6 +15,12 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from spear.audit.dataset_audit import MAX_UNEXPLAINED, MIN_MARGIN
+from spear.audit.describe_joints import (
+    list_state_joint_names,
+    make_joint_fields_and_facts,
+    make_lerobot_gripper_fields,
+    resolve_joint_columns,
+)
 from spear.audit.hypotheses import (
     UNIT_QUATERNION,
     Fit,
@@ -24,12 +30,6 @@ from spear.audit.hypotheses import (
     fit_translations,
     guess_recorded_unit,
     round_to_known_unit,
-)
-from spear.audit.make_joint_fields import (
-    list_state_joint_names,
-    make_joint_fields,
-    make_lerobot_gripper_fields,
-    resolve_joint_columns,
 )
 from spear.checks.cameras import summarize_view
 from spear.checks.gripper import (
@@ -231,7 +231,7 @@ def _propose_joints(
 ) -> None:
     """Propose the columns of the joint angles of an arm, and of its gripper."""
     joint_columns = resolve_joint_columns(columns, folder, urdf, tip)
-    fields, facts = make_joint_fields(columns, joint_columns, urdf, tip)
+    fields, facts = make_joint_fields_and_facts(columns, joint_columns, urdf, tip)
     proposal.fields |= fields
     proposal.facts |= facts
 

@@ -99,7 +99,7 @@ def _list_motors(folder: Dataset, column: str) -> list[str]:
     return [name.removesuffix(MOTOR_SUFFIX) for name in folder.component_names(column)]
 
 
-def make_joint_fields(
+def make_joint_fields_and_facts(
     columns: Columns, joint_columns: JointColumns, urdf: Path, tip: str
 ) -> tuple[dict[str, Any], dict[str, str]]:
     """Describe joint angles, and commanded joint angles, by the keys of spear.json.
