@@ -583,7 +583,7 @@ def _join_remaining_to_executed(
     fade = (1 - num_done / max(1, num_fading)).clamp_min(0)[:, None]  # [num_remaining, 1]
 
     # The poses of the new path: the actual pose, then the chunk's poses with the fading offset.
-    path_positions, path_rotations = _compute_path(actions)
+    path_positions, path_rotations = _compute_poses_along_path(actions)
     faded_rotation_offsets = quat_exp(fade * quat_log(rotation_offset))  # [num_remaining, 4]
     positions = path_positions[first:] + fade * position_offset
     rotations = quat_multiply(path_rotations[first:], faded_rotation_offsets)
@@ -606,7 +606,7 @@ def _scale_action(action: Array, fraction: float) -> Array:
     return np.concatenate([fraction * action[:3], scaled_rotation, action[7:]]).astype(np.float32)
 
 
-def _compute_path(actions: Array) -> tuple[torch.Tensor, torch.Tensor]:
+def _compute_poses_along_path(actions: Array) -> tuple[torch.Tensor, torch.Tensor]:
     """Compute the poses after each of n actions [n, 8], relative to the pose before the first one.
 
     Returns:
@@ -620,5 +620,5 @@ def _compute_path(actions: Array) -> tuple[torch.Tensor, torch.Tensor]:
 
 def _compute_pose_after(actions: Sequence[Array]) -> tuple[torch.Tensor, torch.Tensor]:
     """Compute position [3] and rotation [4] after all actions, from the pose before the first."""
-    positions, rotations = _compute_path(np.stack(actions))
+    positions, rotations = _compute_poses_along_path(np.stack(actions))
     return positions[-1], rotations[-1]

@@ -222,11 +222,13 @@ def fine_tune(out: Path, data: Path | None) -> Values:
     final = train(recipe, _get_fine_tuning_folder(out, training), inputs)
 
     fine_tuned_policy = Spear1Policy.load(str(final))
-    fine_tuned_errors = open_loop.score_policy("fine-tuned", fine_tuned_policy, held_out)
-    mean_action_errors = open_loop.score_mean_action(training, held_out)
-    last_action_errors = open_loop.score_last_action(held_out)
+    fine_tuned_errors = open_loop.measure_policy_errors("fine-tuned", fine_tuned_policy, held_out)
+    mean_action_errors = open_loop.measure_mean_action_errors(training, held_out)
+    last_action_errors = open_loop.measure_last_action_errors(held_out)
     original_policy = Spear1Policy.load("nano")
-    original_errors = open_loop.score_policy("before fine-tuning", original_policy, held_out)
+    original_errors = open_loop.measure_policy_errors(
+        "before fine-tuning", original_policy, held_out
+    )
     scores = [fine_tuned_errors, mean_action_errors, last_action_errors, original_errors]
     summaries = [score.average_over_steps() for score in scores]
     rows = []

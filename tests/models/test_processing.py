@@ -14,7 +14,12 @@ from refusals import refuses
 from spear.errors import Notice
 from spear.models import processing
 from spear.models.presets import get_preset
-from spear.models.processing import Processor, compute_visible_window, describe_fit, map_pixel
+from spear.models.processing import (
+    Processor,
+    compute_visible_window,
+    describe_fit_losses,
+    map_pixel,
+)
 from spear.models.vlm import IGNORE_LABEL
 from spear.tokens import CoordinateTokenizer
 from spear.types import Pixel, Question
@@ -76,7 +81,7 @@ def test_the_visible_window_includes_the_padding() -> None:
 # Twice the size, nearly the same aspect, and an enlargement of less than 1.25.
 @pytest.mark.parametrize("size", [(560, 420), (561, 420), (240, 180)])
 def test_images_that_lose_next_to_nothing_are_not_described(size: tuple[int, int]) -> None:
-    assert describe_fit(source=size, target=SPEAR1_SIZE) is None
+    assert describe_fit_losses(source=size, target=SPEAR1_SIZE) is None
 
 
 def test_bars_that_training_had_are_not_described(processor: Processor, tmp_path: Path) -> None:
@@ -111,12 +116,12 @@ def test_bars_that_training_had_are_not_described(processor: Processor, tmp_path
     ],
 )
 def test_black_bars_are_described(size: tuple[int, int], description: str) -> None:
-    assert describe_fit(source=size, target=SPEAR1_SIZE) == description
+    assert describe_fit_losses(source=size, target=SPEAR1_SIZE) == description
 
 
 def test_enlargement_is_described() -> None:
     """From 192 to 280 pixels is 1.46 times."""
-    assert "enlarged 1.5 times" in str(describe_fit((192, 128), SPEAR1_SIZE))
+    assert "enlarged 1.5 times" in str(describe_fit_losses((192, 128), SPEAR1_SIZE))
 
 
 def test_images_may_be_mirrored_views(processor: Processor) -> None:

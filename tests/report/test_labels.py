@@ -17,7 +17,7 @@ from spear.labels.pipeline import label_images
 from spear.labels.questions.store import generate_label_questions, read_questions, write_questions
 from spear.labels.store import count_labels, read_evenly_spread_labels, write_labels
 from spear.question_types import QUESTION_TYPES, QUESTION_TYPES_2D
-from spear.report.labels import write_label_page, write_rerun
+from spear.report.labels import write_label_page, write_rerun_file
 from spear.types import Frame, LabeledImage
 
 NUM_LABELS = 12
@@ -175,7 +175,7 @@ def test_the_rerun_file_has_every_label(
     path = tmp_path / "labels.rrd"
     clouds = [*GroundTruth().predict(frames[:2]), None]
 
-    write_rerun(labels[:3], clouds, path)
+    write_rerun_file(labels[:3], clouds, path)
 
     assert path.stat().st_size > 100_000  # with the clouds
     command = [sys.executable, "-m", "rerun", "rrd", "print", str(path)]
@@ -195,7 +195,7 @@ def test_a_rerun_file_that_cannot_be_made_leaves_nothing(
     wrong_cloud = replace(cloud, mask=np.ones((9, 9), bool))  # another size than the image
 
     with pytest.raises(IndexError):
-        write_rerun(labels[:1], [wrong_cloud], tmp_path / "labels.rrd")
+        write_rerun_file(labels[:1], [wrong_cloud], tmp_path / "labels.rrd")
 
     assert list(tmp_path.iterdir()) == []
 

@@ -25,7 +25,7 @@ from spear.audit.inspect import describe_dataset
 from spear.data.store.episode_store import REQUEST_FILE, EpisodeStore, append_episodes, list_shards
 from spear.embodiments.observations import validate_observation
 from spear.errors import Notice
-from spear.evaluate.open_loop import score_policy
+from spear.evaluate.open_loop import measure_policy_errors
 from spear.serve import recorder as recorder_module
 from spear.serve import wire
 from spear.serve.client import RemotePolicy
@@ -546,7 +546,7 @@ def test_a_policy_agrees_with_a_recording_of_itself(
         writer.add(make_exchange(step))
     writer.end_all()
 
-    errors = score_policy("same policy", HomingPolicy(), EpisodeStore(tmp_path))
+    errors = measure_policy_errors("same policy", HomingPolicy(), EpisodeStore(tmp_path))
 
     np.testing.assert_allclose(errors.predicted[0], errors.truth[0], atol=1e-6)
 

@@ -741,10 +741,14 @@ def zebra_is_absent(shared_model: SharedModel, monkeypatch: pytest.MonkeyPatch) 
     trust = Trust("held-out scenes", {"box_vertices": 2.0}, names_present=1.0, names_absent=0.0)
     monkeypatch.setattr(shared_model, "trust", trust)
 
-    def find_absent_objects(vlm: Any, image: Any, names: list[str]) -> dict[str, str]:
+    def find_absent_objects_and_what_is_seen(
+        vlm: Any, image: Any, names: list[str]
+    ) -> dict[str, str]:
         return {name: "bowl" for name in names if name == "zebra"}
 
-    monkeypatch.setattr(ask, "find_absent_objects", find_absent_objects)
+    monkeypatch.setattr(
+        ask, "find_absent_objects_and_what_is_seen", find_absent_objects_and_what_is_seen
+    )
 
 
 @pytest.mark.usefixtures("zebra_is_absent")

@@ -16,7 +16,7 @@ from spear.data.readers.tfrecord import read_records
 from spear.data.readers.video import read_frames
 from spear.data.store.episode_store import EpisodeStore
 from spear.errors import SpearError
-from spear.labels.inputs import list_parquet, list_tar
+from spear.labels.inputs import list_images_in_parquet, list_images_in_tar
 from spear.labels.store import read_labels
 from spear.models.moge.checkpoint import load_moge
 from spear.models.weights.load import StoredCheckpoint, load_tokenizer
@@ -56,8 +56,8 @@ def test_other_files_are_no_pointers(tmp_path: Path, content: bytes) -> None:
         ("photo.jpg", load_image),
         ("photo.png", lambda file: load_image(file.read_bytes(), "photo.png")),
         ("film.mp4", lambda file: next(read_frames(file, 0.0, 1.0))),
-        ("photos.tar", lambda file: list(list_tar(str(file)))),
-        ("photos.parquet", lambda file: list(list_parquet(str(file)))),
+        ("photos.tar", lambda file: list(list_images_in_tar(str(file)))),
+        ("photos.parquet", lambda file: list(list_images_in_parquet(str(file)))),
         ("moge.pt", load_moge),
         ("config.json", lambda file: read_json(file, "copy it")),
         ("model.safetensors", lambda file: StoredCheckpoint.open(file.parent, "checkpoint")),

@@ -261,9 +261,9 @@ def evaluate_data(options: EvaluateDataOptions) -> None:
         _notice_learned_episodes(options.policy, held_out)
 
         horizon = policy.model.config.horizon
-        policy_errors = open_loop.score_policy(options.policy, policy, held_out)
-        mean_action_errors = open_loop.score_mean_action(training, held_out, horizon)
-        last_action_errors = open_loop.score_last_action(held_out, horizon)
+        policy_errors = open_loop.measure_policy_errors(options.policy, policy, held_out)
+        mean_action_errors = open_loop.measure_mean_action_errors(training, held_out, horizon)
+        last_action_errors = open_loop.measure_last_action_errors(held_out, horizon)
 
     _print_open_loop_errors(
         [policy_errors, mean_action_errors, last_action_errors], num_episodes=len(held_out)

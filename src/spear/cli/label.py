@@ -316,7 +316,7 @@ def show(options: ShowOptions) -> None:
         spear label show runs/my_labels --num-images 6 --save-rerun labels.rrd
     """
     from spear.labels.store import read_evenly_spread_labels
-    from spear.report.labels import write_label_page, write_rerun
+    from spear.report.labels import write_label_page, write_rerun_file
 
     folder = _get_shard_folder(options.labels)
     labels = read_evenly_spread_labels(folder, options.num_images)
@@ -324,7 +324,7 @@ def show(options: ShowOptions) -> None:
     write_label_page(folder, labels, page)
     print(f"open {page.resolve()}")
     if options.save_rerun is not None:
-        write_rerun(labels, _predict_point_maps(folder, labels), options.save_rerun)
+        write_rerun_file(labels, _predict_point_maps(folder, labels), options.save_rerun)
         print(f"rerun {options.save_rerun}")
 
 

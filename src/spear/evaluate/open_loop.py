@@ -95,7 +95,9 @@ def build_observations(
     return observations
 
 
-def score_policy(name: str, policy: Policy, store: EpisodeStore, batch: int = 32) -> OpenLoopErrors:
+def measure_policy_errors(
+    name: str, policy: Policy, store: EpisodeStore, batch: int = 32
+) -> OpenLoopErrors:
     """Compare a policy's predictions with the recorded actions of every episode of a store.
 
     Episodes are resampled to 5 Hz. At each step, the policy predicts a chunk, and the whole chunk
@@ -120,7 +122,7 @@ def score_policy(name: str, policy: Policy, store: EpisodeStore, batch: int = 32
                 chunks += [result["actions"] for result in results]
             yield episode, np.stack(chunks)
 
-    return _score_predictions(name, predict())
+    return _measure_prediction_errors(name, predict())
 
 
 def compute_mean_action(actions: Array) -> Array:
@@ -139,7 +141,7 @@ def compute_mean_action(actions: Array) -> Array:
     return mean.astype(np.float32)
 
 
-def score_mean_action(
+def measure_mean_action_errors(
     train: EpisodeStore, held_out: EpisodeStore, horizon: int = HORIZON
 ) -> OpenLoopErrors:
     """Score the baseline that always predicts the mean action of the training episodes.
@@ -159,10 +161,10 @@ def score_mean_action(
     for episode in _read_without_images(held_out):
         chunks = np.tile(mean_action, (len(episode), horizon, 1))  # [T, H, 8]
         predictions.append((episode, chunks))
-    return _score_predictions("mean action", predictions)
+    return _measure_prediction_errors("mean action", predictions)
 
 
-def score_last_action(held_out: EpisodeStore, horizon: int = HORIZON) -> OpenLoopErrors:
+def measure_last_action_errors(held_out: EpisodeStore, horizon: int = HORIZON) -> OpenLoopErrors:
     """Score the baseline that repeats the action of the previous step for a whole chunk.
 
     In an episode's first step, it predicts that the arm stands still and the gripper stays as it
@@ -180,7 +182,7 @@ def score_last_action(held_out: EpisodeStore, horizon: int = HORIZON) -> OpenLoo
         last_actions = np.concatenate([idle_action, actions[:-1]])  # [T, 8]
         chunks = np.repeat(last_actions[:, None], horizon, axis=1)  # [T, H, 8]
         predictions.append((episode, chunks))
-    return _score_predictions("last action", predictions)
+    return _measure_prediction_errors("last action", predictions)
 
 
 def _read_without_images(store: EpisodeStore) -> list[Episode]:
@@ -188,7 +190,9 @@ def _read_without_images(store: EpisodeStore) -> list[Episode]:
     return [resample_episode(store.without_images(index)) for index in range(len(store))]
 
 
-def _score_predictions(name: str, predictions: Iterable[tuple[Episode, Array]]) -> OpenLoopErrors:
+def _measure_prediction_errors(
+    name: str, predictions: Iterable[tuple[Episode, Array]]
+) -> OpenLoopErrors:
     """Compute the errors of predictions.
 
     Args:

@@ -143,7 +143,7 @@ def _is_image_of_other_suffix(path: str) -> bool:
 def _make_file_item(path: str) -> Item:
     # A broken link has no stamp. An error follows when its item is read.
     stamp = make_file_stamp(path) if os.path.isfile(path) else None
-    return Item(path, read_file, path, stamp=stamp)
+    return Item(path, read_image_file, path, stamp=stamp)
 
 
 def _match_pattern(pattern: str) -> list[str]:
@@ -191,9 +191,9 @@ class _Listing:
         elif suffix in IMAGE_SUFFIXES:
             yield _make_file_item(path)
         elif suffix == ".tar":
-            yield from list_tar(path)
+            yield from list_images_in_tar(path)
         elif suffix == ".parquet":
-            yield from list_parquet(path)
+            yield from list_images_in_parquet(path)
         elif suffix in VIDEO_SUFFIXES:
             yield from list_video_frames(path, self.rate)
 
@@ -238,13 +238,13 @@ def _find_color_videos_of_take(folder: str) -> list[str]:
     return []
 
 
-def read_file(path: str, locations: Sequence[None]) -> Iterator[Content]:
+def read_image_file(path: str, locations: Sequence[None]) -> Iterator[Content]:
     """Read an image file; each location is None and stands for the whole file."""
     for _ in locations:
         yield Path(path).read_bytes()
 
 
-def list_tar(path: str) -> Iterator[Item]:
+def list_images_in_tar(path: str) -> Iterator[Item]:
     """List the images in an uncompressed tar file (a WebDataset shard, for instance)."""
     try:
         with tarfile.open(path, "r:") as tar:
@@ -253,7 +253,7 @@ def list_tar(path: str) -> Iterator[Item]:
                 suffix = os.path.splitext(member.name)[1].lower()
                 if member.isfile() and suffix in IMAGE_SUFFIXES:
                     location = (member.offset_data, member.size)
-                    yield Item(f"{path}/{member.name}", read_tar, path, location, stamp)
+                    yield Item(f"{path}/{member.name}", read_images_in_tar, path, location, stamp)
                 # tarfile appends each member to this list; empty it to bound the memory.
                 tar.members = []  # type: ignore[attr-defined]
             _check_tar_end(tar)
@@ -288,7 +288,7 @@ def _check_tar_end(tar: tarfile.TarFile) -> None:
         raise tarfile.ReadError("it ends within a file")
 
 
-def read_tar(path: str, locations: Sequence[tuple[int, int]]) -> Iterator[Content]:
+def read_images_in_tar(path: str, locations: Sequence[tuple[int, int]]) -> Iterator[Content]:
     """Read images in a tar file; a location is (offset, size) in bytes."""
     with open(path, "rb") as file:
         for offset, size in locations:
@@ -296,7 +296,7 @@ def read_tar(path: str, locations: Sequence[tuple[int, int]]) -> Iterator[Conten
             yield file.read(size)
 
 
-def list_parquet(path: str) -> Iterator[Item]:
+def list_images_in_parquet(path: str) -> Iterator[Item]:
     """List the images in a Parquet file, such as Hugging Face `datasets` writes.
 
     The file must have one column of encoded images. Each row becomes an item.
@@ -309,11 +309,15 @@ def list_parquet(path: str) -> Iterator[Item]:
     image_number = 0
     for group in range(file.num_row_groups):
         for row in range(file.metadata.row_group(group).num_rows):
-            yield Item(f"{path}#{image_number}", read_parquet, path, (column, group, row), stamp)
+            yield Item(
+                f"{path}#{image_number}", read_images_in_parquet, path, (column, group, row), stamp
+            )
             image_number += 1
 
 
-def read_parquet(path: str, locations: Sequence[tuple[str, int, int]]) -> Iterator[Content]:
+def read_images_in_parquet(
+    path: str, locations: Sequence[tuple[str, int, int]]
+) -> Iterator[Content]:
     """Read images in a Parquet file; a location is (column, row group, row in the group).
 
     For a row without an image, a `SpearError` is yielded in its place, so that the other rows are

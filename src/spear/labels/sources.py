@@ -59,9 +59,9 @@ def list_items(
     for argument in arguments:
         path = os.path.normpath(argument)
         if path.startswith("sim:"):
-            items = _list_simulated(path, list_scenes)
+            items = _list_simulated_scenes(path, list_scenes)
         else:
-            items = _list_recorded(path, rate, per_episode, excluded_folder)
+            items = _list_recorded_images(path, rate, per_episode, excluded_folder)
         for item in items:
             if len(arguments) > 1:
                 name = os.path.abspath(item.key)
@@ -72,21 +72,21 @@ def list_items(
             yield item._replace(key=item.key.encode(errors="backslashreplace").decode())
 
 
-def _list_simulated(argument: str, list_scenes: ListScenes | None) -> Iterator[Item]:
+def _list_simulated_scenes(argument: str, list_scenes: ListScenes | None) -> Iterator[Item]:
     """List the scenes that a `sim:` argument names."""
     if list_scenes is None:
         raise SpearError(f"{argument} needs the simulator. Label it with `spear label`.")
     return list_scenes(parse_scene_seeds(argument, "sim"))
 
 
-def _list_recorded(
+def _list_recorded_images(
     path: str, rate: float, per_episode: int, excluded_folder: Path | None
 ) -> Iterator[Item]:
     """List the images of an RGB-D scene, a dataset of robot episodes, or other files."""
     from spear.data.readers.formats import find_format
 
     if path.startswith("rgbd:"):
-        return _list_rgbd(path.removeprefix("rgbd:"))
+        return _list_rgbd_frames(path.removeprefix("rgbd:"))
     if find_format(path) is not None:
         return _list_episode_frames(path, per_episode)
     if any(Path(path).glob("depth/*.png")):
@@ -120,7 +120,7 @@ def parse_scene_seeds(argument: str, simulator: str) -> range:
     return range(first, last + 1)
 
 
-def _list_rgbd(folder: str) -> Iterator[Item]:
+def _list_rgbd_frames(folder: str) -> Iterator[Item]:
     """List the frames of an RGB-D scene; an item's location is the index of its frame."""
     scene = _open_scene(folder)
     if scene.num_without_depth:
@@ -129,10 +129,10 @@ def _list_rgbd(folder: str) -> Iterator[Item]:
             "because no image in depth/ has the same name."
         )
     for index, source in enumerate(scene.sources):
-        yield Item(source, read_rgbd, folder, index, scene.make_file_stamp(index))
+        yield Item(source, read_rgbd_frames, folder, index, scene.make_file_stamp(index))
 
 
-def read_rgbd(folder: str, indices: Sequence[int]) -> Iterator[Content]:
+def read_rgbd_frames(folder: str, indices: Sequence[int]) -> Iterator[Content]:
     """Read the frames of an RGB-D scene with these indices."""
     for index in indices:
         try:

@@ -51,7 +51,7 @@ Size = tuple[int, int]
 MAX_NOTIFIED_SIZES = 32  # image sizes about which a processor gives a notice
 MAX_CACHED_TEXTS = 2**14  # texts whose tokens a processor keeps
 
-# `describe_fit` does not mention smaller bars and enlargements.
+# `describe_fit_losses` does not mention smaller bars and enlargements.
 MIN_BAR_FRACTION = 0.01  # of the fitted image's width or height
 MIN_ENLARGEMENT = 1.25  # pixels of the fitted image per pixel of the source
 
@@ -112,7 +112,7 @@ def map_pixel(pixel: Pixel, source: Size, target: Size, inverse: bool = False) -
     return Pixel(min(max(x, 0.0), below_one), min(max(y, 0.0), below_one))
 
 
-def describe_fit(source: Size, target: Size, are_bars_expected: bool = False) -> str | None:
+def describe_fit_losses(source: Size, target: Size, are_bars_expected: bool = False) -> str | None:
     """Describe what an image loses when it is fitted into the target size; None if almost nothing.
 
     If the aspects differ, black bars take some of the target. If the image is enlarged, the model
@@ -204,8 +204,8 @@ class Processor:
         """Fit an image [h, w, 3] uint8 of any size into a view: [3, height, width] uint8.
 
         The image is padded if its aspect differs from the view's. Once per view and image size, a
-        `Notice` says what the image loses (`describe_fit`). Bars that the images of training had,
-        too, are no loss.
+        `Notice` says what the image loses (`describe_fit_losses`). Bars that the images of training
+        had, too, are no loss.
         """
         check_known("view", self.image_sizes, view)
         width, height = self.image_sizes[view]
@@ -216,7 +216,9 @@ class Processor:
         size = (image.shape[1], image.shape[0])
         if (view, size) not in self._notified and len(self._notified) < MAX_NOTIFIED_SIZES:
             is_aspect_of_training = self._is_aspect_of_training(size, view)
-            fit = describe_fit(size, (width, height), are_bars_expected=is_aspect_of_training)
+            fit = describe_fit_losses(
+                size, (width, height), are_bars_expected=is_aspect_of_training
+            )
             message = f"images of view {view!r} {fit}. {self._advise_on_fit(size, view)}"
             # `notice` returns whether it warned. While notices are suppressed, the size stays open.
             if fit is None or notice(message):

@@ -366,7 +366,7 @@ class SiglipEncoder(_WithStem, SiglipVisionModel):
         for layer in self.encoder.layers:
             layer.self_attn.__class__ = _SiglipAttention
 
-    def features(self, views: Sequence[Tensor]) -> Tensor:
+    def compute_features(self, views: Sequence[Tensor]) -> Tensor:
         """Features of the patches of all views: uint8 images [B, 3, h, w] -> [B, T, width].
 
         T is the number of patches of all views, in the order of the views.

@@ -162,7 +162,7 @@ class SpearVLMForConditionalGeneration(PreTrainedModel):
         """
         moge = self.moge
         moge_projector = self.moge_projector
-        encoders = [lambda: self.multi_modal_projector(self.vision_tower.features(views))]
+        encoders = [lambda: self.multi_modal_projector(self.vision_tower.compute_features(views))]
         if moge is not None and moge_projector is not None:
             encoders.append(lambda: moge_projector(moge(*views)))
         projected = run_in_parallel_streams(encoders)

@@ -17,7 +17,7 @@ from spear.diagnose.policy_case import PolicyCase
 from spear.diagnose.registry import FAULTS, find_checks
 from spear.errors import SpearError, suppress_notices
 from spear.evaluate.film import compose_frame, encode_film
-from spear.evaluate.open_loop import score_mean_action, score_policy
+from spear.evaluate.open_loop import measure_mean_action_errors, measure_policy_errors
 from spear.report.page import Fact, render
 from spear.report.plot import Axis, Bar, Line, draw_bars, draw_chart
 from spear.types import CONTROL_RATE_HZ, Array
@@ -288,9 +288,13 @@ def _tabulate_open_loop_errors(case: PolicyCase) -> list[tuple[str, str, str]]:
     sample = case.training.subset(np.unique(spread).tolist())
     try:
         with suppress_notices():
-            policy_errors = score_policy("policy", case.policy, sample).average_over_steps()
+            policy_errors = measure_policy_errors(
+                "policy", case.policy, sample
+            ).average_over_steps()
             horizon = int(case.policy.model.config.horizon)
-            baseline_errors = score_mean_action(case.training, sample, horizon).average_over_steps()
+            baseline_errors = measure_mean_action_errors(
+                case.training, sample, horizon
+            ).average_over_steps()
     except SpearError:  # no episode is as long as a chunk
         return []
     rows = []

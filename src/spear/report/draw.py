@@ -97,7 +97,7 @@ def draw_answers(
 ) -> Array:
     """Draw the boxes and points of answers on an image.
 
-    An answer for which `find_pixels` finds no pixels is not drawn.
+    An answer for which `project_answer_to_pixels` finds no pixels is not drawn.
 
     Args:
         image: [h, w, 3] uint8.
@@ -111,7 +111,7 @@ def draw_answers(
     canvas = _enlarge(image, scale)
     height, width = image.shape[:2]
     for segments, color in answers:
-        points = find_pixels(segments, width, height, intrinsics)
+        points = project_answer_to_pixels(segments, width, height, intrinsics)
         if points is not None:
             _draw_points(canvas, points * scale, color)
     return np.asarray(canvas)
@@ -136,7 +136,7 @@ def draw_answer(
     is_displacement = (
         question_type is not None and QUESTION_TYPE_BY_NAME[question_type].is_displacement
     )
-    has_place = find_pixels(answer, width, height, intrinsics) is not None
+    has_place = project_answer_to_pixels(answer, width, height, intrinsics) is not None
     if has_place and not is_displacement:
         return draw_answers(image, intrinsics, [(answer, PREDICTION_COLOR)], ANSWER_SCALE)
 
@@ -156,7 +156,7 @@ def draw_answer(
     )
 
 
-def find_pixels(
+def project_answer_to_pixels(
     answer: Segments, width: int, height: int, intrinsics: Array | None
 ) -> Array | None:
     """Find the pixels [n, 2] of an answer's box vertices or points in its image.

@@ -214,7 +214,7 @@ def _summarize_token_use(questions_by_source: QuestionsBySource) -> dict[str, An
     }
 
 
-def write_rerun(
+def write_rerun_file(
     labels: Sequence[LabeledImage], clouds: Sequence[PointMapResult | None], out: Path
 ) -> None:
     """Write a file for the Rerun viewer (.rrd); it is complete or not there.

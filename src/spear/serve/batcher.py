@@ -139,9 +139,9 @@ class Batcher:
         """Free the places of clients that have gone."""
         queue = list(self._queue)
         self._queue.clear()
-        self._queue.extend(queued for queued in queue if self._is_wanted(queued))
+        self._queue.extend(queued for queued in queue if self._end_unless_wanted(queued))
 
-    def _is_wanted(self, queued: _QueuedRequest) -> bool:
+    def _end_unless_wanted(self, queued: _QueuedRequest) -> bool:
         """Return whether the client still wants a result. If not, end its request with an error."""
         if queued.result.done():
             return False
@@ -190,7 +190,7 @@ class Batcher:
         batch: list[_QueuedRequest] = []
         while self._queue and len(batch) < self._max_batch:
             queued = self._queue.popleft()
-            if self._is_wanted(queued):
+            if self._end_unless_wanted(queued):
                 batch.append(queued)
         return batch
 

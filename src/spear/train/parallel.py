@@ -139,7 +139,7 @@ def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
 
     # One message averages all gradients of a bucket, side by side in a vector.
     gradients = [parameter.grad for parameter in trainable if parameter.grad is not None]
-    for bucket in _fill_buckets(gradients):
+    for bucket in _group_into_buckets(gradients):
         flat = torch.cat([gradient.reshape(-1) for gradient in bucket])
         lengths = [gradient.numel() for gradient in bucket]
         means = average_over_processes_in_place(flat).split(lengths)
@@ -147,7 +147,7 @@ def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
             gradient.copy_(mean.view_as(gradient))
 
 
-def _fill_buckets(gradients: Sequence[torch.Tensor]) -> Iterable[list[torch.Tensor]]:
+def _group_into_buckets(gradients: Sequence[torch.Tensor]) -> Iterable[list[torch.Tensor]]:
     """Group gradients, in order. Each group but the last has at least `BUCKET_SIZE` numbers."""
     bucket: list[torch.Tensor] = []
     bucket_size = 0

@@ -268,7 +268,7 @@ class Tab:
         trust = self._shared_model.trust
         if trust is None or not trust.tells_absent:
             return []
-        return list(ask.find_absent_objects(self._shared_model.vlm, image, names))
+        return list(ask.find_absent_objects_and_what_is_seen(self._shared_model.vlm, image, names))
 
     def _ask_for_boxes(self, image: Array, names: list[str]) -> list[Any]:
         """Return the model's answer about each object's box, with its probabilities."""

@@ -752,7 +752,7 @@ def _convert_column(column: pa.ChunkedArray, folder: Path) -> Any:
         numbers = values.flatten().to_numpy(zero_copy_only=False)
         return numbers.reshape(len(values), kind.list_size)
 
-    raw_images = _convert_raw_images(values)
+    raw_images = _convert_if_raw_images(values)
     if raw_images is not None:
         return raw_images
 
@@ -774,7 +774,7 @@ def _is_list(kind: pa.DataType) -> bool:
     return bool(is_of_any_length or pa.types.is_fixed_size_list(kind))
 
 
-def _convert_raw_images(values: pa.Array) -> Array | None:
+def _convert_if_raw_images(values: pa.Array) -> Array | None:
     """Convert lists of lists of lists of uint8 to an array [T, h, w, c]; None for anything else."""
     # Each round removes one level of lists, which must all have the same length.
     shape = [len(values)]

@@ -123,6 +123,9 @@ SLOPE_COSINES = (0.2, 0.8)
 regions are level or upright, because a region may be turned by quarter turns."""
 SLOPE_DISTANCE_M = 0.045  # from the lower end of a rack up its slope to where a bottle is put
 
+ActionArray = Array
+"""One action [8] float32, laid out as `spear.types.Action`."""
+
 VERTICAL = torch.tensor([0.0, 0.0, 1.0], dtype=torch.float64)
 
 DOWN = np.array([1.0, 0.0, 0.0, 0.0])
@@ -186,7 +189,7 @@ class Outline:
         return np.abs((points - self.center) @ self.axes) - self.half_size
 
 
-def choose_action(goal: Sequence[Sequence[str]], moment: LiberoMoment) -> Array:
+def choose_action(goal: Sequence[Sequence[str]], moment: LiberoMoment) -> ActionArray:
     """Choose the action [8] float32 of this moment (layout of `spear.types.Action`).
 
     Args:
@@ -221,7 +224,7 @@ def is_fulfilled(condition: Sequence[str], moment: LiberoMoment) -> bool:
     return bool(moment.is_commanded_open and is_low and offset < MAX_PLACED_OFFSET_M)
 
 
-def pursue(condition: Sequence[str], moment: LiberoMoment) -> Array:
+def pursue(condition: Sequence[str], moment: LiberoMoment) -> ActionArray:
     """Choose the next action towards a condition that is not fulfilled."""
     predicate, name, *place_names = condition
     if predicate == "turnon":
@@ -240,7 +243,7 @@ def pursue(condition: Sequence[str], moment: LiberoMoment) -> Array:
     return _pick_and_place(name, place_name, moment)
 
 
-def _prepare_drawer(region: str, moment: LiberoMoment) -> Array | None:
+def _prepare_drawer(region: str, moment: LiberoMoment) -> ActionArray | None:
     """Open a drawer and move the gripper away from its handle.
 
     Returns:
@@ -261,7 +264,7 @@ def _prepare_drawer(region: str, moment: LiberoMoment) -> Array | None:
     return None
 
 
-def _pick_and_place(name: str, place_name: str, moment: LiberoMoment) -> Array:
+def _pick_and_place(name: str, place_name: str, moment: LiberoMoment) -> ActionArray:
     """Approach an object with open fingers, wait until they hold it, and carry it to its place.
 
     Fingers that have closed without holding the object open again.
@@ -412,7 +415,7 @@ def _measure_room_m(grasp: Grasp, center: Array, obstacles: Sequence[Outline]) -
     return room
 
 
-def _approach(name: str, moment: LiberoMoment) -> Array:
+def _approach(name: str, moment: LiberoMoment) -> ActionArray:
     """Move above the object first, then down to it, then close the gripper."""
     current_yaw = _measure_yaw_rad(moment.commanded)
 
@@ -467,7 +470,7 @@ def _compute_rotation_facing_grasp(grasp: Grasp, moment: LiberoMoment) -> Array:
     )
 
 
-def _carry(name: str, target_position: Array, moment: LiberoMoment) -> Array:
+def _carry(name: str, target_position: Array, moment: LiberoMoment) -> ActionArray:
     """Carry the object up, across and down, then open the gripper."""
     box = moment.objects[name]
     facing = _compute_rotation_facing_down(_measure_yaw_rad(moment.commanded))
@@ -508,7 +511,7 @@ def _compute_move_from_under_drawer(box: Box, moment: LiberoMoment) -> Array | N
     return None
 
 
-def _push(name: str, region: Region, moment: LiberoMoment) -> Array:
+def _push(name: str, region: Region, moment: LiberoMoment) -> ActionArray:
     """Push a plate along the table to a region, with closed fingers inside its rim."""
     center = _compute_corners(moment.objects[name]).mean(axis=0)
     displacement = region.pose[:2] - center[:2]
@@ -532,7 +535,7 @@ def _push(name: str, region: Region, moment: LiberoMoment) -> Array:
     return _move_posed(moment, np.array([*goal, push_height]), facing, is_open=False)
 
 
-def _turn_on(name: str, moment: LiberoMoment) -> Array:
+def _turn_on(name: str, moment: LiberoMoment) -> ActionArray:
     """Turn a stove's knob: move beside the end of the knob's handle, then down, then push it round.
 
     The position of the knob's joint is the angle of its handle.
@@ -554,7 +557,7 @@ def _turn_on(name: str, moment: LiberoMoment) -> Array:
     return _move_posed(moment, np.array([*goal, low]), facing, is_open=False)
 
 
-def _open_drawer(region: str, moment: LiberoMoment, target_m: float = math.inf) -> Array:
+def _open_drawer(region: str, moment: LiberoMoment, target_m: float = math.inf) -> ActionArray:
     """Take a drawer by its handle, from in front, and pull until it is open by `target_m`."""
     joint, cabinet = _get_joint_and_cabinet_names(region)
     outward = _compute_outward_direction(moment.objects[cabinet])
@@ -655,7 +658,7 @@ def _measure_angle_between_rad(first_quat: Array, second_quat: Array) -> float:
     return float(quat_distance(torch.from_numpy(first_quat), torch.from_numpy(second_quat)))
 
 
-def _retreat(moment: LiberoMoment) -> Array:
+def _retreat(moment: LiberoMoment) -> ActionArray:
     """Rise with open fingers."""
     goal = moment.commanded[:3] + np.array([0, 0, RETREAT_M])
     return _move_posed(
@@ -666,7 +669,7 @@ def _retreat(moment: LiberoMoment) -> Array:
     )
 
 
-def _wait(moment: LiberoMoment, is_open: bool) -> Array:
+def _wait(moment: LiberoMoment, is_open: bool) -> ActionArray:
     """Move the fingers only."""
     facing = _compute_rotation_facing_down(_measure_yaw_rad(moment.commanded))
     if _measure_angle_between_rad(facing, moment.commanded[3:]) > MAX_UPRIGHT_RAD:
@@ -747,7 +750,7 @@ def _compute_rotation_facing_down(yaw: float) -> Array:
     return quat_exp(torch.tensor([0.0, 0.0, yaw], dtype=torch.float64)).numpy()
 
 
-def _move_posed(moment: LiberoMoment, goal: Array, facing: Array, is_open: bool) -> Array:
+def _move_posed(moment: LiberoMoment, goal: Array, facing: Array, is_open: bool) -> ActionArray:
     """Make the action that moves the commanded pose towards a position [3] and an orientation [4].
 
     The action goes at most `MAX_STEP_M` and `MAX_TURN_RAD` of the way.

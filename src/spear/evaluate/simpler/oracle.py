@@ -26,6 +26,9 @@ from spear.geometry import (
 )
 from spear.types import Array
 
+ActionArray = Array
+"""One action [8] float32, laid out as `spear.types.Action`."""
+
 MAX_STEP_M = 0.03  # longest translation of an action
 MAX_TURN_RAD = 0.3  # largest rotation of an action
 HOVER_M = 0.06  # height above the grasp at which the gripper moves until it is above the object
@@ -52,7 +55,7 @@ ACROSS_MARGIN_M = 0.02  # an object moves across once it is higher than CARRY_M 
 RELEASE_MARGIN_M = 0.004  # an object is released up to so far above the task's release height
 
 
-def choose_action(task_name: str, truth: Truth) -> Array:
+def choose_action(task_name: str, truth: Truth) -> ActionArray:
     """Choose the next action.
 
     Args:
@@ -83,20 +86,20 @@ def choose_action(task_name: str, truth: Truth) -> Array:
     return _carry(truth, task, rest_position, offset)
 
 
-def _retreat(truth: Truth, rest_position: Array) -> Array:
+def _retreat(truth: Truth, rest_position: Array) -> ActionArray:
     """Move straight up, away from the placed object."""
     position = np.array([truth.commanded[0], truth.commanded[1], rest_position[2] + RETREAT_M])
     return _move_towards(truth, position, _measure_yaw_rad(truth.commanded), should_open=True)
 
 
-def _wait(truth: Truth, should_open: bool) -> Array:
+def _wait(truth: Truth, should_open: bool) -> ActionArray:
     """Move only the fingers."""
     return _move_towards(
         truth, truth.commanded[:3], _measure_yaw_rad(truth.commanded), should_open=should_open
     )
 
 
-def _approach(truth: Truth, task: Task) -> Array:
+def _approach(truth: Truth, task: Task) -> ActionArray:
     """Move above the object, then down to it, then close the gripper."""
     # The grasp is at a point on the object's x axis, at some distance from the object's origin.
     axis = quat_to_matrix(torch.from_numpy(truth.source[3:])).numpy()[:, 0]
@@ -122,7 +125,7 @@ def _approach(truth: Truth, task: Task) -> Array:
     return _move_towards(truth, target, yaw, should_open=not should_close)
 
 
-def _carry(truth: Truth, task: Task, rest_position: Array, offset: float) -> Array:
+def _carry(truth: Truth, task: Task, rest_position: Array, offset: float) -> ActionArray:
     """Carry the object up, across and down, then open the gripper.
 
     The object comes down while it still moves across. If the oracle waited until the object is
@@ -152,7 +155,7 @@ def _carry(truth: Truth, task: Task, rest_position: Array, offset: float) -> Arr
     return _move_towards(truth, target, _measure_yaw_rad(truth.commanded), should_open=should_open)
 
 
-def _move_towards(truth: Truth, target: Array, yaw: float, should_open: bool) -> Array:
+def _move_towards(truth: Truth, target: Array, yaw: float, should_open: bool) -> ActionArray:
     """Compute an action that moves the commanded pose towards a target, by at most one step.
 
     Args:

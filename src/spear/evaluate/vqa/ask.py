@@ -112,7 +112,7 @@ def ask_question(
     # Do not ask where an object is that the model does not see.
     names = [] if parsed is None else parsed.names
     if trust and trust.tells_absent and names:
-        absent = find_absent_objects(model, image, names, settings.view)
+        absent = find_absent_objects_and_what_is_seen(model, image, names, settings.view)
         if absent:
             return None, _describe_absent(absent)
 
@@ -158,7 +158,7 @@ def _choose_prompt_and_its_type(
 
 
 def _describe_absent(absent: dict[str, str]) -> str:
-    """Say which objects are not in the image, from the result of `find_absent_objects`."""
+    """Say which objects are not in the image, and what the model sees instead of each."""
     descriptions = []
     for name, seen_name in absent.items():
         descriptions.append(f"{name} (where the model points for it, it sees: {seen_name})")
@@ -200,7 +200,7 @@ def _describe_certainty(
     return f"{TRUSTED_COVERAGE:.0%} interval: {intervals} {abbreviate_unit(answer.unit)}"
 
 
-def find_absent_objects(
+def find_absent_objects_and_what_is_seen(
     model: VlmBundle, image: Array, names: Sequence[str], view: str = "external"
 ) -> dict[str, str]:
     """Find the objects that the model does not see in an image.

@@ -14,7 +14,7 @@ import numpy as np
 
 from spear.errors import SpearError, check_known, format_count, notice
 from spear.evaluate.options import QuestionOptions
-from spear.evaluate.vqa.ask import find_absent_objects
+from spear.evaluate.vqa.ask import find_absent_objects_and_what_is_seen
 from spear.evaluate.vqa.calibration import Certainty, Trust, compute_spread_factor
 from spear.evaluate.vqa.measures import compute_error_scales, is_grammatical
 from spear.evaluate.vqa.scores import AnsweredQuestion, Scores, summarize
@@ -269,5 +269,5 @@ def _confirm_some_objects(
     if not names:
         return []
     chosen_names: list[str] = rng.permutation(names)[:NUM_NAMED_OBJECTS].tolist()
-    absent = find_absent_objects(model, image, chosen_names)
+    absent = find_absent_objects_and_what_is_seen(model, image, chosen_names)
     return [name not in absent for name in chosen_names]

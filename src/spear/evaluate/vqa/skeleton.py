@@ -176,7 +176,8 @@ class QuestionReading:
         3. The question without the clauses that have no cues, such as "For my thesis". If the other
            clauses name no object, only the clauses before the first cue are left out.
         4. Single sentences of the question, see `_list_sentences`.
-        5. Each of these readings without what may not be asked about, see `_drop_asides`.
+        5. Each of these readings without what may not be asked about, see
+           `_list_readings_without_asides`.
         """
         first_reading: list[Skeleton] = []
         second_reading: list[Skeleton] = []
@@ -198,7 +199,7 @@ class QuestionReading:
             readings.append(_join_clauses(third_reading))
         readings += self._list_sentences()
         for reading in tuple(readings):
-            readings += _drop_asides(reading)
+            readings += _list_readings_without_asides(reading)
         return readings
 
     def _list_sentences(self) -> list[Skeleton]:
@@ -312,7 +313,7 @@ def _join_clauses(clauses: Sequence[Skeleton]) -> Skeleton:
     return Skeleton(words, names, definite_names=definite_names)
 
 
-def _drop_asides(skeleton: Skeleton) -> list[Skeleton]:
+def _list_readings_without_asides(skeleton: Skeleton) -> list[Skeleton]:
     """List the readings of a skeleton without what may not be asked about.
 
     These are the names without "the", if there are others, as in "My robot needs a number, how far

@@ -1,8 +1,8 @@
 """What a question type consists of (`QuestionType`), and functions that several types share.
 
 Each file in the folder `types` defines one question type. Most types ask about one or two objects.
-For these, `about_one_object` and `about_two_objects` make the drafter from a function that computes
-the answer for given objects.
+For these, `make_drafter_about_one_object` and `make_drafter_about_two_objects` make the drafter
+from a function that computes the answer for given objects.
 
 Random numbers are drawn in a fixed order, the objects first and their wording last, so that a seed
 always gives the same questions.
@@ -169,7 +169,7 @@ def sample_words_for_object(o: LabeledObject, rng: Random) -> str:
     return with_article(o.name)
 
 
-def about_one_object(
+def make_drafter_about_one_object(
     choice: ObjectChoice, answer: Callable[[LabeledObject, LabeledImage], Segments | None]
 ) -> Drafter:
     """Make a drafter that asks about one object.
@@ -192,7 +192,7 @@ def about_one_object(
     return draft
 
 
-def about_two_objects(
+def make_drafter_about_two_objects(
     choice: ObjectChoice,
     answer: Callable[[LabeledObject, LabeledObject, LabeledImage], Segments | None],
     num_tries: int = 1,

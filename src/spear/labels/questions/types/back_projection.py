@@ -3,7 +3,7 @@
 The answer has 8 pixels: where the vertices of the box appear in the image.
 """
 
-from spear.labels.questions.interface import Measure, QuestionType, about_one_object
+from spear.labels.questions.interface import Measure, QuestionType, make_drafter_about_one_object
 from spear.labels.questions.measures import measure_image_point_errors
 from spear.labels.questions.positions import get_box, project_to_pixels
 from spear.types import LabeledImage, LabeledObject, Segments
@@ -18,7 +18,7 @@ PROMPTS = (
 )
 
 
-def _answer(o: LabeledObject, label: LabeledImage) -> Segments | None:
+def _make_true_answer(o: LabeledObject, label: LabeledImage) -> Segments | None:
     """The image locations of the box's vertices; None unless all eight are inside the image."""
     locations = project_to_pixels(get_box(o).vertices, label)
     visible_locations = [location for location in locations if location is not None]
@@ -27,7 +27,7 @@ def _answer(o: LabeledObject, label: LabeledImage) -> Segments | None:
 
 QUESTION_TYPE = QuestionType(
     prompts=PROMPTS,
-    draft=about_one_object("objects_3d", _answer),
+    draft=make_drafter_about_one_object("objects_3d", _make_true_answer),
     measure=measure_image_point_errors,
     measures={"pixels": Measure("image points off by", "px", "median")},
     num_figures=3,

@@ -11,7 +11,7 @@ from spear.labels.questions.interface import (
     Measure,
     MeasureValues,
     QuestionType,
-    about_one_object,
+    make_drafter_about_one_object,
 )
 from spear.labels.questions.measures import MM_PER_M, extract_numbers, measure_mean_point_error
 from spear.labels.questions.positions import get_box
@@ -36,7 +36,7 @@ MEASURES = {
 }
 
 
-def _answer(o: LabeledObject, label: LabeledImage) -> Segments:
+def _make_true_answer(o: LabeledObject, label: LabeledImage) -> Segments:
     return get_box(o).vertices.ravel().tolist()
 
 
@@ -72,7 +72,7 @@ def _measure(question: Question, answer: Segments, label: LabeledImage) -> Measu
 
 QUESTION_TYPE = QuestionType(
     prompts=PROMPTS,
-    draft=about_one_object("objects_3d", _answer),
+    draft=make_drafter_about_one_object("objects_3d", _make_true_answer),
     measure=_measure,
     compute_error_scales=_compute_error_scales,
     measures=MEASURES,

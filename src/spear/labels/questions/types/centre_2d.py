@@ -1,6 +1,6 @@
 """Questions for the middle of an object in the image. The answer is 1 pixel."""
 
-from spear.labels.questions.interface import QuestionType, about_one_object
+from spear.labels.questions.interface import QuestionType, make_drafter_about_one_object
 from spear.labels.questions.positions import compute_center_2d
 from spear.types import LabeledImage, LabeledObject, Segments
 
@@ -13,8 +13,10 @@ PROMPTS = (
 )
 
 
-def _answer(o: LabeledObject, label: LabeledImage) -> Segments:
+def _make_true_answer(o: LabeledObject, label: LabeledImage) -> Segments:
     return [compute_center_2d(o, label)]
 
 
-QUESTION_TYPE = QuestionType(prompts=PROMPTS, draft=about_one_object("objects_2d", _answer))
+QUESTION_TYPE = QuestionType(
+    prompts=PROMPTS, draft=make_drafter_about_one_object("objects_2d", _make_true_answer)
+)

@@ -13,7 +13,7 @@ from spear.labels.questions.interface import (
     Measure,
     MeasureValues,
     QuestionType,
-    about_two_objects,
+    make_drafter_about_two_objects,
 )
 from spear.labels.questions.measures import (
     compute_error_scales_of_distances,
@@ -42,7 +42,7 @@ MEASURES = {
 }
 
 
-def _answer(a: LabeledObject, b: LabeledObject, label: LabeledImage) -> Segments | None:
+def _make_true_answer(a: LabeledObject, b: LabeledObject, label: LabeledImage) -> Segments | None:
     """Which of two objects is closer, in words; None if their distances are nearly equal."""
     distance_a = compute_distance(a)
     distance_b = compute_distance(b)
@@ -127,7 +127,7 @@ def _replace_conclusion_by_majority(
 
 QUESTION_TYPE = QuestionType(
     prompts=PROMPTS,
-    draft=about_two_objects("objects_3d", _answer, NUM_PAIR_TRIES),
+    draft=make_drafter_about_two_objects("objects_3d", _make_true_answer, NUM_PAIR_TRIES),
     measure=_measure,
     compute_error_scales=compute_error_scales_of_distances,
     measures=MEASURES,

@@ -4,7 +4,7 @@ The answer has 1 number: the Euclidean distance from the camera to the center of
 (our choice of end points).
 """
 
-from spear.labels.questions.interface import QuestionType, about_one_object
+from spear.labels.questions.interface import QuestionType, make_drafter_about_one_object
 from spear.labels.questions.measures import (
     compute_error_scales_of_distances,
     measure_distance_errors,
@@ -22,13 +22,13 @@ PROMPTS = (
 )
 
 
-def _answer(o: LabeledObject, label: LabeledImage) -> Segments:
+def _make_true_answer(o: LabeledObject, label: LabeledImage) -> Segments:
     return [compute_distance(o)]
 
 
 QUESTION_TYPE = QuestionType(
     prompts=PROMPTS,
-    draft=about_one_object("objects_3d", _answer),
+    draft=make_drafter_about_one_object("objects_3d", _make_true_answer),
     measure=measure_distance_errors,
     compute_error_scales=compute_error_scales_of_distances,
     facts=(("relative", "median error of a distance"),),

@@ -2,7 +2,7 @@
 "right".
 """
 
-from spear.labels.questions.interface import QuestionType, about_two_objects
+from spear.labels.questions.interface import QuestionType, make_drafter_about_two_objects
 from spear.labels.questions.positions import compute_center_2d, name_side
 from spear.types import LabeledImage, LabeledObject, Segments
 
@@ -15,9 +15,11 @@ PROMPTS = (
 )
 
 
-def _answer(a: LabeledObject, b: LabeledObject, label: LabeledImage) -> Segments | None:
+def _make_true_answer(a: LabeledObject, b: LabeledObject, label: LabeledImage) -> Segments | None:
     """The side of object `b` on which object `a` is; None if one is nearly above the other."""
     return name_side(compute_center_2d(a, label).x - compute_center_2d(b, label).x)
 
 
-QUESTION_TYPE = QuestionType(prompts=PROMPTS, draft=about_two_objects("objects_2d", _answer))
+QUESTION_TYPE = QuestionType(
+    prompts=PROMPTS, draft=make_drafter_about_two_objects("objects_2d", _make_true_answer)
+)

@@ -6,7 +6,11 @@ The answer has 3 numbers: the center of the second object minus the center of th
 
 import numpy as np
 
-from spear.labels.questions.interface import MeasureValues, QuestionType, about_two_objects
+from spear.labels.questions.interface import (
+    MeasureValues,
+    QuestionType,
+    make_drafter_about_two_objects,
+)
 from spear.labels.questions.measures import measure_mean_point_error
 from spear.labels.questions.positions import compute_distance, get_box
 from spear.types import Array, LabeledImage, LabeledObject, Question, Segments
@@ -21,7 +25,7 @@ PROMPTS = (
 )
 
 
-def _answer(a: LabeledObject, b: LabeledObject, label: LabeledImage) -> Segments:
+def _make_true_answer(a: LabeledObject, b: LabeledObject, label: LabeledImage) -> Segments:
     return (get_box(b).center - get_box(a).center).tolist()
 
 
@@ -39,7 +43,7 @@ def _measure(question: Question, answer: Segments, label: LabeledImage) -> Measu
 
 QUESTION_TYPE = QuestionType(
     prompts=PROMPTS,
-    draft=about_two_objects("objects_3d", _answer),
+    draft=make_drafter_about_two_objects("objects_3d", _make_true_answer),
     is_displacement=True,
     measure=_measure,
     compute_error_scales=_compute_error_scales,

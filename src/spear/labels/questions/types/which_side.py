@@ -1,6 +1,6 @@
 """Questions for the side of the image on which an object is. The answer is "left" or "right"."""
 
-from spear.labels.questions.interface import QuestionType, about_one_object
+from spear.labels.questions.interface import QuestionType, make_drafter_about_one_object
 from spear.labels.questions.positions import compute_center_2d, name_side
 from spear.types import LabeledImage, LabeledObject, Segments
 
@@ -13,13 +13,13 @@ PROMPTS = (
 )
 
 
-def _answer(o: LabeledObject, label: LabeledImage) -> Segments | None:
+def _make_true_answer(o: LabeledObject, label: LabeledImage) -> Segments | None:
     """The side of the image's middle on which an object is; None if it is near the middle."""
     return name_side(compute_center_2d(o, label).x - 0.5)
 
 
 QUESTION_TYPE = QuestionType(
     prompts=PROMPTS,
-    draft=about_one_object("objects_2d", _answer),
+    draft=make_drafter_about_one_object("objects_2d", _make_true_answer),
     answer_texts=("left", "right"),
 )
