@@ -13,12 +13,14 @@ from spear.diagnose.policy_case import PolicyCase
 from spear.types import Array
 
 
-def make_check(fault: str, confidence: float, causes: Sequence[str] = ()) -> RolloutCheck:
+def make_check(
+    fault: str, confidence: float, causes: Sequence[str] = (), camera: str | None = None
+) -> RolloutCheck:
     """Make a check that finds its fault in every rollout."""
 
     class MadeCheck(RolloutCheck):
         def examine(self, case: Case) -> Result:
-            return Finding(confidence, evidence="made", cure="none", file="none")
+            return Finding(confidence, evidence="made", cure="none", file="none", camera=camera)
 
     MadeCheck.fault = fault
     MadeCheck.title = fault
@@ -81,6 +83,20 @@ def test_of_two_faults_that_explain_each_other_the_surer_one_remains(
 
     assert list_faults(result) == ["second"]
     assert list_explanations(result) == {"first": "second"}
+
+
+@pytest.mark.parametrize(
+    ("camera_of_cause", "is_explained"), [("external", True), (None, True), ("wrist", False)]
+)
+def test_a_fault_of_a_camera_explains_nothing_of_another_camera(
+    camera_of_cause: str | None, is_explained: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cause = make_check("cause", 0.9, causes=["effect"], camera=camera_of_cause)
+    effect = make_check("effect", 0.8, camera="external")
+
+    result = diagnose_with(monkeypatch, cause, effect)
+
+    assert ("effect" in list_faults(result)) != is_explained
 
 
 def test_a_turned_base_comes_before_slow_answers_and_does_not_explain_them() -> None:

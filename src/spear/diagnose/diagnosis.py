@@ -147,13 +147,15 @@ def _rank(
 def _find_explanation(rank: int, ranked: Sequence[RankedFinding]) -> str | None:
     """Return the fault that explains the finding of a rank, if one does.
 
-    A finding does not explain a surer one. Of two that could explain each other, the surer one
-    explains the other.
+    A finding does not explain a surer one, nor what happens to another camera's pictures. Of two
+    that could explain each other, the surer one explains the other.
     """
     entry = ranked[rank]
     least_confidence = min(entry.finding.confidence, SURE_CONFIDENCE)
     for cause_rank, cause in enumerate(ranked):
         if entry.check.fault not in cause.check.causes:
+            continue
+        if _are_of_different_cameras(cause.finding, entry.finding):
             continue
         is_mutual = cause.check.fault in entry.check.causes
         if is_mutual and cause_rank > rank:
@@ -161,6 +163,13 @@ def _find_explanation(rank: int, ranked: Sequence[RankedFinding]) -> str | None:
         if cause.finding.confidence >= least_confidence:
             return cause.check.fault
     return None
+
+
+def _are_of_different_cameras(first: Finding, second: Finding) -> bool:
+    """Return whether two findings concern one camera each, and not the same one."""
+    if first.camera is None or second.camera is None:
+        return False
+    return first.camera != second.camera
 
 
 def write_json(diagnosis: Diagnosis, file: Path) -> None:

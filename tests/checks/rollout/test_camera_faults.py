@@ -198,10 +198,10 @@ def test_a_camera_whose_colors_contradict_another_camera_sends_bgr(is_exchanged:
         assert "different colors of the same scene" in result.evidence
 
 
-def make_odds(log_ratio: float) -> list[VersionOdds]:
-    """Odds of red and blue exchanged; log_ratio: how much likelier it is than plain pictures."""
+def make_odds(log_ratio: float, version: str = "with red and blue exchanged") -> list[VersionOdds]:
+    """Odds of a version; log_ratio: how much likelier it is than plain pictures."""
     log_odds = log_ratio + float(np.log(PRIOR))
-    return [VersionOdds("with red and blue exchanged", log_odds, log_ratio, 1.0, 2.0, -2.0)]
+    return [VersionOdds(version, log_odds, log_ratio, 1.0, 2.0, -2.0)]
 
 
 @pytest.mark.parametrize(
@@ -227,3 +227,65 @@ def test_colors_may_be_exchanged_in_both_cameras(
     assert (best is not None) == is_likely
     if best is not None:
         assert best.log_ratio == pytest.approx(of_external + of_wrist)
+
+
+@pytest.mark.parametrize(
+    ("by_pictures", "by_motion", "is_likely"),
+    [
+        (8.0, -1.0, True),
+        (3.0, 3.0, True),
+        (-10.0, 5.0, False),  # a blocked arm moves otherwise than in training
+        (0.0, 5.0, True),  # symmetric pictures
+    ],
+)
+def test_single_pictures_and_their_motion_both_count_for_a_turned_camera(
+    by_pictures: float, by_motion: float, is_likely: bool
+) -> None:
+    turned = "turned by 180°"
+    comparison = picture_versions.PictureComparison(
+        make_case().rollout,
+        learn_pictures(),
+        {
+            ("wrist", "shape"): make_odds(by_pictures, turned),
+            ("wrist", "flow"): make_odds(by_motion, turned),
+        },
+    )
+
+    best = comparison.best_shape("wrist")
+
+    assert (best is not None) == is_likely
+
+
+def test_motion_tells_a_mirrored_camera_from_a_turned_one() -> None:
+    """Single pictures fit both equally well."""
+    turned = "turned by 180°"
+    mirrored = "mirrored upside down"
+    comparison = picture_versions.PictureComparison(
+        make_case().rollout,
+        learn_pictures(),
+        {
+            ("wrist", "shape"): make_odds(11.4, mirrored) + make_odds(11.3, turned),
+            ("wrist", "flow"): make_odds(2.5, mirrored) + make_odds(-1.9, turned),
+        },
+    )
+
+    best = comparison.best_shape("wrist")
+
+    assert best is not None
+    assert best.version == mirrored
+
+
+@pytest.mark.parametrize("have_both_bars", [False, True])
+def test_exchanged_cameras_have_bars_in_both_or_in_none(have_both_bars: bool) -> None:
+    def exchange_with_bars(episode: RecordedEpisode) -> RecordedEpisode:
+        exchanged = add_bars(exchange_cameras(episode))
+        if have_both_bars:
+            exchanged = add_bars(exchange_cameras(exchanged))
+            exchanged = exchange_cameras(exchanged)
+        return exchanged
+
+    case = make_picture_case(exchange_with_bars)
+
+    result = CamerasExchangedCheck().examine(case)
+
+    assert isinstance(result, Finding) == have_both_bars

@@ -4,8 +4,10 @@ from collections.abc import Collection
 
 import numpy as np
 
+from spear.checks.rollout.bars import is_exchange_refuted
 from spear.checks.rollout.case import Case, Doubt, Figure, Finding, Result
 from spear.checks.rollout.odds import VersionOdds
+from spear.checks.rollout.pictures import EXCHANGED
 from spear.types import Array
 
 CAMERA_FILE = "observe in your robot's file, where it reads the cameras"
@@ -34,8 +36,7 @@ def examine_picture_versions(
         if odds is None:
             continue
         num_compared += 1
-        find_best = comparison.best_color if is_color else comparison.best_shape
-        best = find_best(camera)
+        best = comparison.best_color(camera) if is_color else find_best_shape(case, camera)
         if best is None or not best.version.startswith(tuple(versions)):
             continue
         if best.log_odds < MIN_CONFIDENCE_LOG_ODDS:
@@ -48,12 +49,25 @@ def examine_picture_versions(
             cure=cure,
             file=CAMERA_FILE,
             figure=show_pictures(case, camera),
+            camera=None if best.version.startswith(EXCHANGED) else camera,
         )
     if suspicion:
         return Doubt(suspicion, is_suspicion=True)
     if not num_compared:
         return Doubt(TOO_FEW_PICTURES)
     return None
+
+
+def find_best_shape(case: Case, camera: str) -> VersionOdds | None:
+    """Return the version of a camera's pictures that fits best, if one is likely.
+
+    An exchange of cameras that the bars of their pictures refute is none.
+    """
+    best = case.comparison.best_shape(camera)
+    if best is None or not best.version.startswith(EXCHANGED):
+        return best
+    other_camera = best.version.removeprefix(EXCHANGED)
+    return None if is_exchange_refuted(case, camera, other_camera) else best
 
 
 def _describe_odds(best: VersionOdds, is_by_flow: bool) -> str:

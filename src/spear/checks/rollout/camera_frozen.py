@@ -49,5 +49,6 @@ class CameraFrozenCheck(RolloutCheck):
                     cure="restart the camera, and read a new picture for every observation",
                     file=CAMERA_FILE,
                     figure=show_pictures(case, camera),
+                    camera=camera,
                 )
         return None

@@ -45,5 +45,6 @@ class CameraLateCheck(RolloutCheck):
                 cure="read the newest picture: empty the camera's buffer before each observation",
                 file=CAMERA_FILE,
                 figure=show_pictures(case, camera),
+                camera=camera,
             )
         return None if num_compared else Doubt(TOO_FEW_PICTURES)

@@ -46,5 +46,6 @@ class CameraMissingCheck(RolloutCheck):
                 cure=f"connect the camera and send its pictures as {camera}",
                 file=CAMERA_FILE,
                 figure=show_pictures(case, camera),
+                camera=camera,
             )
         return None

@@ -107,6 +107,7 @@ class Finding:
     cure        what to change.
     file        in which file or part of your setup to change it, in words.
     figure      the evidence as a picture.
+    camera      the only camera that the fault concerns; None if it concerns several, or none.
     """
 
     confidence: float
@@ -114,6 +115,7 @@ class Finding:
     cure: str
     file: str
     figure: Figure | None = None
+    camera: str | None = None
 
 
 @dataclass(frozen=True)

@@ -383,28 +383,35 @@ class PictureComparison:
     def best_shape(self, camera: str) -> VersionOdds | None:
         """Return the version that fits best by single pictures and their motion, if one is likely.
 
-        The motion decides between a picture, its mirror images, and the picture turned by 180°,
-        because single pictures may be nearly symmetric.
+        The motion tells mirrored pictures from turned ones, because single pictures may be nearly
+        symmetric. But an arm that is blocked, or goes astray, moves otherwise than in training, and
+        then single pictures may show that nothing is turned.
         """
         by_content = select_likely(self.shape_odds(camera))
+        by_both = self._find_best_of_flow(camera)
+        if by_both is None:
+            return by_content
+        if by_content is not None and by_content.version not in FLOW_SIGNS:
+            # The motion cannot tell such a version, but another one may be likelier by it.
+            is_flow_surer = by_both.log_odds > by_content.log_odds
+            return by_both if is_flow_surer else by_content
+        return by_both if by_both.log_odds > 0 else None
+
+    def _find_best_of_flow(self, camera: str) -> VersionOdds | None:
+        """Return the likeliest version of `FLOW_SIGNS`; None if nothing is known about the motion.
+
+        The evidence of single pictures and of their motion adds up. A camera of which only the
+        motion is known is judged by that.
+        """
         flow_odds = self.flow_odds(camera)
         if flow_odds is None:
-            return by_content
-        by_flow = select_likely(flow_odds)
-        if by_content is None:
-            return by_flow
-        if by_content.version not in FLOW_SIGNS:
-            # The motion cannot tell such a version, but another one may be likelier by it.
-            is_flow_surer = by_flow is not None and by_flow.log_odds > by_content.log_odds
-            return by_flow if is_flow_surer else by_content
-        if by_flow is not None:
-            return by_flow
-        # The content speaks for a change, the motion for unchanged pictures. Which one is surer?
-        flow_ratio = next(
-            odds.log_ratio for odds in flow_odds if odds.version == by_content.version
-        )
-        total = by_content.log_odds + flow_ratio
-        return by_content._replace(log_odds=total) if total > 0 else None
+            return None
+        content_ratios = {odds.version: odds.log_ratio for odds in self.shape_odds(camera) or ()}
+        by_both = []
+        for odds in flow_odds:
+            content_ratio = content_ratios.get(odds.version, 0.0)
+            by_both.append(odds._replace(log_odds=odds.log_odds + content_ratio))
+        return max(by_both, key=lambda odds: odds.log_odds)
 
     def best_color(self, camera: str) -> VersionOdds | None:
         """Return the version of the colors that fits best, if it is likelier than plain.

@@ -67,6 +67,7 @@ class ObjectNotInViewCheck(RolloutCheck):
             cure="put the objects of the instruction where the camera sees them",
             file="the scene in front of the robot, and the direction of its camera",
             figure=show_pictures(case, CAMERA),
+            camera=CAMERA,
         )
 
 
