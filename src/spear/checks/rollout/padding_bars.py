@@ -19,6 +19,7 @@ class PaddingBarsCheck(RolloutCheck):
 
     def examine(self, case: Case) -> Result:
         num_compared = 0
+        num_with_bars = sum(find_extra_bars(case, name) is not None for name in case.cameras)
         for camera in case.cameras:
             if not collect_pictures(case.rollout, camera):
                 continue
@@ -40,6 +41,6 @@ class PaddingBarsCheck(RolloutCheck):
                 cure="send pictures without bars, in the aspect of training",
                 file=CAMERA_FILE,
                 figure=show_pictures(case, camera),
-                camera=camera,
+                camera=camera if num_with_bars == 1 else None,
             )
         return None if num_compared else Doubt("no training pictures to compare with")
