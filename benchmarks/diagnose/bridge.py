@@ -9,7 +9,11 @@ answers. A fault of the cameras changes the pictures, and a fault of the robot's
 the states: they become those to which the changed actions lead. The pictures stay where the real
 arm was, so faults of commands are planted less completely than in the simulator.
 
-A clean run, and each run with a fault, has four of the six episodes.
+A clean run, and each run with a fault, has four of the six episodes. To try a changed check, give
+other episodes than the six, such as
+
+    python benchmarks/diagnose/bridge.py bridge_v2_sample --policy runs/bridge --out runs/tried \\
+        --train-split "train[:13]" --held-out-split "train[13:19]"
 """
 
 from __future__ import annotations
@@ -23,8 +27,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import torch
 import tyro
+from scipy.spatial.transform import Rotation
 from tyro.conf import Positional
 
 from bench import Subject, diagnose_cases, read_results, start_workers
@@ -40,15 +44,12 @@ from spear.data.readers.formats import read_episodes
 from spear.data.store.episode_store import append_episodes
 from spear.errors import SpearError
 from spear.evaluate.open_loop import build_observations
-from spear.geometry import apply_action
 from spear.policy import Spear1Policy
 from spear.serve.exchange import Exchange
 from spear.serve.recorder import RecordingWriter, mark_folder
 from spear.serve.service import Service
 from spear.types import CONTROL_RATE_HZ, Array, Episode
 
-TRAIN_SPLIT = "train[:19]"
-HELD_OUT_SPLIT = "train[19:]"
 EPISODES_PER_RUN = 4
 FIRST_START_S = 1_780_000_000.0
 EPISODE_DISTANCE_S = 120.0
@@ -59,7 +60,9 @@ FAULTS = (
     "translation-unit",
     "angle-unit",
     "quaternion-order",
+    "euler-order",
     "gripper-inverted",
+    "gripper-scale",
     "gripper-late",
     "controller-short",
     "camera-mirrored",
@@ -69,6 +72,7 @@ FAULTS = (
     "camera-exposure",
     "camera-frozen",
     "camera-late",
+    "camera-missing",
 )
 """The faults that can be planted in recorded episodes of one camera."""
 
@@ -83,6 +87,10 @@ class Options:
     """Policy that was trained on its first 19 episodes"""
     out: Path
     """Folder of recordings and results"""
+    train_split: str = "train[:19]"
+    """Episodes that `spear diagnose` gets as those of the training"""
+    held_out_split: str = "train[19:]"
+    """Episodes in which faults are planted"""
     workers: int = 2
     """Processes that diagnose"""
 
@@ -158,26 +166,33 @@ def make_exchanges(
 def move_states(states: Array, actions: Array, fault: PlantedFault) -> Array:
     """Return the states [T, 8] to which the faulty execution of actions [T, 8] would have led.
 
-    What the real arm did differently from its commands is added to each motion.
+    What the real arm did differently from its commands is added to each motion, so that without a
+    fault the states are the recorded ones.
     """
     moved = [np.asarray(states[0], np.float64)]
     for step in range(len(states) - 1):
-        action = np.asarray(actions[step], np.float32)
-        executed = np.asarray(fault.change_action(action, states[step]), np.float64)
-        tracking_error_m = states[step + 1, :3] - states[step, :3] - actions[step, :3]
-        position, rotation = apply_action(
-            torch.from_numpy(moved[-1][:3]),
-            torch.from_numpy(moved[-1][3:7]),
-            torch.from_numpy(executed[:3] + tracking_error_m),
-            torch.from_numpy(executed[3:7]),
-        )
-        commanded_opening = executed[7]
-        is_changed = abs(commanded_opening - actions[step, 7]) > 0.5
-        opening = states[step + 1, 7]
-        if is_changed:
-            opening = 1 - opening
-        moved.append(np.concatenate([position.numpy(), rotation.numpy(), [opening]]))
+        state = np.asarray(states[step], np.float64)
+        next_state = np.asarray(states[step + 1], np.float64)
+        action = np.asarray(actions[step], np.float64)
+        executed = fault.change_action(actions[step].astype(np.float32), moved[-1])
+        executed = np.asarray(executed, np.float64)
+
+        tracking_error_m = next_state[:3] - state[:3] - action[:3]
+        position = moved[-1][:3] + executed[:3] + tracking_error_m
+
+        recorded_turn = _read_rotation(state).inv() * _read_rotation(next_state)
+        tracking_error = _read_rotation(action).inv() * recorded_turn
+        rotation = _read_rotation(moved[-1]) * _read_rotation(executed) * tracking_error
+
+        opening = np.clip(next_state[7] + executed[7] - action[7], 0, 1)
+        quaternion = rotation.as_quat(canonical=True, scalar_first=True)
+        moved.append(np.concatenate([position, quaternion, [opening]]))
     return np.asarray(moved, np.float32)
+
+
+def _read_rotation(vector: Array) -> Rotation:
+    """Read the rotation of an action or a state [8]."""
+    return Rotation.from_quat(vector[3:7], scalar_first=True)
 
 
 def main(options: Options) -> None:
@@ -186,10 +201,9 @@ def main(options: Options) -> None:
         raise SpearError(f"{options.data} does not exist. Give BridgeData's test episodes.")
     out = options.out
     if not (out / "episodes").is_dir():
-        append_episodes(read_episodes(options.data, TRAIN_SPLIT), out / "episodes")
-    held_out = [
-        with_canonical_actions(episode) for episode in read_episodes(options.data, HELD_OUT_SPLIT)
-    ]
+        append_episodes(read_episodes(options.data, options.train_split), out / "episodes")
+    episodes = read_episodes(options.data, options.held_out_split)
+    held_out = [with_canonical_actions(episode) for episode in episodes]
     policy = Spear1Policy.load(options.policy)
     service = Service(policy, embodiments.load("generic"), name="bridge")
 

@@ -230,3 +230,32 @@ def test_states_of_a_recorded_episode_follow_the_faulty_commands(bench: ModuleTy
     assert np.allclose(unmoved, states, atol=1e-6)
     full_distance_m = 5 * 0.02
     assert moved[-1, 0] - moved[0, 0] == pytest.approx(0.4 * full_distance_m, abs=1e-6)
+
+
+def test_a_recorded_arm_that_tracks_badly_keeps_its_states_without_a_fault(
+    bench: ModuleType,
+) -> None:
+    """The real arm turned less and elsewhere than commanded, and its gripper stopped half-way."""
+    bridge = importlib.import_module("bridge")
+    actions = np.tile(ACTION, (6, 1))
+    states = np.tile(STATE, (6, 1))
+    states[:, :3] += RNG.normal(0, 0.01, (6, 3)).astype(np.float32)
+    states[:, 3:7] += RNG.normal(0, 0.1, (6, 4)).astype(np.float32)
+    states[:, 3:7] /= np.linalg.norm(states[:, 3:7], axis=1, keepdims=True)
+    states[:, 7] = np.linspace(1, 0.4, 6)
+
+    moved = bridge.move_states(states, actions, importlib.import_module("planted").PlantedFault())
+
+    assert np.allclose(moved, states, atol=1e-5)
+
+
+def test_a_recorded_gripper_follows_commands_in_another_unit(bench: ModuleType) -> None:
+    """A command to open, read as one of 8 %, leaves the gripper nearly closed."""
+    bridge = importlib.import_module("bridge")
+    actions = np.tile(np.array([0.0, 0.0, 0.0, 1.0, 0.0, 0.0, 0.0, 1.0], np.float32), (3, 1))
+    states = np.tile(np.array([0.3, 0.0, 0.2, 1.0, 0.0, 0.0, 0.0, 1.0], np.float32), (3, 1))
+
+    scaled = bench.Planting("gripper-scale", 0).make()  # 0.08 of the command
+    moved = bridge.move_states(states, actions, scaled)
+
+    assert np.allclose(moved[1:, 7], 0.08, atol=1e-6)
