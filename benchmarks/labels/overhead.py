@@ -29,10 +29,10 @@ from spear.labels.inputs import list_images
 from spear.labels.options import WorkOptions
 from spear.labels.pipeline import (
     PendingImage,
-    detect_objects,
-    predict_point_maps,
+    detect_and_add_detections,
+    predict_and_add_point_maps,
     read_images,
-    segment_objects,
+    segment_and_add_masks,
 )
 from spear.labels.run import label_folder
 from stand_ins import StandIn, write_photos
@@ -93,9 +93,9 @@ def time_networks(source: Path, images: int, seconds: float, batch_size: int) ->
 
 
 def run_networks(images: list[PendingImage], model: StandIn) -> None:
-    detect_objects(images, model)
-    segment_objects(images, model)
-    predict_point_maps(images, model)
+    detect_and_add_detections(images, model)
+    segment_and_add_masks(images, model)
+    predict_and_add_point_maps(images, model)
 
 
 def time_labeling(source: Path, out: Path, seconds: float, batch_size: int, workers: int) -> float:

@@ -82,7 +82,7 @@ def write_report(out: Path, data: Path | None = None) -> Path:
     start_s = time.perf_counter()
 
     # Find a missing encoder of films, or mistakes in the data, before minutes of work.
-    film.import_encoder()
+    film.import_pyav()
     if data is not None:
         _prepare_and_split_episodes(data, out)
 

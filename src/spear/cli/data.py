@@ -45,9 +45,9 @@ def inspect(options: InspectOptions) -> None:
         raise SpearError(f"--layout {options.layout} is for the page. Add --report FILE.")
     print(describe_dataset(options.path))
     if options.report is not None:
-        from spear.report.dataset import write_page
+        from spear.report.dataset import write_dataset_page
 
-        write_page(options.path, options.report, options.layout)
+        write_dataset_page(options.path, options.report, options.layout)
         print(f"open {options.report.resolve()}")
 
 

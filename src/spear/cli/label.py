@@ -347,7 +347,7 @@ def _predict_point_maps(
         A point map per label; None for each that cannot be predicted.
     """
     from spear.labels.model_factories import resolve_factory
-    from spear.labels.pipeline import admit_frame, predict_point_maps, read_images
+    from spear.labels.pipeline import admit_frame, predict_and_add_point_maps, read_images
     from spear.labels.sources import list_items
     from spear.sim_data.label_scenes import list_scenes
     from spear.types import Frame
@@ -373,6 +373,6 @@ def _predict_point_maps(
         images = [admit_frame(frame) for frame in frames]
     default_options = LabelOptions()
     make_model = resolve_factory("point map", run["pointmap"], default_options)
-    predict_point_maps(images, make_model())  # sets the attribute `point_map` of each image
+    predict_and_add_point_maps(images, make_model())  # sets the attribute `point_map` of each image
     point_map_of_source = {image.source: image.point_map for image in images}
     return [point_map_of_source.get(label.source) for label in labels]

@@ -28,7 +28,7 @@ WHITE = (245, 246, 248)
 GREY = (30, 33, 39)
 
 
-def import_encoder() -> Any:
+def import_pyav() -> Any:
     """Import PyAV.
 
     Raises:
@@ -94,9 +94,9 @@ def encode_film(frames: Iterable[Array], rate_hz: float) -> bytes:
         The bytes of the file.
 
     Raises:
-        SpearError: The encoder is missing, see `import_encoder`.
+        SpearError: The encoder is missing, see `import_pyav`.
     """
-    av = import_encoder()
+    av = import_pyav()
     buffer = io.BytesIO()
     rate = Fraction(rate_hz).limit_denominator(1000)
     with av.open(buffer, "w", format="mp4") as container:

@@ -100,7 +100,7 @@ def run_evaluation(
     shard = parse_shard(options.shard)
     shard_scenes = select_shard(scenes, shard)
     if options.videos:
-        film.import_encoder()  # raises now, before any episode runs, if there is no encoder
+        film.import_pyav()  # raises now, before any episode runs, if there is no encoder
 
     with contextlib.ExitStack() as stack:
         # Open the journal, which has the outcomes of earlier runs.

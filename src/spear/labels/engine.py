@@ -28,11 +28,11 @@ from spear.labels.models.protocols import Detector, PointMapModel, Segmenter
 from spear.labels.options import WorkOptions
 from spear.labels.pipeline import (
     PendingImage,
-    detect_objects,
+    detect_and_add_detections,
     fit_boxes,
-    predict_point_maps,
+    predict_and_add_point_maps,
     read_images,
-    segment_objects,
+    segment_and_add_masks,
 )
 from spear.labels.store import to_table
 from spear.types import LabeledImage
@@ -86,7 +86,7 @@ def predict_and_pack(images: list[PendingImage], point_map_model: PointMapModel)
     The images are smaller then, and cheaper to send to another process. Pixels and ground truth are
     removed (the image is encoded already). Masks are packed, eight pixels to a byte.
     """
-    predict_point_maps(images, point_map_model)
+    predict_and_add_point_maps(images, point_map_model)
     for image in images:
         if image.error is not None or image.frame is None or image.masks is None:
             # A skipped image needs no arrays any more.
@@ -136,8 +136,8 @@ def _unpack_and_fit(image: PendingImage) -> LabeledImage:
 
 Stage = Callable[[list[PendingImage], Any], None]
 STAGES: Sequence[Stage] = (
-    partial(detect_objects, skip_empty=True),
-    segment_objects,
+    partial(detect_and_add_detections, skip_empty=True),
+    segment_and_add_masks,
     predict_and_pack,
 )
 """The stages of detector, segmenter and point-map model. A stage calls its model with a batch and

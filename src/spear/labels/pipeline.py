@@ -54,9 +54,9 @@ class PendingImage:
         frame: The image; None when it could not be read.
         error: Why this stage and all later ones skip the image; None while all is well.
         encoded: The image as JPEG, as labels store it; None leaves encoding to `fit_boxes`.
-        detections: The image's n objects, filled in by `detect_objects`.
-        masks: [n, h, w] bool, the objects' masks, filled in by `segment_objects`.
-        point_map: The 3D point of each pixel, filled in by `predict_point_maps`.
+        detections: The image's n objects, filled in by `detect_and_add_detections`.
+        masks: [n, h, w] bool, the objects' masks, filled in by `segment_and_add_masks`.
+        point_map: The 3D point of each pixel, filled in by `predict_and_add_point_maps`.
         provenance: The name of each model that has seen the image, by role: {"detector": …,
             "segmenter": …, "pointmap": …}.
         content_hash: A short hash of the file's content; empty for images that were not read from
@@ -156,9 +156,9 @@ def label_images(
     remaining_frames = iter(frames)
     while batch := list(islice(remaining_frames, BATCH_SIZE)):
         images = [admit_frame(frame) for frame in batch]
-        detect_objects(images, detector)
-        segment_objects(images, segmenter)
-        predict_point_maps(images, point_map_model)
+        detect_and_add_detections(images, detector)
+        segment_and_add_masks(images, segmenter)
+        predict_and_add_point_maps(images, point_map_model)
         for image in images:
             if image.error is not None:
                 raise image.error
@@ -195,7 +195,7 @@ def _find_problem(image: Array) -> str | None:
     return None
 
 
-def detect_objects(
+def detect_and_add_detections(
     images: Sequence[PendingImage], detector: Detector, skip_empty: bool = False
 ) -> None:
     """Find each image's objects, and store them in its `detections`.
@@ -213,7 +213,7 @@ def detect_objects(
             image.error = SpearError(NO_OBJECTS_REASON)
 
 
-def segment_objects(images: Sequence[PendingImage], segmenter: Segmenter) -> None:
+def segment_and_add_masks(images: Sequence[PendingImage], segmenter: Segmenter) -> None:
     """Outline the objects of each image, and store their outlines in its `masks`."""
 
     def segment(batch: Sequence[PendingImage], frames: Sequence[Frame]) -> list[Array]:
@@ -224,7 +224,9 @@ def segment_objects(images: Sequence[PendingImage], segmenter: Segmenter) -> Non
         image.provenance["segmenter"] = segmenter.name
 
 
-def predict_point_maps(images: Sequence[PendingImage], point_map_model: PointMapModel) -> None:
+def predict_and_add_point_maps(
+    images: Sequence[PendingImage], point_map_model: PointMapModel
+) -> None:
     """Predict the 3D point of every pixel of each image, and store them in its `point_map`."""
 
     def predict(batch: Sequence[PendingImage], frames: Sequence[Frame]) -> list[PointMapResult]:

@@ -47,7 +47,7 @@ PATH_SIZE_PX = (360, 260)  # width and height of a chart of a path
 TIME_AXIS = Axis("seconds")
 
 
-def write_page(path: str | Path, out: Path, layout: Path | None = None) -> None:
+def write_dataset_page(path: str | Path, out: Path, layout: Path | None = None) -> None:
     """Write a page about the dataset in `path` to the file `out`.
 
     The page shows the first good episodes and lists the ones that were skipped among them.

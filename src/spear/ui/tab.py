@@ -319,7 +319,7 @@ class Tab:
     def make_film(self, _: Request) -> PageState:
         """Make a film of all steps so far."""
         episode, newest_step = self._get_episode_and_step({})
-        film.import_encoder()
+        film.import_pyav()
         frames = self._compose_film_frames(episode, newest_step)
         data = film.encode_film(frames, episode.rate_hz)
         encoded_data = base64.b64encode(data).decode()

@@ -29,7 +29,7 @@ from spear.data.readers.formats import read_episodes
 from spear.data.readers.rlds import open_rlds
 from spear.data.readers.tfrecord import load_example_class, read_records
 from spear.data.store.prepare import prepare
-from spear.report.dataset import write_page
+from spear.report.dataset import write_dataset_page
 from spear.types import Episode
 from spear.util.images import decode_image
 
@@ -385,7 +385,7 @@ def test_columns_that_cannot_be_read_do_not_matter_to_episodes(
 @pytest.mark.slow  # runs several commands
 def test_columns_that_cannot_be_read_do_not_matter_to_commands(strange_copy: Path) -> None:
     page = strange_copy / "look.html"
-    write_page(strange_copy, page, None)  # without a layout file
+    write_dataset_page(strange_copy, page, None)  # without a layout file
 
     assert describe_dataset(strange_copy).count("not read: ") == len(UNREADABLE_FEATURES)
     assert propose_layout(strange_copy)["gripper"]

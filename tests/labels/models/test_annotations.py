@@ -31,7 +31,7 @@ from spear.labels.models.annotations import (
 )  # fmt: skip
 from spear.labels.models.protocols import Detection
 from spear.labels.options import LabelOptions
-from spear.labels.pipeline import admit_frame, detect_objects, read_images
+from spear.labels.pipeline import admit_frame, detect_and_add_detections, read_images
 from spear.types import Array, Frame
 
 coco_tools = pytest.importorskip("pycocotools.mask")
@@ -667,7 +667,7 @@ def test_in_the_pipeline_only_the_image_of_an_odd_box_is_skipped(
     ]
     kitchen, hall = [admit_frame(frame) for frame in frames]
 
-    detect_objects([kitchen, hall], detector)
+    detect_and_add_detections([kitchen, hall], detector)
 
     assert kitchen.error is None
     assert [detection.name for detection in kitchen.detections] == ["ring"]

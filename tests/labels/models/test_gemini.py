@@ -33,7 +33,7 @@ from refusals import refuses
 from spear.errors import RetryableError, SpearError
 from spear.labels.models import gemini as module
 from spear.labels.models.gemini import PROMPT, GeminiDetector, UnusableAnswerError, parse_detections
-from spear.labels.pipeline import admit_frame, detect_objects
+from spear.labels.pipeline import admit_frame, detect_and_add_detections
 from spear.types import Frame
 
 pytest.importorskip("google.genai")
@@ -496,7 +496,7 @@ def test_in_the_pipeline_no_image_is_requested_twice(
     gemini = make_detector()
     images = [admit_frame(make_noise_frame(i)) for i in range(4)]
 
-    detect_objects(images, gemini)
+    detect_and_add_detections(images, gemini)
 
     sources = [image.source for image in images if image.error is None and image.detections]
     assert sources == ["1.jpg", "2.jpg", "3.jpg"]
