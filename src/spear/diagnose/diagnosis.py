@@ -151,6 +151,8 @@ def _find_explanation(rank: int, ranked: Sequence[RankedFinding]) -> str | None:
     that could explain each other, the surer one explains the other.
     """
     entry = ranked[rank]
+    if entry.finding.is_independent:
+        return None
     least_confidence = min(entry.finding.confidence, SURE_CONFIDENCE)
     for cause_rank, cause in enumerate(ranked):
         if entry.check.fault not in cause.check.causes:

@@ -107,3 +107,38 @@ def test_a_gripper_that_never_moves_is_not_examined() -> None:
 
     assert isinstance(GripperInvertedCheck().examine(case), Doubt)
     assert isinstance(GripperLateCheck().examine(case), Doubt)
+
+
+def test_an_opening_in_meters_is_scaled_and_not_inverted() -> None:
+    def stay_open_in_meters(episode: RecordedEpisode) -> RecordedEpisode:
+        return scale_opening(keep_open(episode))
+
+    for change in (scale_opening, stay_open_in_meters):
+        case = make_case(change=change)
+
+        assert isinstance(GripperScaleCheck().examine(case), Finding)
+        assert not isinstance(GripperInvertedCheck().examine(case), Finding)
+
+
+def test_a_gripper_with_exchanged_levels_is_inverted_although_it_loses_commands() -> None:
+    def follow_inverted_commands_late(episode: RecordedEpisode) -> RecordedEpisode:
+        command = (np.arange(len(episode)) // 6 % 2).astype(float)
+        action = episode.action.copy()
+        action[:, 7] = command
+        opening = np.where(np.arange(len(episode)) % 6 < 2, command, 1 - command)
+        return replace(episode, action=action, opening=opening)
+
+    case = make_case(change=follow_inverted_commands_late)
+
+    assert isinstance(GripperInvertedCheck().examine(case), Finding)
+    assert not isinstance(GripperScaleCheck().examine(case), Finding)
+
+
+def test_a_gripper_that_is_later_than_any_late_action_is_a_fault_of_its_own() -> None:
+    results = {}
+    for delay in (3, 6):
+        results[delay] = GripperLateCheck().examine(make_case(MadeRobot(gripper_delay=delay)))
+
+    slightly, very = results[3], results[6]
+    assert isinstance(slightly, Finding) and not slightly.is_independent
+    assert isinstance(very, Finding) and very.is_independent

@@ -18,9 +18,17 @@ from spear.checks.rollout.control_rate import ControlRateCheck
 from spear.checks.rollout.controller_short import ControllerShortCheck
 from spear.checks.rollout.episode import RecordedEpisode
 from spear.checks.rollout.latency import LatencyCheck
+from spear.checks.rollout.motion import explains_more_exactly
 from spear.checks.rollout.quaternion_order import QuaternionOrderCheck
 from spear.checks.rollout.translation_unit import TranslationUnitCheck
-from spear.geometry import quat_conjugate, quat_exp, quat_log, quat_multiply, quat_rotate
+from spear.geometry import (
+    quat_canonical,
+    quat_conjugate,
+    quat_exp,
+    quat_log,
+    quat_multiply,
+    quat_rotate,
+)
 from spear.types import Array
 
 CHECKS = (
@@ -135,6 +143,88 @@ def test_a_planted_fault_is_the_first_that_is_named(name: str) -> None:
     assert all(findings[fault][0] < confidence for fault in unexplained)
 
 
+def take_scalar_last_slowly(action: Array, rotation: Array) -> Array:
+    """Take a quaternion w x y z for x y z w, and limit the rotation to 0.3 rad."""
+    taken = take_scalar_last(action, rotation)
+    turn = quat_log(quat_canonical(as_tensor(taken[3:7])))
+    limited = quat_exp(turn * min(1.0, 0.3 / float(turn.norm())))
+    return np.concatenate([taken[:3], limited.numpy(), taken[7:]])
+
+
+def in_sequence(first: Execute, second: Execute) -> Execute:
+    """Change an action in two ways."""
+    return lambda action, rotation: second(first(action, rotation), rotation)
+
+
+def execute_late(episode: RecordedEpisode) -> RecordedEpisode:
+    """Execute each answer only after the next observation; before the first answer, stand still."""
+    moves = np.diff(episode.position, axis=0)
+    late_moves = np.concatenate([np.zeros((1, 3)), moves[:-1]])
+    position = np.concatenate([episode.position[:1], episode.position[0] + late_moves.cumsum(0)])
+    return replace(episode, position=position)
+
+
+def execute_twice(action: Array, rotation: Array) -> Array:
+    """Translate and rotate twice as far."""
+    return in_sequence(scale_translation(2.0), scale_rotation(2.0))(action, rotation)
+
+
+Change = Callable[[RecordedEpisode], RecordedEpisode]
+TWO_FAULTS: dict[str, tuple[MadeRobot, Change | None, set[str]]] = {
+    "reversed y, and most never": (
+        MadeRobot(in_sequence(reverse_y, move_sometimes(0.6, 0.0))),
+        None,
+        {"action-sign", "actions-dropped"},
+    ),
+    "reversed y, late": (MadeRobot(reverse_y), execute_late, {"action-sign", "latency"}),
+    "reversed y, twice in twice the time": (
+        MadeRobot(in_sequence(reverse_y, execute_twice), action_s=0.4),
+        None,
+        {"action-sign", "actions-repeated"},
+    ),
+    "five times as far, and most never": (
+        MadeRobot(in_sequence(scale_translation(5.0), move_sometimes(0.6, 0.0))),
+        None,
+        {"translation-unit", "actions-dropped"},
+    ),
+    "a tenth, at twice the rate": (
+        MadeRobot(scale_translation(0.1), action_s=0.1),
+        None,
+        {"translation-unit", "control-rate"},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", TWO_FAULTS)
+def test_both_of_two_faults_are_named(name: str) -> None:
+    robot, change, faults = TWO_FAULTS[name]
+    case = make_case(robot, change)
+
+    found = {check for check in CHECKS if isinstance(check.examine(case), Finding)}
+
+    explained = set().union(*(check.causes for check in found))
+    assert {check.fault for check in found} - explained == faults
+
+
+def test_the_scalar_last_is_recognized_although_the_robot_limits_its_rotations() -> None:
+    case = make_case(MadeRobot(take_scalar_last_slowly))
+
+    result = QuaternionOrderCheck().examine(case)
+
+    assert isinstance(result, Finding)
+    assert "as if commands were x y z w" in result.evidence
+    assert not isinstance(AngleUnitCheck().examine(case), Finding)
+
+
+def test_a_frame_that_differs_in_few_moves_is_told_by_these() -> None:
+    base_errors = np.where(np.arange(40) < 12, 0.5, 0.01)
+    tool_errors = np.full(40, 0.01)
+    lengths = np.ones(40)
+
+    assert explains_more_exactly(base_errors, tool_errors, lengths)
+    assert not explains_more_exactly(tool_errors, base_errors, lengths)
+
+
 @pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.fault)
 @pytest.mark.parametrize("num_executed", [1, 3])
 def test_a_robot_that_does_what_it_is_told_has_no_fault(
@@ -217,14 +307,6 @@ def test_nearly_a_step_is_late_only_for_an_arm_that_moves_meanwhile(
     result = LatencyCheck().examine(make_case(robot))
 
     assert isinstance(result, Finding) == is_late
-
-
-def execute_late(episode: RecordedEpisode) -> RecordedEpisode:
-    """Execute each answer only after the next observation; before the first answer, stand still."""
-    moves = np.diff(episode.position, axis=0)
-    late_moves = np.concatenate([np.zeros((1, 3)), moves[:-1]])
-    position = np.concatenate([episode.position[:1], episode.position[0] + late_moves.cumsum(0)])
-    return replace(episode, position=position)
 
 
 def test_an_arm_that_follows_the_answer_before_the_last_is_late() -> None:

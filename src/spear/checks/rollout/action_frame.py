@@ -24,6 +24,7 @@ class ActionFrameCheck(MotionCheck):
     causes: ClassVar[frozenset[str]] = frozenset({"controller-short"})
 
     def examine_motion(self, motion: CommandedMotion) -> Result:
+        motion = motion.retimed
         better = motion.better_reading
         if better is None or better.reading.frame == "base":
             return self._examine_rotations(motion)

@@ -19,6 +19,7 @@ class ActionSignCheck(MotionCheck):
     causes: ClassVar[frozenset[str]] = frozenset({"controller-short"})
 
     def examine_motion(self, motion: CommandedMotion) -> Result:
+        motion = motion.retimed
         better = motion.better_reading
         if better is None:
             return self._examine_rotations(motion)

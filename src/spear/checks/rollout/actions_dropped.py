@@ -33,8 +33,6 @@ class ActionsDroppedCheck(MotionCheck):
     def examine_motion(self, motion: CommandedMotion) -> Result:
         if motion.typical_num_executed > 1:
             return Doubt("the robot executes several actions per observation")
-        if motion.better_reading is not None:
-            return None
         gains = motion.step_gains
         is_dropped = gains < MAX_DROPPED_GAIN  # False for NaN
         is_full = gains > FULL_GAIN

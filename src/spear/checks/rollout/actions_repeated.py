@@ -10,13 +10,7 @@ from spear.checks.rollout.case import (
     Result,
     confidence_of_margin,
 )
-from spear.checks.rollout.motion import (
-    MAX_READING_ERROR,
-    MIN_COMMAND_M,
-    MIN_MOVES,
-    CommandedMotion,
-    is_surely_better,
-)
+from spear.checks.rollout.motion import CommandedMotion
 from spear.checks.rollout.motion_check import MotionCheck
 from spear.checks.rollout.motion_figures import draw_step_gains
 
@@ -29,10 +23,6 @@ MAX_ONCE_GAIN = 1.2
 # Share of the moves that are executed twice; below 0.01 in rollouts of nano.
 MIN_REPEATED_SHARE = 0.08
 CERTAIN_REPEATED_SHARE = 0.2
-# In a move that takes two actions' time, the arm executes the first two actions, or the first one
-# twice. The latter must explain this share of the motion more than the former. (The first two
-# actions of robots without faults leave a share of 0.06 unexplained.)
-MIN_TWICE_ADVANTAGE = 0.1
 MIN_EXPLAINED_SHARE = 0.7  # share of the moves that are executed once or twice
 
 
@@ -49,7 +39,7 @@ class ActionsRepeatedCheck(MotionCheck):
             return by_times
         if motion.typical_num_executed > 1:
             return Doubt("the robot executes several actions per observation")
-        if motion.better_reading is not None or motion.other_rate is not None:
+        if motion.other_rate is not None:
             return None
         if motion.small_gain > MAX_TWICE_GAIN:
             return None  # another unit, whose longer moves the robot cuts
@@ -80,28 +70,15 @@ class ActionsRepeatedCheck(MotionCheck):
     @staticmethod
     def _examine_two_action_moves(motion: CommandedMotion) -> Finding | None:
         """Look for moves of two actions' time in which the arm executes the first action twice."""
-        if motion.commanded.shape[1] < 2:
+        fit = motion.repeated_fit
+        if fit is None:
             return None
-        first = motion.commanded[:, 0]
-        is_double = (motion.num_executed == 2) & (np.linalg.norm(first, axis=1) > MIN_COMMAND_M)
-        if is_double.sum() < MIN_MOVES or not np.isfinite(motion.seconds).all():
-            return None
-        achieved = motion.achieved[is_double]
-        lengths_m = np.linalg.norm(achieved, axis=1)
-        # How far each move is from the first two actions, and from the first action twice
-        two_errors_m = np.linalg.norm(achieved - motion.commanded[is_double, 1], axis=1)
-        twice_errors_m = np.linalg.norm(achieved - 2 * first[is_double], axis=1)
-        twice_error = twice_errors_m.mean() / max(lengths_m.mean(), 1e-9)
-        is_twice = is_surely_better(two_errors_m, twice_errors_m, lengths_m, MIN_TWICE_ADVANTAGE)
-        if not is_twice or twice_error > MAX_READING_ERROR:
-            return None
-        two_error = two_errors_m.mean() / max(lengths_m.mean(), 1e-9)
         return Finding(
             confidence=0.95,
             evidence=(
-                f"{is_double.sum()} of {len(is_double)} moves take two actions' time. The first "
-                f"action, twice, explains all but {twice_error:.0%} of them; the first two "
-                f"actions, all but {two_error:.0%}"
+                f"{fit.num_moves} of {len(motion.achieved)} moves take two actions' time. The "
+                f"first action, twice, explains all but {fit.error:.0%} of them; the first two "
+                f"actions, all but {fit.plain_error:.0%}"
             ),
             cure="send each action once: two threads, or a retry after a timeout, send it again",
             file="the control loop of your robot",

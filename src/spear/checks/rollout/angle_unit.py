@@ -6,7 +6,7 @@ import numpy as np
 
 from spear.checks.rollout.action_frame import ROBOT_FILE
 from spear.checks.rollout.case import Case, Curve, Doubt, Figure, Finding, Result, RolloutCheck
-from spear.checks.rollout.motion import MIN_MOVES
+from spear.checks.rollout.motion import MAX_TURN_AXIS_RAD, MIN_MOVES, SMALL_COMMAND_QUANTILE
 
 # Median achieved rotation, as a multiple of the median commanded one (nano: 0.99 … 1.02).
 MIN_TURN_RATIO = 2.5  # degrees taken for radians are 57 times too large, before limits of the robot
@@ -37,7 +37,11 @@ class AngleUnitCheck(RolloutCheck):
         is_too_near = np.quantile(achieved, 0.8) < MAX_UNIT_GAIN * np.median(commanded)
         # A robot that limits its turns, or one that turns by more than half a turn, does not turn
         # along its commands, but too far.
-        is_too_far = ratio > MIN_TURN_RATIO and motion.better_turn_reading is None
+        is_small = commanded <= np.quantile(commanded, SMALL_COMMAND_QUANTILE)
+        small_ratio = float(np.median(achieved[is_small]) / np.median(commanded[is_small]))
+        is_along = motion.turn_axis_errors["plain"] < MAX_TURN_AXIS_RAD
+        is_far = ratio > MIN_TURN_RATIO or (is_along and small_ratio > MIN_TURN_RATIO)
+        is_too_far = is_far and motion.better_turn_reading is None
         if not is_too_near and not is_too_far:
             return None
         moves = np.arange(num_turning)

@@ -102,12 +102,13 @@ class Figure:
 class Finding:
     """A fault that a check found.
 
-    confidence  how sure the check is, 0 … 1.
-    evidence    what was measured.
-    cure        what to change.
-    file        in which file or part of your setup to change it, in words.
-    figure      the evidence as a picture.
-    camera      the only camera that the fault concerns; None if it concerns several, or none.
+    confidence      how sure the check is, 0 … 1.
+    evidence        what was measured.
+    cure            what to change.
+    file            in which file or part of your setup to change it, in words.
+    figure          the evidence as a picture.
+    camera          the only camera that the fault concerns; None if it concerns several, or none.
+    is_independent  whether it is more than any other fault could cause.
     """
 
     confidence: float
@@ -116,6 +117,7 @@ class Finding:
     file: str
     figure: Figure | None = None
     camera: str | None = None
+    is_independent: bool = False
 
 
 @dataclass(frozen=True)

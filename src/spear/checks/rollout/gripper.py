@@ -43,6 +43,8 @@ class GripperUse:
     open_level               median opening of the rollout while it is commanded to be open; NaN if
                              it hardly ever is.
     training_open_level      the same in the demonstrations.
+    closed_level             median opening of the rollout while it is commanded to be closed; NaN
+                             if it hardly ever is.
     """
 
     rollout: Sequence[CommandedGripper]
@@ -52,11 +54,23 @@ class GripperUse:
     training_first_openings: Array
     open_level: float
     training_open_level: float
+    closed_level: float
 
     @property
     def opposes_commands(self) -> bool:
         """Whether openings are opposed to their commands."""
-        return self.following is not None and self.following.correlation <= -MIN_CORRELATION
+        if self.following is None:
+            return False
+        return self.following.correlation <= -MIN_CORRELATION or self.has_exchanged_levels
+
+    @property
+    def has_exchanged_levels(self) -> bool:
+        """Whether the gripper is open while it is commanded to be closed, and the reverse.
+
+        This shows an inverted gripper also if it misses or delays some of its commands.
+        """
+        is_open = self.closed_level >= MAX_SCALE * self.training_open_level  # False for NaN
+        return bool(is_open and self.scale <= MAX_CLOSED_SCALE)
 
     @property
     def follows_commands(self) -> bool:
@@ -104,11 +118,15 @@ class GripperUse:
 
         Then the gripper measures less than in training also before its first command.
         """
-        is_scaled = 0 < self.scale <= MAX_SCALE  # False for NaN
-        if not is_scaled or self.following is None or self.opposes_commands:
+        is_scaled = MAX_CLOSED_SCALE < self.scale <= MAX_SCALE  # False for NaN
+        if not is_scaled or self.opposes_commands:
             return False
         usual_start = float(np.median(self.training_first_openings))
-        return float(np.median(self.first_openings)) <= MAX_SCALE * usual_start
+        start = float(np.median(self.first_openings))
+        if self.following is None:
+            # A gripper that never moves is scaled if it begins as it goes on, and not closed.
+            return abs(start - self.open_level) <= MAX_CLOSED_SCALE and usual_start > MAX_SCALE
+        return start <= MAX_SCALE * usual_start
 
     @staticmethod
     def from_episodes(
@@ -122,8 +140,9 @@ class GripperUse:
             training_following=_find_delay(_select_changing(demonstrations)),
             first_openings=np.array([episode.opening[0] for episode in rollout]),
             training_first_openings=np.array([episode.opening[0] for episode in demonstrations]),
-            open_level=_measure_open_level(rollout),
-            training_open_level=_measure_open_level(demonstrations),
+            open_level=_measure_level(rollout, is_open=True),
+            training_open_level=_measure_level(demonstrations, is_open=True),
+            closed_level=_measure_level(rollout, is_open=False),
         )
 
 
@@ -155,12 +174,15 @@ def _find_delay(episodes: Sequence[CommandedGripper]) -> Following | None:
     return longest if longest.correlation >= MIN_CORRELATION else usual
 
 
-def _measure_open_level(episodes: Sequence[RecordedEpisode]) -> float:
-    """Return the median opening after some steps of a command to open; NaN with too few steps."""
+def _measure_level(episodes: Sequence[RecordedEpisode], is_open: bool) -> float:
+    """Return the median opening after some steps of a command to open, or of one to close.
+
+    NaN with too few steps.
+    """
     levels = []
     for episode in episodes:
-        is_open = np.asarray(episode.action[:, 7]) > OPEN_COMMAND
+        is_commanded = (np.asarray(episode.action[:, 7]) > OPEN_COMMAND) == is_open
         for step in range(SETTLING_STEPS, len(episode)):
-            if is_open[step - SETTLING_STEPS : step].all():
+            if is_commanded[step - SETTLING_STEPS : step].all():
                 levels.append(episode.opening[step])
     return float(np.median(levels)) if len(levels) >= MIN_OPENINGS else float("nan")

@@ -37,7 +37,7 @@ class GripperInvertedCheck(RolloutCheck):
                 file=ROBOT_FILE,
                 figure=draw_gripper(case),
             )
-        if gripper.starts_opposite_to_training:
+        if gripper.starts_opposite_to_training and not gripper.is_state_scaled:
             # Openings that follow their commands make this less sure: either both are inverted, or
             # the gripper only begins with another opening than in training.
             return Finding(

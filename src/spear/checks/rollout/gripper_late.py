@@ -9,6 +9,9 @@ from spear.checks.rollout.gripper_figures import draw_gripper
 # precede their commands.
 USUAL_DELAY_S = 0.2
 MIN_EXTRA_DELAY_S = 0.35  # beyond the delay of training (nano: 0)
+# Late, repeated or dropped actions delay the gripper, too, but by at most four observations.
+MIN_INDEPENDENT_STEPS = 5
+MIN_INDEPENDENT_CORRELATION = 0.8
 
 
 class GripperLateCheck(RolloutCheck):
@@ -43,4 +46,8 @@ class GripperLateCheck(RolloutCheck):
             cure="send the gripper's command at once, without waiting for the arm or a queue",
             file=ROBOT_FILE,
             figure=draw_gripper(case),
+            is_independent=(
+                following.delay_steps >= MIN_INDEPENDENT_STEPS
+                and following.correlation >= MIN_INDEPENDENT_CORRELATION
+            ),
         )

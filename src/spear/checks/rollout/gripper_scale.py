@@ -38,7 +38,7 @@ class GripperScaleCheck(RolloutCheck):
         scale = gripper.scale
         if scale > MAX_SCALE:
             return None
-        if gripper.following is None:
+        if gripper.following is None and not gripper.is_state_scaled:
             return Doubt(f"the open gripper measures {scale:.0%} of training, and never moves")
         return Finding(
             confidence=confidence_of_margin(-scale, -MAX_SCALE, -CERTAIN_SCALE),

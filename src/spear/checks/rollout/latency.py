@@ -94,7 +94,7 @@ class LatencyCheck(RolloutCheck):
     def _examine_moves(motion: CommandedMotion) -> Finding | None:
         """Look for an arm that executes fast answers late: the network or its program is slow."""
         late_fit = motion.late_fit
-        if late_fit is None or motion.better_reading is not None:
+        if late_fit is None:
             return None
         return Finding(
             confidence=0.85,

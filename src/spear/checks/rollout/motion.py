@@ -11,7 +11,7 @@ them were moved after runs of the bench of planted faults (docs/results/diagnose
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import product
 from typing import NamedTuple
@@ -49,7 +49,17 @@ MIN_BASE_ANGLE_RAD = np.radians(15)  # a base that is turned by less is not turn
 ROTATED_PENALTY = 0.05  # share of the motion that a turned base must explain more than others
 MAX_READING_ERROR = 0.5  # a reading that leaves more of the motion unexplained is not believed
 MIN_READING_ADVANTAGE = 0.2  # share of the motion that a reading must explain beyond the plain one
-MIN_LATE_ADVANTAGE = 0.1  # the same for the answer before the last one, which is similar to it
+# A move is exactly as a reading predicts it if it differs by less than this share of its length.
+MAX_EXACT_ERROR = 0.1
+# So many moves must be exactly as another reading predicts them, and not as the plain one does; and
+# so many times more of them than of the opposite. Robots without faults have at most 2.
+MIN_EXACT_MOVES = 10
+MIN_EXACT_RATIO = 4
+MIN_TIMING_ADVANTAGE = 0.1  # share of the motion that other actions must explain more
+# The arm rotates about the axes of another reading if the median angle to them is at most the first
+# limit, and to those of its commands at least the second one (nano: 1° to its commands).
+MAX_TURN_AXIS_RAD = np.radians(20)
+MIN_WRONG_TURN_AXIS_RAD = np.radians(60)
 # An action lasts for another time than in training if its rate differs by more than this factor.
 MIN_RATE_RATIO = 1.4
 CERTAIN_RATE_RATIO = 1.8
@@ -123,15 +133,17 @@ class ReadingFit:
     error: float
 
 
-class LateFit(NamedTuple):
-    """How well the answer before the last one explains the moves.
+class TimingFit(NamedTuple):
+    """How well other actions than those that should be executed explain the moves.
 
     error        share of the motion that stays unexplained.
-    plain_error  the same for the last answer.
+    plain_error  the same for the actions that should be executed.
+    num_moves    how many moves were compared.
     """
 
     error: float
     plain_error: float
+    num_moves: int
 
 
 @dataclass(frozen=True)
@@ -258,33 +270,63 @@ class CommandedMotion:
         plain_error = _measure_unexplained(achieved, plain_fit.gain * plain_predicted)
         best_error = _measure_unexplained(achieved, best.gain * best_predicted)
         lengths = np.linalg.norm(achieved, axis=1)
-        is_better = is_surely_better(plain_error, best_error, lengths, MIN_READING_ADVANTAGE)
-        return best if is_better else None
+        if is_surely_better(plain_error, best_error, lengths, MIN_READING_ADVANTAGE):
+            return best
+        # Frames that differ little predict most moves alike. Then the others tell them apart.
+        return best if explains_more_exactly(plain_error, best_error, lengths) else None
 
     @cached_property
-    def late_fit(self) -> LateFit | None:
-        """The fit of the answer before the last one, if it surely explains the moves better.
+    def likely_reading(self) -> ReadingFit:
+        """The better reading, or else the plain one."""
+        return self.better_reading or self.fit_of(PLAIN)
+
+    @cached_property
+    def late(self) -> "CommandedMotion":
+        """The moves with the actions of the answer before the last one.
 
         So the arm moves if an answer arrives only after the next observation.
         """
-        # Pairs of moves that follow each other in an episode; the second one of each is explained.
-        is_pair = self.episode[1:] == self.episode[:-1]
-        is_pair = is_pair & self.is_moving[1:] & self.is_moving[:-1]
-        if is_pair.sum() < MIN_MOVES:
-            return None
-        achieved = self.achieved[1:][is_pair]
-        lengths = np.linalg.norm(achieved, axis=1)
-        errors = []
-        for command in (self.command[:-1][is_pair], self.command[1:][is_pair]):
-            gain = _fit_median_gain(achieved, command)
-            errors.append(_measure_unexplained(achieved, gain * command))
-        late_error, plain_error = errors
-        if not is_surely_better(plain_error, late_error, lengths, MIN_LATE_ADVANTAGE):
-            return None
-        mean_length = _measure_mean_length(achieved)
-        return LateFit(
-            float(late_error.mean() / mean_length), float(plain_error.mean() / mean_length)
+        has_previous = self.episode[1:] == self.episode[:-1]
+        later = self._select(np.flatnonzero(has_previous) + 1)
+        earlier = self._select(np.flatnonzero(has_previous))
+        return replace(later, commanded=earlier.commanded, turn_quats=earlier.turn_quats)
+
+    @cached_property
+    def repeated(self) -> "CommandedMotion":
+        """The moves with the first action of each answer, executed as often as there was time."""
+        first_turns = torch.as_tensor(self.turn_quats[:, 0])
+        repeats = torch.as_tensor(self.num_executed)[:, None]
+        turns = quat_exp(repeats * quat_log(quat_canonical(first_turns)))
+        return replace(
+            self,
+            commanded=(self.num_executed[:, None] * self.commanded[:, 0])[:, None],
+            turn_quats=turns[:, None].numpy(),
+            num_executed=np.ones(len(self.achieved), int),
         )
+
+    @cached_property
+    def late_fit(self) -> TimingFit | None:
+        """The fit of the answer before the last one, if it surely explains the moves better."""
+        has_previous = np.flatnonzero(self.episode[1:] == self.episode[:-1]) + 1
+        return _compare_timing(self._select(has_previous), self.late)
+
+    @cached_property
+    def repeated_fit(self) -> TimingFit | None:
+        """The fit of first actions that are executed twice, if they surely explain moves better.
+
+        Only moves that take two actions' time tell it.
+        """
+        if self.commanded.shape[1] < 2 or not np.isfinite(self.seconds).all():
+            return None
+        is_double = np.flatnonzero(self.num_executed == 2)
+        return _compare_timing(self._select(is_double), self.repeated._select(is_double))
+
+    @cached_property
+    def retimed(self) -> "CommandedMotion":
+        """The moves with the actions that explain them: late or repeated ones, if these do."""
+        if self.late_fit is not None:
+            return self.late
+        return self if self.repeated_fit is None else self.repeated
 
     @cached_property
     def turn_errors(self) -> dict[str, Array]:
@@ -329,10 +371,42 @@ class CommandedMotion:
         errors = self.turn_errors
         best = min(errors, key=lambda name: errors[name].mean())
         lengths = np.linalg.norm(self.turn[self.is_turning], axis=1)
+        if self.rotates_about_reordered_axes:
+            return "x y z w"
         if best == "plain" or errors[best].mean() > MAX_READING_ERROR * lengths.mean():
             return None
         is_better = is_surely_better(errors["plain"], errors[best], lengths, MIN_READING_ADVANTAGE)
         return best if is_better else None
+
+    @cached_property
+    def turn_axis_errors(self) -> dict[str, float]:
+        """The median angle, rad, from achieved axes of rotation to those of two readings.
+
+        The readings are "plain" and "x y z w". A robot that limits its rotations still rotates
+        about the axes that it was commanded.
+        """
+        command = torch.as_tensor(
+            self.turn_quats[:, self._assumed_num_executed - 1][self.is_turning]
+        )
+        achieved = self.turn[self.is_turning]
+        achieved_lengths = np.linalg.norm(achieved, axis=1)
+        errors = {}
+        for name, quats in {"plain": command, "x y z w": command.roll(1, dims=-1)}.items():
+            turns = quat_log(quat_canonical(quats)).numpy()
+            lengths = achieved_lengths * np.linalg.norm(turns, axis=1)
+            cosines = (turns * achieved).sum(1) / np.maximum(lengths, 1e-12)
+            errors[name] = float(np.median(np.arccos(np.clip(cosines, -1, 1))))
+        return errors
+
+    @property
+    def rotates_about_reordered_axes(self) -> bool:
+        """Whether the arm rotates about axes of commands that are read as x y z w."""
+        achieved = np.linalg.norm(self.turn[self.is_turning], axis=1)
+        if len(achieved) < MIN_MOVES or np.median(achieved) < MIN_COMMAND_RAD:
+            return False
+        errors = self.turn_axis_errors
+        is_reordered = errors["x y z w"] < MAX_TURN_AXIS_RAD
+        return is_reordered and errors["plain"] > MIN_WRONG_TURN_AXIS_RAD
 
     @cached_property
     def turn_gain(self) -> float:
@@ -342,8 +416,11 @@ class CommandedMotion:
 
     @cached_property
     def step_gains(self) -> Array:
-        """[N] achieved displacement along the command, per commanded length; NaN if not moving."""
-        command = self.command
+        """[N] achieved displacement along the command, per commanded length; NaN if not moving.
+
+        The command is read as the likely reading does.
+        """
+        command = self._displacements_by_reading[self.likely_reading.reading]
         squared_length = (command**2).sum(1)
         gains = (self.achieved * command).sum(1) / np.maximum(squared_length, 1e-12)
         return np.where(self.is_moving, gains, np.nan)
@@ -379,9 +456,31 @@ class CommandedMotion:
         return best if errors[best] < MAX_READING_ERROR else None
 
     @cached_property
+    def num_executed_exactly(self) -> int | None:
+        """How many actions the arm executed between observations, by its exact moves.
+
+        None if too few moves tell it. Rotations tell it if translations are in another unit, and
+        the reverse; a blocked arm has at least some free moves.
+        """
+        turns = quat_log(quat_canonical(torch.as_tensor(self.turn_quats))).numpy()
+        for achieved, commanded, min_length in (
+            (self.turn, turns, MIN_COMMAND_RAD),
+            (self.achieved, self.commanded, MIN_COMMAND_M),
+        ):
+            is_long = np.linalg.norm(commanded, axis=2).min(1) > min_length
+            errors = np.linalg.norm(achieved[is_long, None] - commanded[is_long], axis=2)
+            limits = MAX_EXACT_ERROR * np.linalg.norm(commanded[is_long], axis=2)
+            num_exact = (errors < limits).sum(0)  # [H] moves of each number of actions
+            count = int(num_exact.argmax())
+            num_others = np.delete(num_exact, count).max(initial=0)
+            if num_exact[count] >= max(MIN_MOVES, MIN_EXACT_RATIO * num_others):
+                return count + 1
+        return None
+
+    @cached_property
     def other_rate(self) -> OtherRate | None:
         """The rate at which actions are executed; None if it is the one of training, or unknown."""
-        count = self.num_executed_by_motion
+        count = self.num_executed_by_motion or self.num_executed_exactly
         if count is None or not np.isfinite(self.seconds).all():
             return None
         low, median, high = np.quantile(self.seconds, [0.25, 0.5, 0.75])
@@ -450,6 +549,11 @@ class CommandedMotion:
         sine_sum = (x * moved_y - y * moved_x).sum()
         return float(np.arctan2(sine_sum, cosine_sum))
 
+    def _select(self, indices: Array) -> "CommandedMotion":
+        """Return only some of the moves."""
+        selected = {name: getattr(self, name)[indices] for name in self.__dataclass_fields__}
+        return CommandedMotion(**selected)
+
     def _select_free(self, reading: Reading) -> tuple[Array, Array]:
         """Return achieved and predicted displacements of the free moves."""
         return self.achieved[self.is_free], self._displacements_by_reading[reading][self.is_free]
@@ -472,6 +576,52 @@ def is_surely_better(
         lengths[draws].sum(1), 1e-9
     )
     return bool(np.quantile(advantages, SMALL_QUANTILE) > min_advantage)
+
+
+def _compare_timing(plain: CommandedMotion, other: CommandedMotion) -> TimingFit | None:
+    """Compare the actions that should be executed with others, both in their best reading.
+
+    Returns:
+        The fit of the others; None unless they surely explain the same moves better.
+    """
+    is_compared = plain.is_moving & other.is_moving
+    if is_compared.sum() < MIN_MOVES:
+        return None
+    achieved = plain.achieved[is_compared]
+    lengths = np.linalg.norm(achieved, axis=1)
+    best_errors = []
+    for motion in (other, plain):
+        errors = []
+        for displacements in motion._displacements_by_reading.values():
+            predicted = displacements[is_compared]
+            gain = _fit_median_gain(achieved, predicted)
+            errors.append(_measure_unexplained(achieved, gain * predicted))
+        best_errors.append(min(errors, key=lambda error: float(error.mean())))
+    other_error, plain_error = best_errors
+    mean_length = _measure_mean_length(achieved)
+    share = float(other_error.mean() / mean_length)
+    is_better = is_surely_better(plain_error, other_error, lengths, MIN_TIMING_ADVANTAGE)
+    is_better = is_better or explains_more_exactly(plain_error, other_error, lengths)
+    if not is_better or share > MAX_READING_ERROR:
+        return None
+    return TimingFit(share, float(plain_error.mean() / mean_length), int(is_compared.sum()))
+
+
+def explains_more_exactly(plain_errors: Array, other_errors: Array, lengths: Array) -> bool:
+    """Return whether many moves are exactly as another reading predicts, but not as the plain one.
+
+    Blocked moves, which no reading predicts, do not count.
+
+    Args:
+        plain_errors: [N] error of each move by the plain reading.
+        other_errors: [N] error of each move by the other reading.
+        lengths: [N] size of each move.
+    """
+    is_exact_by_plain = plain_errors < MAX_EXACT_ERROR * lengths
+    is_exact_by_other = other_errors < MAX_EXACT_ERROR * lengths
+    num_by_other = int((is_exact_by_other & ~is_exact_by_plain).sum())
+    num_by_plain = int((is_exact_by_plain & ~is_exact_by_other).sum())
+    return num_by_other >= max(MIN_EXACT_MOVES, MIN_EXACT_RATIO * num_by_plain)
 
 
 def _moves_while_waiting(episode: RecordedEpisode) -> bool:

@@ -35,13 +35,13 @@ class QuaternionOrderCheck(RolloutCheck):
     def examine(self, case: Case) -> Result:
         motion = case.motion
         if motion.better_turn_reading == "x y z w":
-            errors = motion.turn_errors
+            errors_deg = {name: np.degrees(e) for name, e in motion.turn_axis_errors.items()}
             return Finding(
                 confidence=0.93,
                 evidence=(
-                    "the arm rotates as if commands were x y z w: that is off by "
-                    f"{np.degrees(errors['x y z w'].mean()):.1f}° per move, w x y z by "
-                    f"{np.degrees(errors['plain'].mean()):.1f}°"
+                    "the arm rotates as if commands were x y z w: about axes that are "
+                    f"{errors_deg['x y z w']:.0f}° from those, and {errors_deg['plain']:.0f}° from "
+                    "those of w x y z (medians)"
                 ),
                 cure="our quaternions are w x y z: reorder them for your robot",
                 file=ROBOT_FILE,

@@ -27,9 +27,6 @@ class TranslationUnitCheck(MotionCheck):
     causes: ClassVar[frozenset[str]] = frozenset(
         {
             "controller-short",
-            "actions-repeated",
-            "actions-dropped",
-            "control-rate",
             "gripper-late",
             "seam-jumps",
             "start-outside",
@@ -51,6 +48,7 @@ class TranslationUnitCheck(MotionCheck):
         )
 
     def examine_motion(self, motion: CommandedMotion) -> Result:
+        motion = motion.retimed
         # Does the arm hardly move, both along its commands and in any direction?
         is_too_near = np.nanquantile(motion.step_gains, UPPER_QUANTILE) < MAX_UNIT_GAIN
         achieved_m = np.linalg.norm(motion.achieved[motion.is_moving], axis=1)
@@ -59,14 +57,10 @@ class TranslationUnitCheck(MotionCheck):
 
         # Or does it move too far? Limits cut moves, but another unit still makes most of them too
         # long.
-        if motion.better_reading is None:
-            fit = motion.fits[0]
-            gain = motion.small_gain
-            is_mostly_too_far = np.nanmedian(motion.step_gains) > MIN_TYPICAL_GAIN
-        else:
-            fit = motion.better_reading
-            gain = fit.gain
-            is_mostly_too_far = True  # not judged, because `step_gains` are of the plain reading
+        fit = motion.likely_reading
+        gain = motion.small_gain
+        is_free = motion.is_free
+        is_mostly_too_far = np.median(motion.step_gains[is_free]) > MIN_TYPICAL_GAIN
         is_explained = fit.error < MAX_READING_ERROR
         is_too_far = is_explained and is_mostly_too_far and gain > MIN_UNIT_GAIN
         if not is_too_far and not (is_too_near and is_still):
