@@ -427,7 +427,7 @@ def test_the_command_overwrites_nothing(
 
     assert first_exit_code == 0
     assert json.loads(layout.read_text())["facts"]
-    assert f"{layout} should contain this" in capsys.readouterr().err
+    assert f"wrote {layout}: read and correct it" in capsys.readouterr().err
     assert second_exit_code == 2
 
 

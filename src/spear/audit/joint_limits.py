@@ -16,6 +16,9 @@ from spear.types import Array
 
 MAX_EPISODES = 12  # the joints of this many episodes are read, the first ones
 MAX_EXCESS_RAD = 0.26  # 15°: a calibration puts the zero of a joint a few degrees off
+MIN_HEIGHT_M = -0.03
+"""A tip that goes lower than this below the base would be inside the table, unless the base stands
+higher than the table. A shoulder that is 2° off moves a tip that is 0.3 m away by 0.01 m."""
 
 
 def examine_joint_limits(folder: Dataset, split: str, layout: DatasetLayout) -> list[Check]:
@@ -57,7 +60,17 @@ def examine_joint_limits(folder: Dataset, split: str, layout: DatasetLayout) -> 
             f"arm's calibration ({tip})"
         )
         return [Check("joints", "cannot tell", words)]
-    return [Check("joints", "agrees", f"all stay within the limits of the URDF; {tip}")]
+    if heights_m.min() < MIN_HEIGHT_M:
+        words = (
+            f"{tip}; unless the base stands higher than the table, the zero or the sign of a joint "
+            f"is wrong, or the link"
+        )
+        return [Check("joints", "cannot tell", words)]
+    words = (
+        f"all stay within the limits of the URDF; {tip}: compare these heights with your "
+        f"recordings, since nothing else shows a wrong zero or sign"
+    )
+    return [Check("joints", "agrees", words)]
 
 
 def _describe_violation(joint: UrdfJoint, values: Array) -> str:

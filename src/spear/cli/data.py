@@ -101,6 +101,7 @@ def describe(options: DescribeOptions) -> None:
         if options.urdf is not None:
             _copy_urdf(options.urdf, options.out.parent)
         write_text(options.out, text + "\n")
+        advice = f"wrote {options.out}: read and correct it"
     print(f"{advice}; then run `spear data audit {options.path}`", file=sys.stderr)
 
 

@@ -102,7 +102,8 @@ def examine_rotations(expected: TrainingDistribution, rotations: Array) -> Itera
             "rotation",
             f"the end-effector is turned by {np.degrees(max_angle):.0f}° from the mean "
             f"orientation, in training by at most {np.degrees(expected.max_rotation_rad):.0f}°. "
-            "Check the order of the quaternion and the frame.",
+            "Check the order of the quaternion and the frame or, if it is computed from joint "
+            "angles, their zeros and signs.",
         )
 
 

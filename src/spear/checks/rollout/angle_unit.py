@@ -51,7 +51,10 @@ class AngleUnitCheck(RolloutCheck):
                 f"the arm rotates by {np.median(achieved):.2g}° where {np.median(commanded):.2g}° "
                 f"are commanded (medians of {num_turning} moves), {gain:.2g} of it along them"
             ),
-            cure="convert radians to the unit of the robot's controller, once",
+            cure=(
+                "convert radians to the unit of the robot's controller, once; if the state is "
+                "computed from joint angles, check their signs, zeros and unit first"
+            ),
             file=ROBOT_FILE,
             figure=Figure(
                 "rotation per move, degrees",
