@@ -51,7 +51,7 @@ from score import summarize, write_table
 from spear.cli import run_reporting_errors
 from spear.data.store.episode_store import EpisodeStore, append_episodes
 from spear.diagnose.diagnosis import diagnose, write_json
-from spear.diagnose.load import add_rollout, load_policy_case
+from spear.diagnose.load import load_policy_case, with_rollout
 from spear.diagnose.policy_case import PolicyCase
 from spear.policy import Spear1Policy
 from spear.sim.record import record_episodes
@@ -207,7 +207,7 @@ def diagnose_case(case: Case, subject: Subject, out: Path) -> dict[str, Any]:
     rollout = out / "rollouts" / case.name
     started_s = time.perf_counter()
     started_processor_s = time.process_time()
-    diagnosis = diagnose(add_rollout(policy_case, rollout))
+    diagnosis = diagnose(with_rollout(policy_case, rollout))
     seconds = time.perf_counter() - started_s
     processor_s = time.process_time() - started_processor_s
 

@@ -48,7 +48,7 @@ def diagnose(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Diagnose:
     append_episodes([make_episode(0)], tmp_path / "rollout")
 
     def run(*checks: RolloutCheck, out: str = "None") -> tuple[int, dict[str, object]]:
-        monkeypatch.setattr("spear.diagnose.diagnosis.find_checks", lambda: checks)
+        monkeypatch.setattr("spear.diagnose.diagnosis.make_all_checks", lambda: checks)
         file = tmp_path / "diagnosis.json"
         command = f"diagnose --rollout {tmp_path}/rollout --json {file} --device cpu --out {out}"
         code = main(command.split())
@@ -167,7 +167,7 @@ def test_the_advice_names_the_file_that_the_user_wrote(
 ) -> None:
     append_episodes([make_episode(0)], tmp_path / "rollout")
     finding = replace(FINDING, file="observe in your robot's file")
-    monkeypatch.setattr("spear.diagnose.diagnosis.find_checks", lambda: (make_check(finding),))
+    monkeypatch.setattr("spear.diagnose.diagnosis.make_all_checks", lambda: (make_check(finding),))
 
     main(f"diagnose --rollout {tmp_path}/rollout --robot {robot} --out None".split())
 

@@ -8,7 +8,7 @@ import pytest
 
 from rollouts import RobotFaults, record_rollout
 from spear.cli import main
-from spear.diagnose.registry import FAULTS, find_checks
+from spear.diagnose.registry import FAULTS, make_all_checks
 from spear.policy import Spear1Policy
 from spear.types import Array
 
@@ -24,7 +24,7 @@ def invert_gripper(action: Array, state: Array) -> list[Array]:
 
 
 def test_every_check_has_a_fault_of_its_own() -> None:
-    faults = [check.fault for check in find_checks()]
+    faults = [check.fault for check in make_all_checks()]
 
     assert len(set(faults)) == len(faults)
     assert set(faults) <= set(FAULTS)

@@ -13,7 +13,7 @@ from spear.checks.rollout.case import Doubt, Finding, Result
 from spear.data.store.episode_store import EpisodeStore
 from spear.diagnose.policy_case import PolicyCase
 from spear.diagnose.policy_checks.object_not_in_view import ObjectNotInViewCheck
-from spear.diagnose.sight import list_names
+from spear.diagnose.sight import list_object_names
 from spear.evaluate.vqa.calibration import Trust
 from spear.policy import Spear1Policy
 from spear.types import Array, Episode
@@ -137,4 +137,4 @@ def test_a_model_that_confirms_absent_objects_is_not_asked(
 def test_the_objects_of_an_instruction_follow_its_articles(
     instruction: str, names: list[str]
 ) -> None:
-    assert list_names(instruction) == names
+    assert list_object_names(instruction) == names

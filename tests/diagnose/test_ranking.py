@@ -31,7 +31,7 @@ def make_check(
 
 def diagnose_with(monkeypatch: pytest.MonkeyPatch, *checks: RolloutCheck) -> Diagnosis:
     """Diagnose a case with the given checks alone."""
-    monkeypatch.setattr(diagnosis, "find_checks", lambda: checks)
+    monkeypatch.setattr(diagnosis, "make_all_checks", lambda: checks)
     return diagnose(PolicyCase())
 
 

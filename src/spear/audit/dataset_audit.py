@@ -36,8 +36,8 @@ from spear.audit.hypotheses import (
     list_tested_state_formats,
 )
 from spear.audit.joint_limits import examine_joint_limits
-from spear.checks.cameras import View, check_cameras, summarize_view
-from spear.checks.gripper import check_gripper
+from spear.checks.cameras import View, examine_cameras, summarize_view
+from spear.checks.gripper import examine_gripper
 from spear.checks.recording import Recording
 from spear.checks.result import Check, Verdict
 from spear.checks.states import examine_rate, find_state_problems
@@ -246,7 +246,7 @@ def audit_dataset(
         split = next(iter(count_episodes(path)))  # the name of the first split
     layout = load_audit_layout(path, layout_file)
     report = _audit_numbers(path, split, layout)
-    cameras = check_cameras(summarize_cameras(path, split, layout))
+    cameras = examine_cameras(summarize_cameras(path, split, layout))
     texts = examine_instruction_and_success(path, split, layout)
     joints = []
     if layout.arm is not None:
@@ -277,7 +277,7 @@ def _audit_numbers(path: str | Path, split: str, layout: DatasetLayout) -> Repor
     if layout.logged_rotation_format == "urdf_joints":
         report = _drop_format_findings(report)
 
-    checks = [*report.checks, *check_gripper(recordings)]
+    checks = [*report.checks, *examine_gripper(recordings)]
     if not report.state_problems:
         checks += examine_rate(recordings)
     if layout.rotation_format not in UNMISTAKABLE_FORMATS:

@@ -37,6 +37,7 @@ from spear.checks.gripper import (
     MIN_EPISODES,
     MIN_MOTION,
     CommandedGripper,
+    Judgment,
     correlate_commands_by_delay,
     judge_open_end,
 )
@@ -949,25 +950,20 @@ def _propose_gripper(
         )
 
 
-def _judge_whether_high_is_open(
-    episodes: Sequence[Array], low: float, high: float
-) -> tuple[str, str]:
+def _judge_whether_high_is_open(episodes: Sequence[Array], low: float, high: float) -> Judgment:
     """Judge whether the high end of the readings is open, from episodes where the gripper moves.
 
     Args:
         episodes: readings [T] of each episode.
         low: the smallest reading.
         high: the largest reading.
-
-    Returns:
-        The verdict on "high is open", and the reasons in words.
     """
     openings = []
     for values in episodes:
         if np.ptp(values) > MIN_MOTION * (high - low):
             openings.append((values - low) / (high - low))
     if len(openings) < MIN_EPISODES:
-        return "cannot tell", "it hardly moves"
+        return Judgment("cannot tell", "it hardly moves")
     return judge_open_end(openings)
 
 

@@ -108,7 +108,7 @@ def is_frozen(images: Sequence[bytes], position: Array) -> bool:
     return is_one_image and bool(mark_frozen_steps(images, position).any())
 
 
-def check_cameras(views: Mapping[str, Sequence[View | None]]) -> list[Check]:
+def examine_cameras(views: Mapping[str, Sequence[View | None]]) -> list[Check]:
     """Find cameras that show nothing, and cameras that are exchanged.
 
     Args:
@@ -116,16 +116,16 @@ def check_cameras(views: Mapping[str, Sequence[View | None]]) -> list[Check]:
     """
     checks = []
     for camera, episodes in views.items():
-        check = _check_absent_or_blank(camera, episodes)
+        check = _examine_absent_or_blank(camera, episodes)
         if check is not None:
             checks.append(check)
-    exchange = _check_exchange(views.get("external", ()), views.get("wrist", ()))
+    exchange = _examine_exchange(views.get("external", ()), views.get("wrist", ()))
     if exchange is not None:
         checks.append(exchange)
     return checks
 
 
-def _check_absent_or_blank(camera: str, episodes: Sequence[View | None]) -> Check | None:
+def _examine_absent_or_blank(camera: str, episodes: Sequence[View | None]) -> Check | None:
     """Report a camera that is absent or blank in every episode; None if it shows something."""
     num_absent = sum(view is None for view in episodes)
     num_blank = sum(view is not None and view.is_blank for view in episodes)
@@ -140,7 +140,7 @@ def _check_absent_or_blank(camera: str, episodes: Sequence[View | None]) -> Chec
     return Check(f"camera {camera}", "wrong", words)
 
 
-def _check_exchange(
+def _examine_exchange(
     external_views: Sequence[View | None], wrist_views: Sequence[View | None]
 ) -> Check | None:
     """Check whether the external and the wrist camera have each other's names.

@@ -48,7 +48,7 @@ class CommandedGripper(NamedTuple):
     rate_hz: float
 
 
-def check_gripper(recordings: Sequence[Recording]) -> list[Check]:
+def examine_gripper(recordings: Sequence[Recording]) -> list[Check]:
     """Check whether openings and commands are what the layout says.
 
     Only episodes in which the gripper moves are compared. If the layout says that the gripper never
@@ -72,13 +72,13 @@ def check_gripper(recordings: Sequence[Recording]) -> list[Check]:
         if recording.command is not None:
             opening = np.asarray(recording.opening)
             commanded.append(CommandedGripper(opening, recording.command, recording.rate_hz))
-    range_problem = check_range(openings, [episode.command for episode in commanded])
+    range_problem = examine_range(openings, [episode.command for episode in commanded])
     if not commanded:
         return [range_problem or Check("gripper", verdict, words)]
-    return _check_commands(commanded, openings, Check("gripper", verdict, words), range_problem)
+    return _examine_commands(commanded, openings, Check("gripper", verdict, words), range_problem)
 
 
-def _check_commands(
+def _examine_commands(
     commanded: Sequence[CommandedGripper],
     openings: Sequence[Array],
     open_end: Check,
@@ -90,7 +90,7 @@ def _check_commands(
         commanded: the episodes with a moving gripper and with commands.
         openings: [T] of every episode with a moving gripper.
         open_end: the check of which end of the range is open.
-        range_problem: the problem that `check_range` found, if any.
+        range_problem: the problem that `examine_range` found, if any.
     """
     strongest = max(
         correlate_commands_by_delay(commanded), key=lambda result: abs(result.correlation)
@@ -101,7 +101,7 @@ def _check_commands(
     )
 
     if strongest.correlation >= MIN_CORRELATION:
-        problem = range_problem or check_command_timing(
+        problem = range_problem or examine_command_timing(
             [episode.opening for episode in commanded],
             [binarize_commands(episode.command, episode.rate_hz) for episode in commanded],
         )
@@ -134,7 +134,7 @@ def _check_commands(
     return [Check("gripper command", "wrong", words)]
 
 
-def check_range(openings: Sequence[Array], commands: Sequence[Array]) -> Check | None:
+def examine_range(openings: Sequence[Array], commands: Sequence[Array]) -> Check | None:
     """Report a moving gripper that is never open, or never commanded to open and to close.
 
     Args:
@@ -165,7 +165,7 @@ def check_range(openings: Sequence[Array], commands: Sequence[Array]) -> Check |
     return Check(name, "wrong", words)
 
 
-def check_command_timing(
+def examine_command_timing(
     openings: Sequence[Array], binary_commands: Sequence[Array]
 ) -> Check | None:
     """Report a gripper that has mostly moved already when its command changes.
@@ -229,14 +229,18 @@ def correlate_commands_by_delay(
     return results
 
 
-def judge_open_end(openings: Sequence[Array]) -> tuple[Verdict, str]:
+class Judgment(NamedTuple):
+    """A verdict, and its reasons in words."""
+
+    verdict: Verdict
+    reasons: str
+
+
+def judge_open_end(openings: Sequence[Array]) -> Judgment:
     """Judge whether what the layout calls open is open.
 
     Args:
         openings: [T] of each episode, in each of which the gripper moves.
-
-    Returns:
-        The verdict, and its reasons in words.
     """
     middles = [(opening.min() + opening.max()) / 2 for opening in openings]
     begins_open = [opening[0] > middle for opening, middle in zip(openings, middles, strict=True)]
@@ -271,10 +275,10 @@ def judge_open_end(openings: Sequence[Array]) -> tuple[Verdict, str]:
         f"{spread_open:.2f} when open"
     )
     if contact_sign < 0 and start_sign < 0:
-        return "wrong", f"{words}; exchange the two readings in gripper_range"
+        return Judgment("wrong", f"{words}; exchange the two readings in gripper_range")
     if max(contact_sign, start_sign) > 0 and min(contact_sign, start_sign) >= 0:
-        return "agrees", words
-    return "cannot tell", words
+        return Judgment("agrees", words)
+    return Judgment("cannot tell", words)
 
 
 def _measure_largest_difference(values: Sequence[float]) -> float:

@@ -79,9 +79,11 @@ def exchange_instructions(
     number of tokens shifts the positions of all that follow.
     """
     exchanged = []
-    lengths = dict(zip(instructions, count_tokens(instructions, policy), strict=True))
+    lengths = dict(
+        zip(instructions, count_tokens_that_policy_reads(instructions, policy), strict=True)
+    )
     prompts = [observation["prompt"] for observation in observations]
-    prompt_lengths = count_tokens(prompts, policy)
+    prompt_lengths = count_tokens_that_policy_reads(prompts, policy)
     for number, observation in enumerate(observations):
         distances = {}
         for text, length in lengths.items():
@@ -94,7 +96,7 @@ def exchange_instructions(
     return exchanged
 
 
-def count_tokens(instructions: Sequence[str], policy: Spear1Policy) -> list[int]:
+def count_tokens_that_policy_reads(instructions: Sequence[str], policy: Spear1Policy) -> list[int]:
     """Count the tokens of each instruction."""
     mask = policy.processor.encode_instructions(list(instructions), cut=True)["attention_mask"]
     return [int(count) for count in mask.sum(1)]

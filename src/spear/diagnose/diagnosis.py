@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from spear.checks.rollout.case import Doubt, Finding, Material, RolloutCheck
 from spear.diagnose.policy_case import PolicyCase
-from spear.diagnose.registry import find_checks
+from spear.diagnose.registry import make_all_checks
 from spear.util.files import write_text
 
 Verdict = Literal["nothing found", "found", "undecided"]
@@ -79,7 +79,7 @@ def diagnose(case: PolicyCase) -> Diagnosis:
     suspicions: dict[str, str] = {}
     unknown: dict[str, str] = {}
     clean: list[str] = []
-    for check in find_checks():
+    for check in make_all_checks():
         missing = sorted(check.needs - material)
         if missing:
             unknown[check.fault] = f"needs {' and '.join(missing)}"

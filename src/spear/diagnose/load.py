@@ -132,7 +132,7 @@ def load_case(
     """
     if robot is not None:
         load_embodiment(robot)  # raises an error for an unknown name
-    return add_rollout(load_policy_case(policy_name, episodes, device, norm_stats), rollout, robot)
+    return with_rollout(load_policy_case(policy_name, episodes, device, norm_stats), rollout, robot)
 
 
 def load_policy_case(
@@ -161,7 +161,7 @@ def load_policy_case(
     )
 
 
-def add_rollout(case: PolicyCase, rollout: Path | None, robot: str | None = None) -> PolicyCase:
+def with_rollout(case: PolicyCase, rollout: Path | None, robot: str | None = None) -> PolicyCase:
     """Return a case with a rollout, which shares all that does not depend on the rollout."""
     if rollout is None:
         return replace(case, robot=robot)

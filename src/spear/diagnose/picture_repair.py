@@ -66,13 +66,13 @@ class PictureRepair:
 NO_REPAIR = PictureRepair()
 
 
-def find_picture_repair(case: Case) -> PictureRepair:
+def choose_picture_repair(case: Case) -> PictureRepair:
     """Find what has to be undone in the external camera's pictures of a rollout."""
     exchanged_camera = _find_exchanged_camera(case)
     if exchanged_camera is not None:
         return PictureRepair(exchanged_camera)
     best_shape = find_best_shape(case, CAMERA)
-    best_color = case.comparison.best_color(CAMERA)
+    best_color = case.comparison.find_best_color(CAMERA)
     changes: list[PictureChange] = []
     if _is_sure(best_shape) and best_shape.version in _UNDOING:
         changes.append(_UNDOING[best_shape.version])

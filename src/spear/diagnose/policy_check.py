@@ -10,7 +10,7 @@ from spear.checks.rollout.case import (
     Finding,
     Result,
     RolloutCheck,
-    confidence_of_margin,
+    compute_confidence_of_margin,
 )
 from spear.diagnose.answers import Observation, compute_mean_distance_m, predict_path_ends
 from spear.diagnose.policy_case import PolicyCase
@@ -79,7 +79,7 @@ class ExchangeCheck(PolicyCheck):
             ("another observation", 1000 * by_all_m, f"{1000 * by_all_m:.1f} mm"),
         ]
         return Finding(
-            confidence=confidence_of_margin(-share, -self.max_share, -self.certain_share),
+            confidence=compute_confidence_of_margin(-share, -self.max_share, -self.certain_share),
             evidence=(
                 f"other {self.quantity} move the end of a chunk by {1000 * by_quantity_m:.1f} mm, "
                 f"wholly different observations by {1000 * by_all_m:.1f} mm"

@@ -49,7 +49,7 @@ FAULTS = (
 
 
 @functools.cache
-def find_checks() -> tuple[RolloutCheck, ...]:
+def make_all_checks() -> tuple[RolloutCheck, ...]:
     """Return one check of every class, in the order of `FAULTS`."""
     checks = []
     for package in (spear.checks.rollout, spear.diagnose.policy_checks):

@@ -35,10 +35,10 @@ _ENDS = {
 }
 
 
-def list_names(instruction: str) -> list[str]:
+def list_object_names(instruction: str) -> list[str]:
     """List the objects that an instruction names: what follows its articles.
 
-    >>> list_names("Pick up the red block and put it on top of the green block.")
+    >>> list_object_names("Pick up the red block and put it on top of the green block.")
     ['red block', 'green block']
     """
     names: list[str] = []
@@ -145,7 +145,7 @@ def _find_episodes(training: EpisodeStore, names: Sequence[str]) -> Mapping[str,
     for index in range(len(training)):
         if training.image(index, 0, CAMERA) is None:
             continue
-        for name in list_names(training.without_images(index).instruction):
+        for name in list_object_names(training.without_images(index).instruction):
             if name in indices_by_name:
                 indices_by_name[name].append(index)
     chosen = {}

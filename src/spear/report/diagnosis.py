@@ -14,7 +14,7 @@ from spear.data.store.episode_store import EpisodeStore
 from spear.diagnose.departures import Departures, measure_departures
 from spear.diagnose.diagnosis import Diagnosis
 from spear.diagnose.policy_case import PolicyCase
-from spear.diagnose.registry import FAULTS, find_checks
+from spear.diagnose.registry import FAULTS, make_all_checks
 from spear.errors import SpearError, suppress_notices
 from spear.evaluate.film import compose_frame, encode_film
 from spear.evaluate.open_loop import measure_mean_action_errors, measure_policy_errors
@@ -50,7 +50,7 @@ def write_diagnosis_page(case: PolicyCase, diagnosis: Diagnosis, out: Path) -> N
         departures = measure_departures(
             case.rollout, case.demonstrations, case.training_instructions
         )
-    named_faults = {check.fault for check in find_checks()}
+    named_faults = {check.fault for check in make_all_checks()}
     page = render(
         "diagnosis.html",
         title="Why does the robot fail?",

@@ -6,7 +6,7 @@ from spear.checks.rollout.case import (
     Doubt,
     Finding,
     Result,
-    confidence_of_margin,
+    compute_confidence_of_margin,
 )
 from spear.checks.rollout.motion import CommandedMotion
 from spear.checks.rollout.motion_check import MotionCheck
@@ -46,7 +46,9 @@ class ActionsDroppedCheck(MotionCheck):
         if partial_share > MAX_PARTIAL_SHARE:
             return None
         return Finding(
-            confidence=confidence_of_margin(share, MIN_DROPPED_SHARE, CERTAIN_DROPPED_SHARE),
+            confidence=compute_confidence_of_margin(
+                share, MIN_DROPPED_SHARE, CERTAIN_DROPPED_SHARE
+            ),
             evidence=(
                 f"in {is_dropped.sum()} of {motion.num_moving} moves the arm stands still, and in "
                 f"{full_share:.0%} it achieves the whole command; it stops and goes on "

@@ -8,7 +8,7 @@ from spear.checks.rollout.case import (
     Doubt,
     Finding,
     Result,
-    confidence_of_margin,
+    compute_confidence_of_margin,
 )
 from spear.checks.rollout.motion import CommandedMotion
 from spear.checks.rollout.motion_check import MotionCheck
@@ -55,7 +55,7 @@ class ActionsRepeatedCheck(MotionCheck):
                 is_suspicion=True,
             )
         return Finding(
-            confidence=confidence_of_margin(
+            confidence=compute_confidence_of_margin(
                 float(repeated_share), MIN_REPEATED_SHARE, CERTAIN_REPEATED_SHARE
             ),
             evidence=(

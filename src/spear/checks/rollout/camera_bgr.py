@@ -34,7 +34,7 @@ class CameraBgrCheck(RolloutCheck):
         if isinstance(single_result, Finding):
             return single_result
         for camera in case.cameras:
-            best = case.comparison.best_color(camera)
+            best = case.comparison.find_best_color(camera)
             if best is not None and best.version != VERSION:
                 return single_result  # another exposure changes colors, too, where it clips them
         return self._compare_cameras(case) or self._examine_together(case) or single_result
@@ -102,7 +102,7 @@ class CameraBgrCheck(RolloutCheck):
         """Return the odds of exchanged colors of each camera that can be compared."""
         odds_by_camera = {}
         for camera in case.cameras:
-            for odds in case.comparison.color_odds(camera) or ():
+            for odds in case.comparison.get_color_odds(camera) or ():
                 if odds.version == VERSION:
                     odds_by_camera[camera] = odds
         return odds_by_camera

@@ -32,17 +32,17 @@ def examine_picture_versions(
     num_compared = 0
     suspicion = ""
     for camera in case.cameras:
-        odds = comparison.color_odds(camera) if is_color else comparison.shape_odds(camera)
+        odds = comparison.get_color_odds(camera) if is_color else comparison.get_shape_odds(camera)
         if odds is None:
             continue
         num_compared += 1
-        best = comparison.best_color(camera) if is_color else find_best_shape(case, camera)
+        best = comparison.find_best_color(camera) if is_color else find_best_shape(case, camera)
         if best is None or not best.version.startswith(tuple(versions)):
             continue
         if best.log_odds < MIN_CONFIDENCE_LOG_ODDS:
             suspicion = f"camera {camera} may be {best.version}"
             continue
-        is_by_flow = best in (comparison.flow_odds(camera) or ())
+        is_by_flow = best in (comparison.get_flow_odds(camera) or ())
         return Finding(
             confidence=round(float(min(1 / (1 + np.exp(-best.log_odds)), 0.97)), 3),
             evidence=f"camera {camera} {words}: {_describe_odds(best, is_by_flow)}",
@@ -63,7 +63,7 @@ def find_best_shape(case: Case, camera: str) -> VersionOdds | None:
 
     An exchange of cameras that the bars of their pictures refute is none.
     """
-    best = case.comparison.best_shape(camera)
+    best = case.comparison.find_best_shape(camera)
     if best is None or not best.version.startswith(EXCHANGED):
         return best
     other_camera = best.version.removeprefix(EXCHANGED)

@@ -6,7 +6,13 @@ import numpy as np
 
 from spear.checks.frozen import mark_frozen_steps
 from spear.checks.rollout.camera_checks import CAMERA_FILE, show_pictures
-from spear.checks.rollout.case import Case, Finding, Result, RolloutCheck, confidence_of_margin
+from spear.checks.rollout.case import (
+    Case,
+    Finding,
+    Result,
+    RolloutCheck,
+    compute_confidence_of_margin,
+)
 
 MIN_MOTION_M = 0.01  # a picture that stays the same over a longer motion is repeated
 # Share of the moving steps whose picture is the very same as before. A camera's noise makes it 0,
@@ -41,7 +47,9 @@ class CameraFrozenCheck(RolloutCheck):
             share = num_same / num_moving
             if share >= MIN_FROZEN_SHARE:
                 return Finding(
-                    confidence=confidence_of_margin(share, MIN_FROZEN_SHARE, CERTAIN_FROZEN_SHARE),
+                    confidence=compute_confidence_of_margin(
+                        share, MIN_FROZEN_SHARE, CERTAIN_FROZEN_SHARE
+                    ),
                     evidence=(
                         f"camera {camera} sends the very same picture in {num_same} of "
                         f"{num_moving} steps in which the arm moves"

@@ -23,11 +23,11 @@ class CameraLateCheck(RolloutCheck):
     def examine(self, case: Case) -> Result:
         num_compared = 0
         for camera in case.cameras:
-            odds = case.comparison.delay_odds(camera)
+            odds = case.comparison.get_delay_odds(camera)
             if odds is None:
                 continue
             num_compared += 1
-            best = case.comparison.best_delay(camera)
+            best = case.comparison.find_best_delay(camera)
             if best is None:
                 continue
             # Any delay excludes that there is none; the best one is only the likeliest of them.

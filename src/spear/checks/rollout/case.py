@@ -158,11 +158,11 @@ class RolloutCheck:
         raise NotImplementedError
 
 
-def confidence_of_margin(margin: float, limit: float, certain: float) -> float:
+def compute_confidence_of_margin(margin: float, limit: float, certain: float) -> float:
     """Turn a measured quantity into a confidence: 0.5 at `limit`, 0.98 from `certain` on.
 
     Example:
-        >>> confidence_of_margin(2.0, limit=1.0, certain=3.0)
+        >>> compute_confidence_of_margin(2.0, limit=1.0, certain=3.0)
         0.74
     """
     fraction = (margin - limit) / (certain - limit)

@@ -75,13 +75,13 @@ def _compute_exchange_log_ratio(warmth: Array, training_warmth: Array) -> float:
     # Exchanging red and blue of a camera changes the sign of its warmth.
     first = warmth[:, 0]
     second = warmth[:, 1]
-    plain = _log_likelihood(second - slope * first - offset, deviation)
-    with_second_exchanged = _log_likelihood(-second - slope * first - offset, deviation)
-    with_first_exchanged = _log_likelihood(second + slope * first - offset, deviation)
+    plain = _compute_log_likelihood(second - slope * first - offset, deviation)
+    with_second_exchanged = _compute_log_likelihood(-second - slope * first - offset, deviation)
+    with_first_exchanged = _compute_log_likelihood(second + slope * first - offset, deviation)
     return float(max(with_first_exchanged, with_second_exchanged) - plain)
 
 
-def _log_likelihood(errors: Array, deviation: float) -> float:
+def _compute_log_likelihood(errors: Array, deviation: float) -> float:
     """Return the log likelihood of errors that are normal, or those of outliers."""
     normal = np.exp(-0.5 * (errors / deviation) ** 2) / (np.sqrt(2 * np.pi) * deviation)
     mixed = (1 - OUTLIER_PROBABILITY) * normal + OUTLIER_PROBABILITY * OUTLIER_DENSITY

@@ -7,7 +7,7 @@ from spear.checks.rollout.case import (
     Doubt,
     Finding,
     Result,
-    confidence_of_margin,
+    compute_confidence_of_margin,
 )
 from spear.checks.rollout.motion import CommandedMotion
 from spear.checks.rollout.motion_check import MotionCheck
@@ -43,7 +43,7 @@ class ControllerShortCheck(MotionCheck):
         if gain > MAX_SHORT_GAIN:
             return Doubt(f"the arm achieves {gain:.0%} of the commands", is_suspicion=True)
         return Finding(
-            confidence=confidence_of_margin(-gain, -MAX_SHORT_GAIN, -CERTAIN_SHORT_GAIN),
+            confidence=compute_confidence_of_margin(-gain, -MAX_SHORT_GAIN, -CERTAIN_SHORT_GAIN),
             evidence=(
                 f"the arm achieves {gain:.0%} of the commanded displacements (half of the "
                 f"{len(gains)} moves between {low:.0%} and {high:.0%})"

@@ -57,13 +57,13 @@ class FlowReference:
         if len(training) < MIN_PICTURE_EPISODES:
             return None
         model = _FlowModel.fit(training[::2])
-        plain_scores = [model.score_versions(measured) for measured in training[1::2]]
+        plain_scores = [model.compute_mean_log_likelihoods(measured) for measured in training[1::2]]
         changed_scores = {}
         for version, signs in FLOW_SIGNS.items():
             scores = []
             for measured in training[1::2]:
                 changed = MeasuredFlow(measured.flows * np.array(signs), measured.motions)
-                scores.append(model.score_versions(changed))
+                scores.append(model.compute_mean_log_likelihoods(changed))
             changed_scores[version] = scores
         return FlowReference(model, plain_scores, changed_scores)
 
@@ -78,7 +78,9 @@ def compute_flow_odds(
     scores = []
     for episode in rollout:
         if _has_flow(episode, camera):
-            scores.append(reference.model.score_versions(_measure_moves(episode, camera)))
+            scores.append(
+                reference.model.compute_mean_log_likelihoods(_measure_moves(episode, camera))
+            )
     if not scores:
         return None
     return compute_odds(scores, reference.plain_scores, reference.changed_scores)
@@ -118,7 +120,7 @@ class _FlowModel:
         deviation = (flows - motions @ weights).std(0)
         return _FlowModel(weights, np.maximum(deviation, 1e-6))
 
-    def score_versions(self, measured: MeasuredFlow) -> dict[str, float]:
+    def compute_mean_log_likelihoods(self, measured: MeasuredFlow) -> dict[str, float]:
         """Return version of the pictures → mean log likelihood of an episode's flows.
 
         The versions are "plain" and those of `FLOW_SIGNS`.

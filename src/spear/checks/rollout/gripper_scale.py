@@ -12,7 +12,7 @@ from spear.checks.rollout.case import (
     Material,
     Result,
     RolloutCheck,
-    confidence_of_margin,
+    compute_confidence_of_margin,
 )
 from spear.checks.rollout.gripper import MAX_SCALE, MIN_USUAL_OPENING
 from spear.checks.rollout.gripper_figures import draw_gripper
@@ -41,7 +41,7 @@ class GripperScaleCheck(RolloutCheck):
         if gripper.following is None and not gripper.is_state_scaled:
             return Doubt(f"the open gripper measures {scale:.0%} of training, and never moves")
         return Finding(
-            confidence=confidence_of_margin(-scale, -MAX_SCALE, -CERTAIN_SCALE),
+            confidence=compute_confidence_of_margin(-scale, -MAX_SCALE, -CERTAIN_SCALE),
             evidence=(
                 f"commanded to be open, the gripper measures {gripper.open_level:.2f}, in training "
                 f"{gripper.training_open_level:.2f}"

@@ -13,7 +13,7 @@ from spear.checks.rollout.case import (
     Finding,
     Result,
     RolloutCheck,
-    confidence_of_margin,
+    compute_confidence_of_margin,
 )
 from spear.checks.rollout.episode import ServedTimes
 from spear.checks.rollout.motion import CommandedMotion
@@ -57,8 +57,8 @@ class LatencyCheck(RolloutCheck):
         waits_for_answers = _waits_for_answers(served)
         min_steps = MIN_LATENCY_STEPS if waits_for_answers else MIN_MOVING_LATENCY_STEPS
         confidence = max(
-            confidence_of_margin(median_s / STEP_S, min_steps, CERTAIN_LATENCY_STEPS),
-            confidence_of_margin(spread_s / STEP_S, MIN_SPREAD_STEPS, CERTAIN_SPREAD_STEPS),
+            compute_confidence_of_margin(median_s / STEP_S, min_steps, CERTAIN_LATENCY_STEPS),
+            compute_confidence_of_margin(spread_s / STEP_S, MIN_SPREAD_STEPS, CERTAIN_SPREAD_STEPS),
         )
         if median_s < min_steps * STEP_S and spread_s < MIN_SPREAD_STEPS * STEP_S:
             return self._examine_moves(case.motion)

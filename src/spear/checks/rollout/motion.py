@@ -178,7 +178,9 @@ class CommandedMotion:
         moves_of_episodes = []
         for number, episode in enumerate(episodes):
             if len(episode) > 1 and not _moves_while_waiting(episode):
-                moves_of_episodes.append(_collect_moves(episode, number, horizon))
+                moves_of_episodes.append(
+                    _collect_commanded_and_achieved_moves(episode, number, horizon)
+                )
         if not moves_of_episodes:
             return CommandedMotion(
                 achieved=np.zeros((0, 3)),
@@ -643,7 +645,9 @@ def _get_horizon(episode: RecordedEpisode) -> int:
     return 1 if episode.served is None else episode.served.chunks.shape[1]
 
 
-def _collect_moves(episode: RecordedEpisode, number: int, horizon: int) -> CommandedMotion:
+def _collect_commanded_and_achieved_moves(
+    episode: RecordedEpisode, number: int, horizon: int
+) -> CommandedMotion:
     """Collect the moves of one episode of at least two steps."""
     orientation = torch.as_tensor(np.asarray(episode.rotation, np.float64))
     turn_quats = quat_multiply(quat_conjugate(orientation[:-1]), orientation[1:])

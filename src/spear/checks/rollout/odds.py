@@ -34,7 +34,7 @@ class VersionOdds(NamedTuple):
     plain: float
 
 
-def select_likely(odds: list[VersionOdds] | None) -> VersionOdds | None:
+def find_likely_version(odds: list[VersionOdds] | None) -> VersionOdds | None:
     """Return the version with the highest score, if its log odds are positive."""
     if not odds or odds[0].log_odds <= 0:
         return None

@@ -122,11 +122,11 @@ def fit_orientations(
     stride = math.ceil(len(training_rotations) / MAX_COMPARED_ROTATIONS)
     first_half = np.concatenate([e.rotation for e in demonstrations[::2]])[::stride]
     second_half = np.concatenate([e.rotation for e in demonstrations[1::2]])[::stride]
-    typical = float(np.median(_measure_nearest_angles(first_half, second_half)))
+    typical = float(np.median(_measure_nearest_angles_rad(first_half, second_half)))
     fits = []
     for variant in ("plain", *QUATERNION_VARIANTS, *EULER_VARIANTS):
         meant_rotations = undo_variant(sent_rotations, variant)
-        distances = _measure_nearest_angles(meant_rotations, training_rotations[::stride])
+        distances = _measure_nearest_angles_rad(meant_rotations, training_rotations[::stride])
         fits.append(OrientationFit(variant, float(np.median(distances)), typical))
     return sorted(fits, key=lambda fit: fit.distance)
 
@@ -149,7 +149,7 @@ def find_likely_variant(
     return best if is_outside and is_inside else None
 
 
-def _measure_nearest_angles(rotation: Array, reference: Array) -> Array:
+def _measure_nearest_angles_rad(rotation: Array, reference: Array) -> Array:
     """Return the angle [T] from each orientation [T, 4] to the nearest of `reference` [N, 4]."""
     cosines = np.abs(np.asarray(rotation) @ np.asarray(reference).T).max(1)
     return 2 * np.arccos(np.minimum(cosines, 1.0))

@@ -26,7 +26,7 @@ from spear.checks.rollout.episode import (
     average_cells,
 )
 from spear.checks.rollout.flow import FLOW_SIGNS, FlowReference, compute_flow_odds
-from spear.checks.rollout.odds import VersionOdds, combine_odds, compute_odds, select_likely
+from spear.checks.rollout.odds import VersionOdds, combine_odds, compute_odds, find_likely_version
 from spear.types import Array
 
 # A version that all cameras have must be ten times as likely as plain pictures for each of them.
@@ -191,7 +191,7 @@ class _VersionModel:
         low, high = np.quantile(states, STATE_QUANTILES, axis=0)
         return _VersionModel(coefficients, precision, low, high)
 
-    def score_versions(
+    def compute_mean_log_likelihoods(
         self, states: Array, features: Array, versions: Iterable[str]
     ) -> dict[str, float]:
         """Return version → mean log likelihood of an episode's pictures by it."""
@@ -269,24 +269,26 @@ class VersionReference:
         for episode in training[1::2]:
             episode_states = _extract_state_features(episode)
             plain_scores.append(
-                model.score_versions(episode_states, read(episode, "plain"), versions)
+                model.compute_mean_log_likelihoods(episode_states, read(episode, "plain"), versions)
             )
             for version, scores in changed_scores.items():
                 changed_features = read(episode, version)
                 pair = ("plain", version)
-                scores.append(model.score_versions(episode_states, changed_features, pair))
+                scores.append(
+                    model.compute_mean_log_likelihoods(episode_states, changed_features, pair)
+                )
         return VersionReference(camera, kind, height, model, plain_scores, changed_scores)
 
-    def score_versions(self, episode: RecordedEpisode) -> dict[str, float]:
+    def compute_mean_log_likelihoods(self, episode: RecordedEpisode) -> dict[str, float]:
         """Return version → mean log likelihood of an episode's pictures by it, of all versions."""
         pictures = _read_pictures(episode, self.camera, self.height)
         features = _extract_features(self.kind, pictures)
         states = _extract_state_features(episode)
-        return self.model.score_versions(states, features, self.model.coefficients)
+        return self.model.compute_mean_log_likelihoods(states, features, self.model.coefficients)
 
     def compute_odds(self, rollout: Sequence[RecordedEpisode]) -> list[VersionOdds]:
         """Return the odds of each version of a rollout's pictures, the best one first."""
-        scores = [self.score_versions(episode) for episode in rollout]
+        scores = [self.compute_mean_log_likelihoods(episode) for episode in rollout]
         return compute_odds(scores, self.plain_scores, self.changed_scores)
 
 
@@ -380,14 +382,14 @@ class PictureComparison:
         """The cameras that nearly all demonstrations have."""
         return self.references.training_cameras
 
-    def best_shape(self, camera: str) -> VersionOdds | None:
+    def find_best_shape(self, camera: str) -> VersionOdds | None:
         """Return the version that fits best by single pictures and their motion, if one is likely.
 
         The motion tells mirrored pictures from turned ones, because single pictures may be nearly
         symmetric. But an arm that is blocked, or goes astray, moves otherwise than in training, and
         then single pictures may show that nothing is turned.
         """
-        by_content = select_likely(self.shape_odds(camera))
+        by_content = find_likely_version(self.get_shape_odds(camera))
         by_both = self._find_best_of_flow(camera)
         if by_both is None:
             return by_content
@@ -403,23 +405,25 @@ class PictureComparison:
         The evidence of single pictures and of their motion adds up. A camera of which only the
         motion is known is judged by that.
         """
-        flow_odds = self.flow_odds(camera)
+        flow_odds = self.get_flow_odds(camera)
         if flow_odds is None:
             return None
-        content_ratios = {odds.version: odds.log_ratio for odds in self.shape_odds(camera) or ()}
+        content_ratios = {
+            odds.version: odds.log_ratio for odds in self.get_shape_odds(camera) or ()
+        }
         by_both = []
         for odds in flow_odds:
             content_ratio = content_ratios.get(odds.version, 0.0)
             by_both.append(odds._replace(log_odds=odds.log_odds + content_ratio))
         return max(by_both, key=lambda odds: odds.log_odds)
 
-    def best_color(self, camera: str) -> VersionOdds | None:
+    def find_best_color(self, camera: str) -> VersionOdds | None:
         """Return the version of the colors that fits best, if it is likelier than plain.
 
         A program mostly converts the pictures of all its cameras in the same way. So a version that
         each camera speaks for may be likely although one camera alone does not show it surely.
         """
-        best = select_likely(self.color_odds(camera))
+        best = find_likely_version(self.get_color_odds(camera))
         common = self.common_color
         if common is not None and (best is None or common.log_odds > best.log_odds):
             return common
@@ -434,7 +438,7 @@ class PictureComparison:
         """
         odds_by_camera: list[dict[str, VersionOdds]] = []
         for camera in self.references.training_cameras:
-            all_odds = self.color_odds(camera)
+            all_odds = self.get_color_odds(camera)
             if all_odds is not None:
                 odds_by_camera.append({odds.version: odds for odds in all_odds})
         if len(odds_by_camera) < 2:
@@ -444,29 +448,29 @@ class PictureComparison:
             odds = [of_camera[version] for of_camera in odds_by_camera]
             if all(entry.log_ratio >= MIN_COMMON_LOG_RATIO for entry in odds):
                 common.append(combine_odds(odds))
-        return select_likely(sorted(common, key=lambda entry: -entry.log_odds))
+        return find_likely_version(sorted(common, key=lambda entry: -entry.log_odds))
 
-    def shape_odds(self, camera: str) -> list[VersionOdds] | None:
+    def get_shape_odds(self, camera: str) -> list[VersionOdds] | None:
         """Return the odds of `SHAPE_VERSIONS` and of an exchange; None without enough pictures."""
-        return self._find_odds(camera, "shape")
+        return self._get_or_compute_odds(camera, "shape")
 
-    def color_odds(self, camera: str) -> list[VersionOdds] | None:
+    def get_color_odds(self, camera: str) -> list[VersionOdds] | None:
         """Return the odds of `COLOR_VERSIONS`; None without enough pictures."""
-        return self._find_odds(camera, "color")
+        return self._get_or_compute_odds(camera, "color")
 
-    def delay_odds(self, camera: str) -> list[VersionOdds] | None:
+    def get_delay_odds(self, camera: str) -> list[VersionOdds] | None:
         """Return the odds of pictures that are some steps late; None without enough pictures."""
-        return self._find_odds(camera, "delay")
+        return self._get_or_compute_odds(camera, "delay")
 
-    def flow_odds(self, camera: str) -> list[VersionOdds] | None:
+    def get_flow_odds(self, camera: str) -> list[VersionOdds] | None:
         """Return the odds of mirrored and turned pictures, by how they move with the arm."""
-        return self._find_odds(camera, "flow")
+        return self._get_or_compute_odds(camera, "flow")
 
-    def best_delay(self, camera: str) -> VersionOdds | None:
-        """Return the delay in `delay_odds` that fits best, if it is likelier than no delay."""
-        return select_likely(self.delay_odds(camera))
+    def find_best_delay(self, camera: str) -> VersionOdds | None:
+        """Return the delay in `get_delay_odds` that fits best, if it is likelier than no delay."""
+        return find_likely_version(self.get_delay_odds(camera))
 
-    def _find_odds(self, camera: str, kind: str) -> list[VersionOdds] | None:
+    def _get_or_compute_odds(self, camera: str, kind: str) -> list[VersionOdds] | None:
         """Compute the odds of a kind ("shape", "color", "delay" or "flow") of a camera once."""
         key = (camera, kind)
         if key not in self._odds:

@@ -13,7 +13,7 @@ from spear.checks.rollout.case import (
     Finding,
     Result,
     RolloutCheck,
-    confidence_of_margin,
+    compute_confidence_of_margin,
 )
 from spear.checks.rollout.motion import MIN_MOVES, CommandedMotion, is_surely_better
 from spear.checks.rollout.motion_figures import draw_unexplained
@@ -93,7 +93,7 @@ class SeamJumpsCheck(RolloutCheck):
         all_jumps_mm = 1000 * np.concatenate(jumps_m)[:MAX_DRAWN_SEAMS]
         seams = np.arange(len(all_jumps_mm))
         return Finding(
-            confidence=confidence_of_margin(ratio, MIN_JUMP_RATIO, CERTAIN_JUMP_RATIO),
+            confidence=compute_confidence_of_margin(ratio, MIN_JUMP_RATIO, CERTAIN_JUMP_RATIO),
             evidence=(
                 f"a chunk begins {1000 * jump_m:.1f} mm per action away from what the chunk before "
                 f"planned; within chunks, neighboring actions differ by {1000 * change_m:.1f} mm"

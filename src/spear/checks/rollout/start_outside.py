@@ -13,7 +13,7 @@ from spear.checks.rollout.case import (
     Material,
     Result,
     RolloutCheck,
-    confidence_of_margin,
+    compute_confidence_of_margin,
 )
 from spear.types import Array
 
@@ -58,8 +58,8 @@ class StartOutsideCheck(RolloutCheck):
         extra_m = float(np.median(starts_m)) - max(usual_m)
         extra_rad = float(np.median(starts_rad)) - max(usual_rad)
         confidence = max(
-            confidence_of_margin(extra_m, MARGIN_M, CERTAIN_MARGIN_M),
-            confidence_of_margin(extra_rad, MARGIN_RAD, CERTAIN_MARGIN_RAD),
+            compute_confidence_of_margin(extra_m, MARGIN_M, CERTAIN_MARGIN_M),
+            compute_confidence_of_margin(extra_rad, MARGIN_RAD, CERTAIN_MARGIN_RAD),
         )
         if extra_m < MARGIN_M and extra_rad < MARGIN_RAD:
             return None

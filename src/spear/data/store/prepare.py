@@ -27,9 +27,9 @@ import numpy as np
 from spear.checks.cameras import is_frozen
 from spear.checks.gripper import (
     MIN_MOTION,
-    check_command_timing,
-    check_gripper,
-    check_range,
+    examine_command_timing,
+    examine_gripper,
+    examine_range,
 )
 from spear.checks.instructions import explain_doubtful_instruction
 from spear.checks.recording import Recording
@@ -433,7 +433,7 @@ def _find_wrong_gripper(episodes: Sequence[Episode], has_commands: bool) -> list
     recordings = [Recording.from_episode(episode) for episode in episodes]
     if not has_commands:
         recordings = [dataclasses.replace(recording, command=None) for recording in recordings]
-    wrong_checks = [check for check in check_gripper(recordings) if check.verdict == "wrong"]
+    wrong_checks = [check for check in examine_gripper(recordings) if check.verdict == "wrong"]
     if wrong_checks:
         return wrong_checks
 
@@ -450,9 +450,9 @@ def _find_wrong_gripper(episodes: Sequence[Episode], has_commands: bool) -> list
 
     has_clear_motion = largest_motion > MIN_MOTION
     compared_commands = commands if has_clear_motion else ()
-    check = check_range(openings, compared_commands)
+    check = examine_range(openings, compared_commands)
     if check is None:
-        check = check_command_timing(openings, commands)
+        check = examine_command_timing(openings, commands)
     return [] if check is None else [check]
 
 

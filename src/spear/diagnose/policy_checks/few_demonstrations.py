@@ -7,7 +7,7 @@ from spear.checks.rollout.case import (
     Finding,
     Material,
     Result,
-    confidence_of_margin,
+    compute_confidence_of_margin,
 )
 from spear.diagnose.policy_case import PolicyCase
 from spear.diagnose.policy_check import PolicyCheck
@@ -34,7 +34,7 @@ class FewDemonstrationsCheck(PolicyCheck):
         for episode in case.demonstrations:
             counts[episode.instruction] = counts.get(episode.instruction, 0) + 1
         return Finding(
-            confidence=confidence_of_margin(
+            confidence=compute_confidence_of_margin(
                 -num_episodes, -MAX_FEW_EPISODES, -CERTAIN_FEW_EPISODES
             ),
             evidence=f"training has {num_episodes} episodes with {num_steps:,} steps",

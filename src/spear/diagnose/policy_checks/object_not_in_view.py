@@ -8,9 +8,9 @@ from spear.checks.rollout.camera_checks import show_pictures
 from spear.checks.rollout.case import Case, Doubt, Finding, Material, Result, RolloutCheck
 from spear.checks.rollout.odds import PRIOR
 from spear.data.store.episode_store import EpisodeStore
-from spear.diagnose.picture_repair import CAMERA, find_picture_repair
+from spear.diagnose.picture_repair import CAMERA, choose_picture_repair
 from spear.diagnose.policy_case import PolicyCase
-from spear.diagnose.sight import are_names_missed, list_names
+from spear.diagnose.sight import are_names_missed, list_object_names
 from spear.errors import suppress_notices
 from spear.evaluate.vqa.calibration import Trust
 from spear.policy import VlmBundle
@@ -40,7 +40,7 @@ class ObjectNotInViewCheck(RolloutCheck):
         # Which objects of each episode does the model see in no picture?
         store = _get_rollout(case)
         # A fault of the camera is named by its own check. It must not hide what is in view.
-        repair = find_picture_repair(case)
+        repair = choose_picture_repair(case)
         missed_by_episode = {}
         for index, names in names_by_episode.items():
             episodes = [(store, index)] * len(names)
@@ -104,7 +104,7 @@ def _list_judged_names_by_episode(case: PolicyCase) -> dict[int, list[str]]:
     all_names = []
     for number, episode in enumerate(case.rollout):
         if CAMERA in episode.pictures:
-            names = list_names(episode.instruction)
+            names = list_object_names(episode.instruction)
             names_by_episode[first_index + number] = names
             all_names += names
     with suppress_notices():

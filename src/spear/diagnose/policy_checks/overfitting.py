@@ -11,7 +11,7 @@ from spear.checks.rollout.case import (
     Finding,
     Material,
     Result,
-    confidence_of_margin,
+    compute_confidence_of_margin,
 )
 from spear.data.actions import get_or_derive_actions
 from spear.data.store.episode_store import EpisodeStore
@@ -60,7 +60,7 @@ class OverfittingCheck(PolicyCheck):
             ("other episodes", 1000 * other_m, f"{1000 * other_m:.1f} mm"),
         ]
         return Finding(
-            confidence=confidence_of_margin(ratio, MIN_ERROR_RATIO, CERTAIN_ERROR_RATIO),
+            confidence=compute_confidence_of_margin(ratio, MIN_ERROR_RATIO, CERTAIN_ERROR_RATIO),
             evidence=(
                 f"open loop, the first action is {1000 * learned_m:.1f} mm off on episodes that "
                 f"the policy has learned, and {1000 * other_m:.1f} mm on others"

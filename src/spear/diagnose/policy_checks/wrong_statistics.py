@@ -10,7 +10,7 @@ from spear.checks.rollout.case import (
     Finding,
     Material,
     Result,
-    confidence_of_margin,
+    compute_confidence_of_margin,
 )
 from spear.diagnose.policy_case import PolicyCase
 from spear.diagnose.policy_check import PolicyCheck
@@ -55,8 +55,10 @@ class WrongStatisticsCheck(PolicyCheck):
             shifts[:3] = 0.0
         if ratios.max() < MAX_SCALE_RATIO and shifts.max() < MAX_OFFSET_SHIFT:
             return None
-        by_scale = confidence_of_margin(ratios.max(), MAX_SCALE_RATIO, CERTAIN_SCALE_RATIO)
-        by_offset = confidence_of_margin(shifts.max(), MAX_OFFSET_SHIFT, CERTAIN_OFFSET_SHIFT)
+        by_scale = compute_confidence_of_margin(ratios.max(), MAX_SCALE_RATIO, CERTAIN_SCALE_RATIO)
+        by_offset = compute_confidence_of_margin(
+            shifts.max(), MAX_OFFSET_SHIFT, CERTAIN_OFFSET_SHIFT
+        )
         worst = int(ratios.argmax() if by_scale >= by_offset else shifts.argmax())
         bars = []
         for name, policy_scale, scale in zip(AXIS_NAMES, policy_scales, scales, strict=True):
