@@ -357,6 +357,13 @@ def test_other_modules_or_normalization_are_refused(
     check_refused_and_unchanged(finished_run, words, **changes)
 
 
+def test_a_notice_names_the_values_before_and_after_a_change(
+    finished_run: SimpleNamespace,
+) -> None:
+    with pytest.warns(match=r"Up to step 1 it had lr=0.0003 \(now 1e-05\)\."):
+        continue_finished(finished_run, lr=1e-5)
+
+
 def test_the_result_records_settings_that_changed(finished_run: SimpleNamespace) -> None:
     final = continue_finished(finished_run, lr=1e-5)
     # The recipe's own learning rate is 3e-4. Step 1 was done with it.

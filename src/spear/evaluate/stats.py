@@ -258,6 +258,88 @@ def estimate_difference_over_seeds(first: Sequence[Array], second: Sequence[Arra
     return _widen_to_at_least(mean, half_width, narrowest=independent, min_value=-1.0)
 
 
+@dataclass(frozen=True)
+class CrossedVariances:
+    """Three variances of the mean over training seeds and scenes.
+
+    over_seeds   as if only the seeds were drawn at random; 0 with one seed.
+    over_scenes  as if only the scenes were drawn at random.
+    in_both      the variance by chance in each entry, which the other two both contain.
+    num_seeds    number of training seeds.
+    num_scenes   number of scenes in each task family.
+    """
+
+    over_seeds: float
+    over_scenes: float
+    in_both: float
+    num_seeds: int
+    num_scenes: Sequence[int]
+
+
+def compute_crossed_variances(tables: Sequence[Array]) -> CrossedVariances:
+    """Compute the variances of the mean of a crossed design (see the beginning of this file).
+
+    Args:
+        tables: [seeds, scenes] of each task family, with the same number of seeds.
+    """
+    num_seeds = len(tables[0])
+    num_tables = len(tables)
+
+    variance_over_seeds = 0.0
+    if num_seeds > 1:
+        seed_means = np.mean([table.mean(1) for table in tables], axis=0)  # [seeds]
+        variance_over_seeds = float(seed_means.var(ddof=1)) / num_seeds
+
+    variance_over_scenes = 0.0
+    variance_in_both = 0.0
+    for table in tables:
+        num_scenes = table.shape[1]
+        if num_scenes == 1:
+            continue
+        scene_means = table.mean(0)  # [scenes]
+        variance_over_scenes += float(scene_means.var(ddof=1)) / num_scenes / num_tables**2
+        if num_seeds > 1:
+            # What remains of each entry without the effects of its seed and of its scene.
+            residual = table - table.mean(1, keepdims=True) - scene_means + table.mean()
+            freedom = (num_seeds - 1) * (num_scenes - 1)
+            variance_in_both += float((residual**2).sum()) / freedom / table.size / num_tables**2
+
+    return CrossedVariances(
+        over_seeds=variance_over_seeds,
+        over_scenes=variance_over_scenes,
+        in_both=variance_in_both,
+        num_seeds=num_seeds,
+        num_scenes=[table.shape[1] for table in tables],
+    )
+
+
+def compute_crossed_half_width(variances: CrossedVariances) -> float:
+    """Compute half the width of the interval of a mean over training seeds and scenes."""
+    # The variance in both is subtracted, because the sum of the first two counts it twice.
+    variance = max(
+        variances.over_seeds + variances.over_scenes - variances.in_both,
+        variances.over_seeds,
+        variances.over_scenes,
+    )
+    if variance == 0:
+        return 0.0
+
+    # Satterthwaite's degrees of freedom of a sum of variances: the squared sum, divided by the sum
+    # of each squared variance over its own degrees of freedom. The variance over seeds has
+    # num_seeds - 1 degrees of freedom, the variance over scenes has scene_freedom.
+    scene_freedom = sum(number - 1 for number in variances.num_scenes)
+    seed_term = variances.over_seeds**2 / max(variances.num_seeds - 1, 1)
+    scene_term = variances.over_scenes**2 / max(scene_freedom, 1)
+    degrees_of_freedom = max(1.0, variance**2 / (seed_term + scene_term))
+    half_width = _compute_student_t95(degrees_of_freedom) * math.sqrt(variance)
+    # Two seeds often agree by chance, so the interval is never narrower than that of the seeds
+    # alone, which has one degree of freedom.
+    if variances.num_seeds == 2:
+        half_width_of_seeds = _compute_student_t95(1) * math.sqrt(variances.over_seeds)
+        half_width = max(half_width, half_width_of_seeds)
+    return half_width
+
+
 def _compute_wilson_interval(p: float, n: float) -> tuple[float, float]:
     """Compute Wilson's interval around a proportion p of n samples.
 
@@ -366,54 +448,9 @@ def _compute_crossed_mean_and_half_width(tables: Sequence[Array]) -> tuple[float
     Returns:
         The mean of the tables' means, and half the width of its interval.
     """
-    num_seeds = len(tables[0])
-    num_tables = len(tables)
     mean = float(np.mean([table.mean() for table in tables]))
-
-    # Three variances of the mean. The first one is as if only the seeds were drawn at random:
-    variance_over_seeds = 0.0
-    if num_seeds > 1:
-        seed_means = np.mean([table.mean(1) for table in tables], axis=0)  # [seeds]
-        variance_over_seeds = float(seed_means.var(ddof=1)) / num_seeds
-
-    # The second one is as if only the scenes were drawn at random. The third one is the variance by
-    # chance in each entry, which the first and the second one both contain. So it is subtracted
-    # from their sum below, in order to count only once.
-    variance_over_scenes = 0.0
-    variance_in_both = 0.0
-    for table in tables:
-        num_scenes = table.shape[1]
-        if num_scenes == 1:
-            continue
-        scene_means = table.mean(0)  # [scenes]
-        variance_over_scenes += float(scene_means.var(ddof=1)) / num_scenes / num_tables**2
-        if num_seeds > 1:
-            # What remains of each entry without the effects of its seed and of its scene.
-            residual = table - table.mean(1, keepdims=True) - scene_means + table.mean()
-            freedom = (num_seeds - 1) * (num_scenes - 1)
-            variance_in_both += float((residual**2).sum()) / freedom / table.size / num_tables**2
-
-    variance = max(
-        variance_over_seeds + variance_over_scenes - variance_in_both,
-        variance_over_seeds,
-        variance_over_scenes,
-    )
-    if variance == 0:
-        return mean, 0.0
-
-    # Satterthwaite's degrees of freedom of a sum of variances: the squared sum, divided by the sum
-    # of each squared variance over its own degrees of freedom. The variance over seeds has
-    # num_seeds - 1 degrees of freedom, the variance over scenes has scene_freedom.
-    scene_freedom = sum(table.shape[1] - 1 for table in tables)
-    seed_term = variance_over_seeds**2 / max(num_seeds - 1, 1)
-    scene_term = variance_over_scenes**2 / max(scene_freedom, 1)
-    degrees_of_freedom = max(1.0, variance**2 / (seed_term + scene_term))
-    half_width = _compute_student_t95(degrees_of_freedom) * np.sqrt(variance)
-    # Two seeds often agree by chance, so the interval is never narrower than that of the seeds
-    # alone, which has one degree of freedom.
-    if num_seeds == 2:
-        half_width = max(half_width, _compute_student_t95(1) * np.sqrt(variance_over_seeds))
-    return mean, float(half_width)
+    variances = compute_crossed_variances(tables)
+    return mean, compute_crossed_half_width(variances)
 
 
 def _widen_to_at_least(

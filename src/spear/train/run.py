@@ -101,12 +101,12 @@ def train(
     opt = recipe.optimization
     changeable_settings = {"batch_size": recipe.batch_size}
     earlier_settings: list[dict[str, Any]] = []
+    new_settings = {**dataclasses.asdict(opt), **changeable_settings}
     if checkpoint is not None:
-        new_settings = {**dataclasses.asdict(opt), **changeable_settings}
         _, checkpoint_state = checkpoint
         earlier_settings = loop.list_earlier_settings(checkpoint_state, new_settings)
     _notice_changed_optimization(requested_opt, opt, is_resumed=checkpoint is not None)
-    _notice_changed_settings(checkpoint, earlier_settings)
+    _notice_changed_settings(checkpoint, earlier_settings, new_settings)
     _notice_settings_without_effect(recipe, requested_opt.steps, options)
 
     # Build and train.
@@ -273,7 +273,9 @@ def _notice_changed_optimization(
 
 
 def _notice_changed_settings(
-    checkpoint: SavedCheckpoint | None, earlier_settings: Sequence[Mapping[str, Any]]
+    checkpoint: SavedCheckpoint | None,
+    earlier_settings: Sequence[Mapping[str, Any]],
+    new_settings: Mapping[str, Any],
 ) -> None:
     """Print a notice if this continuation of the run changes settings of the run."""
     if checkpoint is None:
@@ -284,10 +286,12 @@ def _notice_changed_settings(
     # The last entry has the values that this continuation changes.
     earlier_values = dict(earlier_settings[-1])
     last_step = earlier_values.pop("until_step")
-    values = ", ".join(f"{name}={value}" for name, value in earlier_values.items())
+    changes = ", ".join(
+        f"{name}={value} (now {new_settings[name]})" for name, value in earlier_values.items()
+    )
     notice(
         "the run continues with other settings than before. "
-        f"Up to step {last_step} it had {values}."
+        f"Up to step {last_step} it had {changes}."
     )
 
 
