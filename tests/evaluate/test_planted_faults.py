@@ -259,3 +259,17 @@ def test_a_recorded_gripper_follows_commands_in_another_unit(bench: ModuleType) 
     moved = bridge.move_states(states, actions, scaled)
 
     assert np.allclose(moved[1:, 7], 0.08, atol=1e-6)
+
+
+def test_runs_of_recorded_episodes_plant_each_kind_and_no_fault_of_a_camera_that_is_not_there(
+    bench: ModuleType,
+) -> None:
+    bridge = importlib.import_module("bridge")
+
+    runs = bridge.list_bridge_cases(num_episodes=6)
+
+    plants = [plant for case, _ in runs for plant in case.plants]
+    clean_choices = [numbers for case, numbers in runs if case.kind == "clean"]
+    assert {plant.fault for plant in plants} == set(bridge.FAULTS)
+    assert all(plant.settings.get("camera") != "wrist" for plant in plants)
+    assert len(set(clean_choices)) == len(clean_choices) == 15
