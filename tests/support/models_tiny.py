@@ -11,14 +11,14 @@ from spear.models.presets import (
     Preset,
     build_spear1_config,
     build_vlm_config,
-    make_gemma_fields,
+    make_multi_query_fields,
     make_network_fields,
 )
 from spear.models.spear1 import Spear1ForActionPrediction
 from spear.models.vlm import SpearVLMForConditionalGeneration
 from spear.types import Action
 
-TEXT_SIZES = make_gemma_fields(
+TEXT_SIZES = make_multi_query_fields(
     width=32, num_layers=2, num_heads=4, intermediate_size=48, head_dim=8, initializer_range=0.2
 )
 TINY = Preset(

@@ -84,7 +84,7 @@ def run_everything(root: Path) -> None:
     run_loop(PolicyTask(), POLICY, root / "ddp")
     task = PolicyTask()
     run_loop(task, POLICY, root / "fsdp", sharded=True)
-    parallel.unshard(task.model)
+    parallel.gather_on_first_process(task.model)
     if parallel.get_rank() == 0:
         task.model.save_pretrained(root / "plain")
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from refusals import refuses
-from spear.util.files import advise_on_read_error, check_new_folder, write_bytes
+from spear.util.files import advise_on_downloaded_file_error, check_new_folder, write_bytes
 
 
 @pytest.mark.parametrize(
@@ -82,4 +82,4 @@ def test_the_current_folder_is_no_output(
     ],
 )
 def test_each_error_of_reading_has_its_own_cure(error: OSError, cure: str) -> None:
-    assert cure in advise_on_read_error(error)
+    assert cure in advise_on_downloaded_file_error(error)

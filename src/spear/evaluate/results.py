@@ -253,8 +253,8 @@ def build_terminal_table(
         mean_last: Whether a rule separates the last row, which is the mean, from the others.
     """
     table = Table(
-        title="\n" + _escape(title),
-        caption=_escape(caption),
+        title="\n" + _escape_for_terminal(title),
+        caption=_escape_for_terminal(caption),
         box=box.SIMPLE_HEAD,
         show_edge=False,
         pad_edge=False,
@@ -267,16 +267,18 @@ def build_terminal_table(
         is_success_column = header.startswith("success [")
         no_wrap = has_short_names if is_name_column else is_success_column
         justify: Any = "left" if is_name_column else "right"
-        table.add_column(_escape(header), justify=justify, no_wrap=no_wrap, overflow="fold")
+        table.add_column(
+            _escape_for_terminal(header), justify=justify, no_wrap=no_wrap, overflow="fold"
+        )
     for index, row in enumerate(rows):
         is_last_row = index == len(rows) - 1
         if mean_last and is_last_row:
             table.add_section()
-        table.add_row(*[_escape(cell) for cell in row])
+        table.add_row(*[_escape_for_terminal(cell) for cell in row])
     return table
 
 
-def _escape(text: str) -> str:
+def _escape_for_terminal(text: str) -> str:
     """Escape characters that Rich or a terminal would interpret as a command."""
     return escape(escape_control_characters(text, keep_newlines=True))
 

@@ -69,8 +69,10 @@ def make_network_fields(
     }
 
 
-def make_gemma_fields(width: int, num_layers: int, num_heads: int, **fields: Any) -> dict[str, Any]:
-    """Fields of Gemma's config, with one key-value head."""
+def make_multi_query_fields(
+    width: int, num_layers: int, num_heads: int, **fields: Any
+) -> dict[str, Any]:
+    """Make fields of Gemma's config with one key-value head, which all query heads share."""
     return make_network_fields(width, num_layers, num_heads, num_key_value_heads=1, **fields)
 
 
@@ -92,7 +94,7 @@ NANO = Preset(
         image_size=192,
         initializer_range=0.08,
     ),
-    text=make_gemma_fields(
+    text=make_multi_query_fields(
         width=192,
         num_layers=5,
         num_heads=3,
@@ -100,7 +102,7 @@ NANO = Preset(
         head_dim=64,
         initializer_range=0.05,
     ),
-    expert=make_gemma_fields(
+    expert=make_multi_query_fields(
         width=160,
         num_layers=5,
         num_heads=3,
@@ -137,10 +139,10 @@ SMALL = Preset(
     moge=make_network_fields(
         width=384, num_layers=12, num_heads=6, mlp_ratio=4, patch_size=14, image_size=224
     ),
-    text=make_gemma_fields(
+    text=make_multi_query_fields(
         width=1024, num_layers=12, num_heads=8, intermediate_size=4096, head_dim=128
     ),
-    expert=make_gemma_fields(
+    expert=make_multi_query_fields(
         width=512, num_layers=12, num_heads=8, intermediate_size=2048, head_dim=128
     ),
     vocabulary_size=32768,
@@ -168,10 +170,10 @@ SPEAR1 = Preset(
         image_size=518,
         position_offset=0.1,
     ),
-    text=make_gemma_fields(
+    text=make_multi_query_fields(
         width=2048, num_layers=18, num_heads=8, intermediate_size=16384, head_dim=256
     ),
-    expert=make_gemma_fields(
+    expert=make_multi_query_fields(
         width=1024, num_layers=18, num_heads=8, intermediate_size=4096, head_dim=256
     ),
 )

@@ -52,11 +52,11 @@ DRAIN_POLL_S = 0.01  # while the server stops, time between checks for unanswere
 DEFAULT_LIMITS = ConnectionLimits()
 
 
-class Page(Protocol):
+class BrowserPage(Protocol):
     """The methods of `spear.ui.page.Page` that the server calls."""
 
     def owns(self, request: Request) -> bool: ...
-    def respond(self, request: Request) -> Response | None: ...
+    def answer_own_request(self, request: Request) -> Response | None: ...
     async def talk(self, connection: ServerConnection) -> None: ...
     def close(self) -> None: ...
 
@@ -68,7 +68,7 @@ class PolicyServer:
         self,
         service: Service,
         options: ServeOptions,
-        page: Page | None = None,
+        page: BrowserPage | None = None,
         limits: ConnectionLimits = DEFAULT_LIMITS,
         recorder: Recorder | None = None,
     ) -> None:
@@ -329,7 +329,7 @@ class PolicyServer:
             return connection.respond(status.OK, "ok\n")
 
         if self.page and self.page.owns(request):
-            response = self.page.respond(request)
+            response = self.page.answer_own_request(request)
             if response:
                 return response
         elif not is_authorized(request, self.options.token):

@@ -239,7 +239,7 @@ def gather(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def unshard(model: nn.Module) -> None:
+def gather_on_first_process(model: nn.Module) -> None:
     """Turn a sharded model into a plain model on the CPU, in place.
 
     Afterwards process 0 has the weights. On the other processes the model's weights are on

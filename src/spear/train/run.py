@@ -320,14 +320,14 @@ def _notice_settings_without_effect(recipe: Recipe, steps: int, options: RunOpti
 def _load_weights_and_unshard(model: torch.nn.Module, weights: Mapping[str, torch.Tensor]) -> None:
     """Copy weights (by parameter name) into the model, and make a sharded model whole.
 
-    A whole model then exists on process 0 alone (`parallel.unshard`).
+    A whole model then exists on process 0 alone (`parallel.gather_on_first_process`).
     """
     parameters = dict(model.named_parameters())
     with torch.no_grad():
         for name, weight in weights.items():
             parameters[name].copy_(weight)
     if parallel.is_sharded(model):
-        parallel.unshard(model)
+        parallel.gather_on_first_process(model)
 
 
 def _drop_learned_fingerprints(origin: Mapping[str, Any] | None) -> dict[str, Any] | None:

@@ -99,7 +99,7 @@ class Page:
         is_file = path in self._files and "Upgrade" not in request.headers
         return path == SOCKET_PATH or is_file
 
-    def respond(self, request: Request) -> Response | None:
+    def answer_own_request(self, request: Request) -> Response | None:
         """Answer a request that the page owns. None accepts the websocket of a tab."""
         url = urlsplit(request.path)
         tokens = parse_qs(url.query).get("token")

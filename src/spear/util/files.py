@@ -107,11 +107,11 @@ def refuse_lfs_pointer(source: Path | bytes, name: str | Path) -> None:
         )
 
 
-def advise_on_read_error(error: BaseException) -> str:
+def advise_on_downloaded_file_error(error: BaseException) -> str:
     """Say what to do about an error of opening or reading a data file.
 
     Example:
-        >>> advise_on_read_error(FileNotFoundError())
+        >>> advise_on_downloaded_file_error(FileNotFoundError())
         'Download the missing file, for example with `hf download`.'
     """
     if isinstance(error, FileNotFoundError):

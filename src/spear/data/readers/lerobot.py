@@ -37,7 +37,7 @@ from spear.data.readers.video import read_frames
 from spear.embodiments.urdf import check_joint_names
 from spear.errors import SpearError, format_count, notice, summarize_error
 from spear.types import Array
-from spear.util.files import advise_on_read_error, refuse_lfs_pointer
+from spear.util.files import advise_on_downloaded_file_error, refuse_lfs_pointer
 from spear.util.foreign_paths import fill_path_template, join_inside
 from spear.util.images import encode_jpeg
 from spear.util.json_text import parse_json_as, read_json_lines, read_utf8
@@ -525,7 +525,7 @@ def _advise_on_metadata_error(error: Exception, reason: str) -> str:
     if reason.startswith(INFO_FILE):
         return f"Correct total_episodes in {INFO_FILE}, or download the episodes that are missing."
     if isinstance(error, OSError | pa.ArrowException):
-        return advise_on_read_error(error)
+        return advise_on_downloaded_file_error(error)
     return "Correct this entry in meta/; `spear data export` writes metadata to compare with."
 
 
@@ -729,7 +729,7 @@ def _advise_on_rows_error(error: Exception) -> str:
     """Say what to do about rows that cannot be read."""
     if isinstance(error, KeyError):
         return "Add this column, which says to which episode each row belongs."
-    return advise_on_read_error(error)
+    return advise_on_downloaded_file_error(error)
 
 
 def _convert_column(column: pa.ChunkedArray, folder: Path) -> Any:

@@ -11,7 +11,7 @@ import numpy as np
 
 from spear.errors import SpearError, import_optional
 from spear.types import Array
-from spear.util.files import advise_on_read_error, refuse_lfs_pointer
+from spear.util.files import advise_on_downloaded_file_error, refuse_lfs_pointer
 
 ENCODER = "libsvtav1"
 ENCODER_OPTIONS = {"crf": "30", "g": "2", "preset": "10", "svtav1-params": "lp=1"}
@@ -43,7 +43,7 @@ def open_video(path: str | Path) -> Iterator[tuple[Any, Any]]:
         if isinstance(error, FileNotFoundError):
             reason = "there is no such file"
         raise SpearError(
-            f"the video {path} cannot be read ({reason}). {advise_on_read_error(error)}"
+            f"the video {path} cannot be read ({reason}). {advise_on_downloaded_file_error(error)}"
         ) from error
 
 

@@ -115,7 +115,7 @@ def guess_roles(
         if is_stack_known:
             stack = expected_stacks[group.stack]
             candidates = [candidate for candidate in expected_groups if candidate.stack == stack]
-        roles.append(_guess_role(group, name, candidates, is_stack_known))
+        roles.append(_match_group_to_candidates(group, name, candidates, is_stack_known))
     return roles
 
 
@@ -191,7 +191,7 @@ def _list_stacks(groups: Sequence[WeightGroup]) -> dict[str, Counter[tuple[Shape
 # --- Single groups ---
 
 
-def _guess_role(
+def _match_group_to_candidates(
     group: WeightGroup, name: str, expected_groups: Sequence[WeightGroup], is_stack_known: bool
 ) -> Role:
     """Guess the role of one group, whose name is compared as `name`.
