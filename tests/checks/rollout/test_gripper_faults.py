@@ -135,10 +135,8 @@ def test_a_gripper_with_exchanged_levels_is_inverted_although_it_loses_commands(
 
 
 def test_a_gripper_that_is_later_than_any_late_action_is_a_fault_of_its_own() -> None:
-    results = {}
     for delay in (3, 6):
-        results[delay] = GripperLateCheck().examine(make_case(MadeRobot(gripper_delay=delay)))
+        result = GripperLateCheck().examine(make_case(MadeRobot(gripper_delay=delay)))
 
-    slightly, very = results[3], results[6]
-    assert isinstance(slightly, Finding) and not slightly.is_independent
-    assert isinstance(very, Finding) and very.is_independent
+        assert isinstance(result, Finding)
+        assert result.is_independent == (delay == 6)
