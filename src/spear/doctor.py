@@ -250,7 +250,7 @@ def measure_implementations(
     for dtype in fitting_dtypes:
         model = _load_or_make_model(preset, dtype, device)
         speed = measure_machine(device.type, dtype)
-        least_ms = 1000 * speed.compute_least_seconds(*_list_phases(model, inputs))
+        least_ms = 1000 * speed.compute_least_seconds(*_measure_phase_costs(model, inputs))
         implementations = _list_implementations(model, inputs)
         for name, run in implementations.items():
             dtype_name = str(dtype).removeprefix("torch.")
@@ -346,7 +346,7 @@ def _make_observation(preset: Preset, device: torch.device) -> Inputs:
     return {name: tensor.to(device) for name, tensor in inputs.items()}
 
 
-def _list_phases(model: Any, inputs: Inputs) -> list[Phase]:
+def _measure_phase_costs(model: Any, inputs: Inputs) -> list[Phase]:
     """Return the phases of one inference: the prefix, which the VLM reads, and each flow step.
 
     Each phase has its floating-point operations, and the bytes of the weights that it reads.

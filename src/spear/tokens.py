@@ -31,7 +31,7 @@ BinSpacing = Literal["quantile", "uniform"]
 
 _NUM_ROWS_AT_ONCE = 8192  # embedding rows converted to float64 at once, to save memory
 
-# A column of smooth embeddings (`_sample_smooth_normal`) is a sum of waves along the rows.
+# A column of smooth embeddings (`_sample_columnwise_smooth_normal`) is a sum of waves along rows.
 _NUM_WAVES = 64  # number of waves per column
 _MIN_WAVELENGTH_ROWS = 8  # shortest wavelength, in rows
 _MAX_WAVELENGTH_TABLES = 4  # longest wavelength, as a multiple of the table's number of rows
@@ -289,13 +289,15 @@ def sample_new_embeddings(
     # The square root of the covariance. Rounding may have made zero eigenvalues negative.
     root = (eigenvectors * eigenvalues.clamp_min(0).sqrt()) @ eigenvectors.T
     if smooth:
-        noise = _sample_smooth_normal(count, width, generator)
+        noise = _sample_columnwise_smooth_normal(count, width, generator)
     else:
         noise = torch.randn(count, width, generator=generator, dtype=torch.float64)
     return (mean + noise.to(embeddings.device) @ root).to(embeddings.dtype)
 
 
-def _sample_smooth_normal(num_rows: int, width: int, generator: torch.Generator | None) -> Tensor:
+def _sample_columnwise_smooth_normal(
+    num_rows: int, width: int, generator: torch.Generator | None
+) -> Tensor:
     """Draw standard normals [num_rows, width], independent between columns; a column is smooth.
 
     A column is a sum of waves with random amplitudes. The waves' lengths are random, uniform on a

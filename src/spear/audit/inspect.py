@@ -250,7 +250,7 @@ def _read_and_check_lerobot_episode(folder: LeRobotFolder, index: int) -> Steps 
         return error
 
 
-def is_layout_known(path: str | Path) -> bool:
+def has_column_layout(path: str | Path) -> bool:
     """Return whether it is known what the columns of a dataset mean.
 
     It is known from the folder's own `spear.json`, from the registry, or because the format is

@@ -285,7 +285,7 @@ def ask_about(options: QuestionOptions) -> None:
     from spear.labels.questions.store import write_questions
     from spear.question_types import QUESTION_TYPES
 
-    folder = _get_shard_folder(options.labels)
+    folder = _get_external_shard_folder(options.labels)
     question_types = options.question_types or QUESTION_TYPES
     num_images, counts = write_questions(
         folder, options.seed, options.questions_per_image, question_types
@@ -318,7 +318,7 @@ def show(options: ShowOptions) -> None:
     from spear.labels.store import read_evenly_spread_labels
     from spear.report.labels import write_label_page, write_rerun_file
 
-    folder = _get_shard_folder(options.labels)
+    folder = _get_external_shard_folder(options.labels)
     labels = read_evenly_spread_labels(folder, options.num_images)
     page = options.out or options.labels / "show.html"
     write_label_page(folder, labels, page)
@@ -328,7 +328,7 @@ def show(options: ShowOptions) -> None:
         print(f"rerun {options.save_rerun}")
 
 
-def _get_shard_folder(labels: Path) -> Path:
+def _get_external_shard_folder(labels: Path) -> Path:
     """Return the folder of label shards: `labels`, or its subfolder for the external camera."""
     external = labels / "external"
     return external if external.is_dir() else labels

@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 from spear.audit.dataset_audit import read_episode_steps
-from spear.audit.inspect import describe_dataset, is_layout_known
+from spear.audit.inspect import describe_dataset, has_column_layout
 from spear.data.actions import get_or_derive_actions
 from spear.data.readers.columns import Steps, is_depth_png, walk_columns
 from spear.data.readers.dataset_layout import LAYOUT_FILE
@@ -63,7 +63,7 @@ def write_dataset_page(path: str | Path, out: Path, layout: Path | None = None) 
     skipped = SkippedItems(limit=1.0)  # any number of episodes may be bad
     split_counts = count_episodes(path)
     split = next(iter(split_counts))  # the first split
-    has_layout = layout is not None or is_layout_known(path)
+    has_layout = layout is not None or has_column_layout(path)
     episodes: Iterator[dict[str, Any]]
     if has_layout:
         episodes = map(_make_episode_section, read_episodes(path, split, layout, skipped))

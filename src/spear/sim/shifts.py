@@ -373,8 +373,8 @@ def sample_unseen_instruction(
         templates: Unseen instructions, with {source} and {target}.
         source: Names of the object to move.
         target: Names of the object or place where it goes.
-        relation: The source by where it lies (`describe_by_side`); None if that is ambiguous. Then
-            the source keeps its name at level 3.
+        relation: The source by where it lies (`describe_beside_anchor`); None if that is
+            ambiguous. Then the source keeps its name at level 3.
         level: The level of the shift.
         rng: Generator of random numbers.
     """
@@ -393,13 +393,16 @@ def sample_unseen_instruction(
 
 
 def describe_by_relation(scene: SceneSpec, index: int) -> str | None:
-    """Describe an object of a scene by `describe_by_side`. Only graspable objects are "things"."""
+    """Describe an object of a scene by `describe_beside_anchor`.
+
+    Only graspable objects are "things".
+    """
     kinds = [scene_object.kind for scene_object in scene.objects]
     thing_indices = [i for i, kind in enumerate(kinds) if kind in GRASPABLE]
-    return describe_by_side(index, kinds, thing_indices, _measure_lateral_offsets_m(scene))
+    return describe_beside_anchor(index, kinds, thing_indices, _measure_lateral_offsets_m(scene))
 
 
-def describe_by_side(
+def describe_beside_anchor(
     index: int, names: Sequence[str], thing_indices: Sequence[int], lateral_m: Sequence[float]
 ) -> str | None:
     """Describe an object as the thing left or right of another object, the anchor.

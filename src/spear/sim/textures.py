@@ -55,7 +55,7 @@ def _clouds(x: Gray, y: Gray, rng: np.random.Generator) -> Gray:
     return 0.8 + 0.2 * _smooth_noise(x, y, rng)
 
 
-def _grain(x: Gray, y: Gray, rng: np.random.Generator) -> Gray:
+def _make_pixel_noise(x: Gray, y: Gray, rng: np.random.Generator) -> Gray:
     return 0.88 + rng.normal(0, 0.08, x.shape)
 
 
@@ -120,7 +120,7 @@ WILD_TEXTURES: dict[str, TextureFunction] = {
     "bricks": _bricks,
     "marble": _marble,
     "clouds": _clouds,
-    "grain": _grain,
+    "grain": _make_pixel_noise,
     "granite": _granite,
     "weave": _weave,
     "plaid": _plaid,

@@ -70,7 +70,7 @@ class GripperUse:
         This shows an inverted gripper also if it misses or delays some of its commands.
         """
         is_open = self.closed_level >= MAX_SCALE * self.training_open_level  # False for NaN
-        return bool(is_open and self.scale <= MAX_CLOSED_SCALE)
+        return bool(is_open and self.open_ratio_to_training <= MAX_CLOSED_SCALE)
 
     @property
     def follows_commands(self) -> bool:
@@ -91,7 +91,7 @@ class GripperUse:
         return self.opposes_commands and self.starts_opposite_to_training
 
     @property
-    def scale(self) -> float:
+    def open_ratio_to_training(self) -> float:
         """Opening of the open gripper, as a share of training; NaN if it is never open."""
         is_measure = self.training_open_level >= MIN_USUAL_OPENING  # False for NaN
         if not is_measure:
@@ -105,7 +105,7 @@ class GripperUse:
         Then its commands are inverted. If they change, `opposes_commands` tells it better: commands
         in meters, of which even the largest one nearly closes the gripper, look the same here.
         """
-        is_closed = self.scale <= MAX_CLOSED_SCALE  # False for NaN
+        is_closed = self.open_ratio_to_training <= MAX_CLOSED_SCALE  # False for NaN
         if self.following is not None or not is_closed:
             return False
         usual_start = float(np.median(self.training_first_openings))
@@ -118,7 +118,7 @@ class GripperUse:
 
         Then the gripper measures less than in training also before its first command.
         """
-        is_scaled = MAX_CLOSED_SCALE < self.scale <= MAX_SCALE  # False for NaN
+        is_scaled = MAX_CLOSED_SCALE < self.open_ratio_to_training <= MAX_SCALE  # False for NaN
         if not is_scaled or self.opposes_commands:
             return False
         usual_start = float(np.median(self.training_first_openings))

@@ -35,7 +35,7 @@ class GripperScaleCheck(RolloutCheck):
             return None  # inverted
         if gripper.training_open_level < MIN_USUAL_OPENING:
             return Doubt("the gripper is hardly open in training")
-        scale = gripper.scale
+        scale = gripper.open_ratio_to_training
         if scale > MAX_SCALE:
             return None
         if gripper.following is None and not gripper.is_state_scaled:

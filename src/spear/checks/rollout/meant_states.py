@@ -39,7 +39,7 @@ def restore_meant_states(
         if gripper.is_state_inverted:
             opening = 1 - opening
         elif gripper.is_state_scaled:
-            opening = np.clip(opening / gripper.scale, 0, 1)
+            opening = np.clip(opening / gripper.open_ratio_to_training, 0, 1)
         episodes.append(replace(episode, rotation=rotation, opening=opening))
     return episodes
 

@@ -37,7 +37,7 @@ from spear.sim.shifts import (
     CameraLevel,
     ObjectNames,
     Shift,
-    describe_by_side,
+    describe_beside_anchor,
     sample_brightness_and_tint,
     sample_orbit_near,
     sample_unseen_instruction,
@@ -243,7 +243,7 @@ def sample_instruction(
     words = TASK_WORDS[task]
     # A scene has two objects, so the object to move is the only other thing than the target.
     names = [words.source.seen[0], words.target.seen[0]]
-    relation = describe_by_side(0, names, [0, 1], [source_right_m, target_right_m])
+    relation = describe_beside_anchor(0, names, [0, 1], [source_right_m, target_right_m])
     templates = UNSEEN_TEMPLATES[words.family]
     return sample_unseen_instruction(templates, words.source, words.target, relation, level, rng)
 

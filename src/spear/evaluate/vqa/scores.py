@@ -340,7 +340,7 @@ def _score_question_type(
     image_indices = [answered.image for answered in answers]
     are_grammatical = [is_grammatical(answered.question, answered.answer) for answered in answers]
     measures = {}
-    for name, values in _collect_measures(answers).items():
+    for name, values in _list_measures_with_failures(answers).items():
         measures[name] = bootstrap(group_by_image(image_indices, values), MEASURES[name].average)
     labels = [answered.label for answered in answers]
     return QuestionTypeScore(
@@ -354,7 +354,7 @@ def _score_question_type(
     )
 
 
-def _collect_measures(answers: Sequence[AnsweredQuestion]) -> dict[str, Array]:
+def _list_measures_with_failures(answers: Sequence[AnsweredQuestion]) -> dict[str, Array]:
     """Collect the values of each measure that some of the answers have.
 
     Returns:

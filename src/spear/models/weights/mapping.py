@@ -82,7 +82,7 @@ class WeightMapping:
         our_names: dict[str, list[str]] = {}
         stored_names_by_ours: dict[str, str] = {}
         for stored_name in stored_names:
-            our_names[stored_name] = self._find_our_names(stored_name)
+            our_names[stored_name] = self._translate_to_our_names(stored_name)
             for our_name in our_names[stored_name]:
                 first_name = stored_names_by_ours.setdefault(our_name, stored_name)
                 if first_name != stored_name:
@@ -92,7 +92,7 @@ class WeightMapping:
                     )
         return our_names
 
-    def _find_our_names(self, stored_name: str) -> list[str]:
+    def _translate_to_our_names(self, stored_name: str) -> list[str]:
         """Return our names of one weight. An entry for its whole name goes before one with *."""
         for pattern in (stored_name, mask_numbers(stored_name)):
             if pattern in self.settled:

@@ -199,7 +199,7 @@ def _match_group_to_candidates(
     `expected_groups` are those of its stack, if the stack is known, otherwise all.
     """
     same_shape = [expected for expected in expected_groups if expected.shape == group.shape]
-    same_name_and_shape = _find_groups_with_similar_names(name, same_shape)
+    same_name_and_shape = _find_groups_with_most_similar_names(name, same_shape)
     if same_name_and_shape:
         return Role(group, tuple(same_name_and_shape), "name and shape")
     if same_shape:
@@ -211,7 +211,7 @@ def _match_group_to_candidates(
         joined = _find_joined(group, expected_groups)
         if joined:
             return Role(group, joined, "joined shapes and position")
-    same_name = _find_groups_with_similar_names(name, expected_groups)
+    same_name = _find_groups_with_most_similar_names(name, expected_groups)
     return Role(group, tuple(same_name), "name" if same_name else "")
 
 
@@ -237,7 +237,7 @@ def _find_joined(
     return ()
 
 
-def _find_groups_with_similar_names(
+def _find_groups_with_most_similar_names(
     name: str, candidates: Sequence[WeightGroup]
 ) -> list[WeightGroup]:
     """Return the candidates whose names have the most parts at their ends in common with `name`.
