@@ -1,6 +1,7 @@
 """An object that the policy's SPEAR-VLM sees in training, but not in the rollout, is named."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -9,8 +10,10 @@ import pytest
 
 from data_tiny import make_png, write_store
 from made_rollouts import make_episode
+from spear.checks.rollout.camera_bgr import CameraBgrCheck
 from spear.checks.rollout.case import Doubt, Finding, Result
 from spear.data.store.episode_store import EpisodeStore
+from spear.diagnose.picture_repair import PictureRepair
 from spear.diagnose.policy_case import PolicyCase
 from spear.diagnose.policy_checks.object_not_in_view import ObjectNotInViewCheck
 from spear.diagnose.sight import list_object_names
@@ -64,6 +67,28 @@ def make_store(folder: Path, levels: Sequence[int]) -> EpisodeStore:
     return write_store(episodes, folder)
 
 
+def make_policy_case(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    levels: Sequence[int],
+    training_levels: Sequence[int] = (FULL_LEVEL,) * 12,
+    names_absent: float = 0.02,
+    num_demonstrations: int = 8,
+) -> PolicyCase:
+    """Make a case whose rollout and training episodes have pictures of some gray levels."""
+    monkeypatch.setattr("spear.diagnose.sight.ask_what_is_at_points", name_by_brightness)
+    folder = tmp_path / "policy"
+    folder.mkdir()
+    Trust("made images", {}, names_present=0.95, names_absent=names_absent).save(folder)
+    return PolicyCase(
+        rollout=[make_episode(100 + n, instruction=INSTRUCTION) for n in range(len(levels))],
+        demonstrations=[make_episode(seed) for seed in range(num_demonstrations)],
+        policy=cast(Spear1Policy, StandInPolicy(folder)),
+        training=make_store(tmp_path / "training", training_levels),
+        rollout_store=make_store(tmp_path / "rollout", levels),
+    )
+
+
 def examine(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -72,17 +97,7 @@ def examine(
     names_absent: float = 0.02,
 ) -> Result:
     """Examine a rollout of some gray levels."""
-    monkeypatch.setattr("spear.diagnose.sight.ask_what_is_at_points", name_by_brightness)
-    folder = tmp_path / "policy"
-    folder.mkdir()
-    Trust("made images", {}, names_present=0.95, names_absent=names_absent).save(folder)
-    case = PolicyCase(
-        rollout=[make_episode(100 + n, instruction=INSTRUCTION) for n in range(len(levels))],
-        demonstrations=[make_episode(seed) for seed in range(8)],
-        policy=cast(Spear1Policy, StandInPolicy(folder)),
-        training=make_store(tmp_path / "training", training_levels),
-        rollout_store=make_store(tmp_path / "rollout", levels),
-    )
+    case = make_policy_case(tmp_path, monkeypatch, levels, training_levels, names_absent)
     return ObjectNotInViewCheck().examine(case)
 
 
@@ -121,6 +136,26 @@ def test_a_model_that_confirms_absent_objects_is_not_asked(
     result = examine(tmp_path, monkeypatch, [EMPTY_LEVEL] * 4, names_absent=0.5)
 
     assert isinstance(result, Doubt)
+
+
+@pytest.mark.parametrize("is_exchanged", [True, False])
+def test_objects_recognized_with_exchanged_colors_are_in_view_of_a_bgr_camera(
+    is_exchanged: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def exchange_red_and_blue(repair: PictureRepair) -> PictureRepair:
+        """Stand in for the exchange, which does not change gray pictures."""
+        change = FULL_LEVEL - EMPTY_LEVEL if is_exchanged else 0
+        return replace(repair, changes=[lambda picture: picture + np.uint8(change)])
+
+    monkeypatch.setattr(PictureRepair, "exchange_red_and_blue", exchange_red_and_blue)
+    # Two demonstrations are too few to compare colors with.
+    case = make_policy_case(tmp_path, monkeypatch, [EMPTY_LEVEL] * 4, num_demonstrations=2)
+
+    bgr_result = CameraBgrCheck().examine(case)
+    view_result = ObjectNotInViewCheck().examine(case)
+
+    assert isinstance(bgr_result, Finding) == is_exchanged
+    assert isinstance(view_result, Finding) != is_exchanged
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ the scene. A crop or a stretch is not undone.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TypeGuard
 
@@ -61,6 +61,10 @@ class PictureRepair:
         for change in self.changes:
             picture = change(picture)
         return np.ascontiguousarray(picture)
+
+    def exchange_red_and_blue(self) -> "PictureRepair":
+        """Return a repair that exchanges red and blue, too."""
+        return replace(self, changes=[*self.changes, _UNDOING["with red and blue exchanged"]])
 
 
 NO_REPAIR = PictureRepair()

@@ -1,6 +1,6 @@
 """What a diagnosis looks at if it has the policy, too."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import numpy as np
@@ -14,9 +14,17 @@ from spear.diagnose.answers import (
     predict_path_ends,
     sample_observations,
 )
-from spear.diagnose.sight import TrainingSight
-from spear.policy import Spear1Policy
+from spear.diagnose.object_sight import ObjectSight, look_for_objects
+from spear.diagnose.picture_repair import CAMERA, PictureRepair, choose_picture_repair
+from spear.diagnose.sight import TrainingSight, list_object_names
+from spear.errors import suppress_notices
+from spear.evaluate.vqa.calibration import Trust
+from spear.policy import Spear1Policy, VlmBundle
 from spear.types import Array
+
+# By how much exchanged colors must lower the log odds of an object out of view. A single episode
+# whose objects are then recognized lowers them by 4 to 6, and may be chance; two, by more.
+MIN_BETTER_RECOGNITION = 7.0
 
 
 @dataclass(frozen=True)
@@ -83,3 +91,76 @@ class PolicyCase(Case):
             return None
         observations = sample_observations(store, self.get_policy())
         return SampledAnswers(observations, predict_path_ends(self.get_policy(), observations))
+
+    @property
+    def can_see_objects(self) -> bool:
+        """Whether the policy's SPEAR-VLM was shown to tell absent objects from present ones."""
+        if self.policy is None or self.policy.folder is None:
+            return False
+        trust = Trust.load(self.policy.folder)
+        return trust is not None and trust.tells_absent
+
+    @cached_property
+    def judged_names(self) -> dict[int, list[str]]:
+        """Each episode's objects that the SPEAR-VLM sees in training, by the episode's index."""
+        assert self.rollout_store is not None
+        # The newest episodes are looked at.
+        first_index = len(self.rollout_store) - len(self.rollout)
+        names_by_episode = {}
+        all_names = []
+        for number, episode in enumerate(self.rollout):
+            if CAMERA in episode.pictures:
+                names = list_object_names(episode.instruction)
+                names_by_episode[first_index + number] = names
+                all_names += names
+        with suppress_notices():
+            self.sight.measure(self._vlm, self.get_training(), all_names)
+        judged = {}
+        for index, names in names_by_episode.items():
+            judged_names = [name for name in names if self.sight.can_judge(name)]
+            if judged_names:
+                judged[index] = judged_names
+        return judged
+
+    @cached_property
+    def object_sight(self) -> ObjectSight:
+        """What the SPEAR-VLM sees of the objects of the rollout, once its pictures are repaired."""
+        plain, exchanged = self._object_sights
+        return exchanged if exchanged is not None and self.bgr_log_ratio_of_objects > 0 else plain
+
+    @property
+    def bgr_log_ratio_of_objects(self) -> float:
+        """How much better the SPEAR-VLM recognizes objects with red and blue exchanged; or 0."""
+        if not self.can_see_objects or self.training is None or self.rollout_store is None:
+            return 0.0
+        plain, exchanged = self._object_sights
+        if exchanged is None:
+            return 0.0
+        log_ratio = plain.log_odds - exchanged.log_odds
+        return log_ratio if log_ratio >= MIN_BETTER_RECOGNITION else 0.0
+
+    @cached_property
+    def _object_sights(self) -> tuple[ObjectSight, ObjectSight | None]:
+        """What the SPEAR-VLM sees, and what it sees with red and blue exchanged.
+
+        The second one is None if the first leaves too little to recognize better.
+        """
+        # A fault of the camera is named by its own check. It must not hide what is in view.
+        repair = choose_picture_repair(self)
+        plain = self._look_for_objects(repair)
+        all_seen = replace(plain, missed={index: [] for index in plain.missed})
+        if plain.log_odds - all_seen.log_odds < MIN_BETTER_RECOGNITION:
+            return plain, None
+        return plain, self._look_for_objects(repair.exchange_red_and_blue())
+
+    def _look_for_objects(self, repair: PictureRepair) -> ObjectSight:
+        assert self.rollout_store is not None
+        names = self.judged_names  # measures in training which objects the model misses
+        missed_share = self.sight.missed_share
+        return look_for_objects(self._vlm, self.rollout_store, names, missed_share, repair)
+
+    @property
+    def _vlm(self) -> VlmBundle:
+        """The SPEAR-VLM inside the policy."""
+        policy = self.get_policy()
+        return VlmBundle(policy.model.vlm, policy.processor)

@@ -1,5 +1,6 @@
 """A camera sends blue, green, red."""
 
+from collections.abc import Mapping
 from typing import ClassVar
 
 import numpy as np
@@ -37,7 +38,12 @@ class CameraBgrCheck(RolloutCheck):
             best = case.comparison.find_best_color(camera)
             if best is not None and best.version != VERSION:
                 return single_result  # another exposure changes colors, too, where it clips them
-        return self._compare_cameras(case) or self._examine_together(case) or single_result
+        return (
+            self._compare_cameras(case)
+            or self._examine_together(case)
+            or self._examine_objects(case)
+            or single_result
+        )
 
     def _compare_cameras(self, case: Case) -> Finding | None:
         """Look for a camera whose colors are not those that another camera sees."""
@@ -76,8 +82,7 @@ class CameraBgrCheck(RolloutCheck):
         """Add up the evidence of all cameras, in case red and blue are exchanged in all of them."""
         odds_by_camera = self._collect_bgr_odds(case)
         # One program reads all cameras, so mostly all of them are wrong, and add to the evidence.
-        log_ratio = sum(INDEPENDENT_SHARE * odds.log_ratio for odds in odds_by_camera.values())
-        log_odds = log_ratio + float(np.log(PRIOR))
+        log_odds = _add_up_log_ratios(odds_by_camera) + float(np.log(PRIOR))
         if len(odds_by_camera) < 2 or log_odds < MIN_COMBINED_LOG_ODDS:
             return None
         words = []
@@ -97,6 +102,27 @@ class CameraBgrCheck(RolloutCheck):
             figure=show_pictures(case, next(iter(odds_by_camera))),
         )
 
+    def _examine_objects(self, case: Case) -> Finding | None:
+        """Ask a model whether it recognizes objects better with red and blue exchanged."""
+        recognition_log_ratio = case.bgr_log_ratio_of_objects
+        if recognition_log_ratio <= 0:
+            return None
+        log_ratio = recognition_log_ratio + _add_up_log_ratios(self._collect_bgr_odds(case))
+        log_odds = log_ratio + float(np.log(PRIOR))
+        if log_odds < MIN_COMBINED_LOG_ODDS:
+            return None
+        return Finding(
+            confidence=_make_confidence(log_odds),
+            evidence=(
+                "the policy's SPEAR-VLM misses objects of the instructions, and recognizes them "
+                "with red and blue exchanged (log likelihood of objects in view "
+                f"{recognition_log_ratio:+.1f})"
+            ),
+            cure=CURE,
+            file=CAMERA_FILE,
+            figure=show_pictures(case, "external"),
+        )
+
     @staticmethod
     def _collect_bgr_odds(case: Case) -> dict[str, VersionOdds]:
         """Return the odds of exchanged colors of each camera that can be compared."""
@@ -106,6 +132,11 @@ class CameraBgrCheck(RolloutCheck):
                 if odds.version == VERSION:
                     odds_by_camera[camera] = odds
         return odds_by_camera
+
+
+def _add_up_log_ratios(odds_by_camera: Mapping[str, VersionOdds]) -> float:
+    """Add up the evidence of the colors of all cameras."""
+    return sum(INDEPENDENT_SHARE * odds.log_ratio for odds in odds_by_camera.values())
 
 
 def _make_confidence(log_odds: float) -> float:
