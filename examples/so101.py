@@ -23,6 +23,7 @@ from spear.embodiments.observations import (  # each of them names the key in it
 )
 from spear.embodiments.urdf import compute_urdf_pose, read_urdf_arm
 from spear.embodiments.urdf_inverse_kinematics import solve_urdf_joints
+from spear.errors import SpearError
 from spear.geometry import quat_conjugate, quat_multiply
 
 ARM = read_urdf_arm(Path(__file__).with_name("so101_new_calib.urdf"), tip="gripper_frame_link")
@@ -47,7 +48,14 @@ def read_state(observation, key):
     )
     rotation = quat_multiply(torch.from_numpy(rotations[0]), TOOL_ROTATION).numpy()
     gripper_range = OPEN_GRIPPER - CLOSED_GRIPPER
-    opening = validate_and_clip_opening((numbers[NUM_JOINTS] - CLOSED_GRIPPER) / gripper_range, key)
+    reading = numbers[NUM_JOINTS]
+    try:
+        opening = validate_and_clip_opening((reading - CLOSED_GRIPPER) / gripper_range, key)
+    except SpearError as error:  # its text asks for 0 to 1, which are not this robot's numbers
+        raise SpearError(
+            f"{key}[{NUM_JOINTS}] is a gripper reading of {reading:g}. Send a number from "
+            f"{CLOSED_GRIPPER} (closed) to {OPEN_GRIPPER} (open)."
+        ) from error
     return make_state(positions[0], rotation, opening)
 
 

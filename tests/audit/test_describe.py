@@ -28,6 +28,7 @@ from spear.audit.inspect import describe_dataset
 from spear.cli import main
 from spear.data.readers.dataset_layout import REGISTRY
 from spear.data.readers.formats import read_episodes
+from spear.report.audit import format_conclusion
 
 STATE = "observation.state"
 Change = Callable[[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]
@@ -486,6 +487,7 @@ def test_joints_are_described_with_a_urdf_and_audited(tmp_path: Path) -> None:
     assert len(report.action_parts) == 2  # translations and rotations
     assert not questions & {"state_format", "action_format"}  # nobody wrote quaternions
     assert [check.verdict for check in report.checks if check.name == "joints"] == ["agrees"]
+    assert "only the heights in the row joints show" in format_conclusion(report)
 
 
 def test_joints_outside_their_limits_leave_the_audit_undecided(tmp_path: Path) -> None:

@@ -45,6 +45,21 @@ def list_explanations(result: Diagnosis) -> dict[str, str]:
     return {ranked.check.fault: cause for ranked, cause in result.secondary}
 
 
+@pytest.mark.parametrize("takes_joints", [True, False])
+def test_a_robot_of_joint_angles_is_told_to_check_its_joints(
+    takes_joints: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Such a robot sends no orientation, so a joint is wrong, and not the order of a quaternion."""
+    checks = [make_check("quaternion-order", 0.9), make_check("camera-bgr", 0.8)]
+    monkeypatch.setattr(diagnosis, "make_all_checks", lambda: checks)
+
+    result = diagnose(PolicyCase(takes_joints=takes_joints))
+
+    orientation, colors = [ranked.finding for ranked in result.findings]
+    assert ("zero" in orientation.cure) == takes_joints
+    assert colors.cure == "none"
+
+
 @pytest.mark.parametrize(
     ("cause_confidence", "effect_confidence", "is_explained"),
     [

@@ -105,6 +105,14 @@ def test_the_robot_and_a_dataset_of_its_joints_mean_the_same_pose(
     assert state[7] == pytest.approx(episode.gripper[0])
 
 
+def test_a_wrong_gripper_reading_is_answered_with_the_range_of_this_robot(
+    robot: Embodiment,
+) -> None:
+    observation = {**robot.example(), "joints": np.array([0, 0, 0, 0, 0, 150.0])}
+
+    refuses(r"joints\[5\] .* 150\. .* 0 \(closed\) to 100 \(open\)", robot.read, observation)
+
+
 @pytest.mark.parametrize(
     ("key", "value"),
     [

@@ -83,6 +83,14 @@ def test_a_link_that_does_not_exist_is_answered_with_near_names(tmp_path: Path) 
     refuses(f"'gripper_frame'.*Did you mean '{TIP}'", read_urdf_arm, file, "gripper_frame")
 
 
+def test_all_links_around_the_gripper_are_offered_as_tip(tmp_path: Path) -> None:
+    file = write_urdf(tmp_path)
+    text = file.read_text("utf-8")
+    file.write_text(text.replace("</robot>", '<link name="gripper_link"/></robot>'), "utf-8")
+
+    refuses(f"perhaps {TIP} or gripper_link", read_urdf_arm, file, "gripper_tip")
+
+
 def test_a_file_that_is_absent_is_named(tmp_path: Path) -> None:
     refuses("there is no URDF .*absent.urdf", read_urdf_arm, tmp_path / "absent.urdf", TIP)
 

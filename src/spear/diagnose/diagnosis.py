@@ -16,6 +16,13 @@ Verdict = Literal["nothing found", "found", "undecided"]
 ANY_ROBOT_FILE = "your robot's file"
 ROBOT_FILE_WITH_EXAMPLE = f"{ANY_ROBOT_FILE} (see examples/my_robot.py)"
 CLIENT = "your robot's client, which sends the observations and executes the actions"
+ORIENTATION_FAULTS = ("angle-unit", "euler-order", "quaternion-order")
+"""Faults of which a wrong sign or zero of a joint has the signs, because it turns the gripper."""
+JOINTS_CURE = (
+    "check the sign, the zero and the unit of each joint, in the calibration and in the program "
+    "that sends the joint angles; a wrong one looks like this fault"
+)
+"""What to change for `ORIENTATION_FAULTS`, if a robot sends joint angles and no orientation."""
 MIN_CONFIDENCE = 0.5  # a finding of less confidence only makes the diagnosis undecided
 # Checks that see their fault clearly are 0.85 to 0.98 sure, by their kind. So confidences from here
 # on count as equal where one finding may explain another.
@@ -87,6 +94,8 @@ def diagnose(case: PolicyCase) -> Diagnosis:
         result = check.examine(case)
         if isinstance(result, Finding):
             result = replace(result, file=name_robot_file(result.file, case.robot))
+            if case.takes_joints and check.fault in ORIENTATION_FAULTS:
+                result = replace(result, cure=JOINTS_CURE, file=f"{CLIENT}; or {result.file}")
         if isinstance(result, Doubt):
             reasons = suspicions if result.is_suspicion else unknown
             reasons[check.fault] = result.reason

@@ -4,6 +4,7 @@ import zlib
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -23,6 +24,9 @@ from spear.util.images import decode_image, fit_image
 MAX_ROLLOUT_STEPS = 600  # two minutes at 5 Hz; the newest episodes are looked at
 MAX_TRAINING_EPISODES = 80  # spread over the store
 MAX_TRAINING_STEPS = 2000
+# The control of a robot whose file computes poses from joint angles (examples/so101.py). Robots
+# like DROID, which also take joint angles but report poses, give their controls other names.
+JOINTS_CONTROL = "joints"
 
 ImageSizes = Mapping[str, tuple[int, int]]
 """Camera → (width, height) in pixels of the images that the policy takes."""
@@ -166,18 +170,20 @@ def with_rollout(case: PolicyCase, rollout: Path | None, robot: str | None = Non
     if rollout is None:
         return replace(case, robot=robot)
     store = EpisodeStore(rollout)
+    session = _read_session(store)
     return replace(
         case,
         rollout=read_newest_episodes(store, case.get_policy().image_sizes),
         rollout_store=store,
-        robot=robot or _read_robot(store),
+        robot=robot or session.get("embodiment"),
+        takes_joints=session.get("control") == JOINTS_CONTROL,
     )
 
 
-def _read_robot(store: EpisodeStore) -> str | None:
-    """Read which embodiment a server recorded; None if no server recorded the rollout."""
+def _read_session(store: EpisodeStore) -> Mapping[str, Any]:
+    """Read which policy, embodiment and control a server recorded; empty if none recorded them."""
     served = store.served_steps(len(store) - 1)
-    return None if served is None else served.session.get("embodiment")
+    return {} if served is None else served.session
 
 
 def _open_training(path: Path) -> EpisodeStore:

@@ -52,6 +52,7 @@ class PolicyCase(Case):
     training       the store of all training episodes; None without one.
     rollout_store  the store of the rollout; None without one.
     robot          the embodiment's name, or the path of the robot's file; None if unknown.
+    takes_joints   whether a server sent the robot joint angles, which it then reports, too.
     results        fault → result of a check that looks at the policy and its training only.
                    Cases of several rollouts share it.
     sight          what the policy's SPEAR-VLM sees in training episodes. Cases of several rollouts
@@ -62,6 +63,7 @@ class PolicyCase(Case):
     training: EpisodeStore | None = None
     rollout_store: EpisodeStore | None = None
     robot: str | None = None
+    takes_joints: bool = False
     results: dict[str, Result] = field(default_factory=dict)
     sight: TrainingSight = field(default_factory=TrainingSight)
 

@@ -16,11 +16,19 @@ import numpy as np
 import torch
 
 from spear.embodiments.kinematics import Poses
-from spear.errors import SpearError, format_count, make_unknown_name_error, summarize_error
+from spear.errors import (
+    MAX_LISTED_NAMES,
+    SpearError,
+    format_alternatives,
+    format_count,
+    make_unknown_name_error,
+    summarize_error,
+)
 from spear.geometry import euler_to_quat, quat_canonical, quat_exp, quat_multiply, quat_rotate
 from spear.types import Array
 from spear.util.json_text import read_utf8
 
+COMMON_LINK_WORDS = {"link"}  # nearly every link has this word in its name
 MAX_URDF_BYTES = 16 * 2**20  # a URDF without meshes has some 20 kB
 MAX_CONTINUOUS_TURNS = 4  # a joint without limits may have turned a few times
 TURN_RAD = 2 * math.pi
@@ -93,7 +101,7 @@ def read_urdf_arm(file: Path, tip: str) -> UrdfArm:
     """
     joints, link_names = _read_joints_and_links(file)
     if tip not in link_names:
-        raise make_unknown_name_error("link", tip, link_names, str(file), "Give one as tip.")
+        raise _make_unknown_link_error(tip, link_names, file)
 
     joint_of_child = {joint.child: joint for joint in joints}
     chain: list[UrdfJoint] = []
@@ -117,6 +125,22 @@ def read_urdf_arm(file: Path, tip: str) -> UrdfArm:
             f"no joint of {file} moves the link {tip!r}. Give the link between the finger tips."
         )
     return arm
+
+
+def _make_unknown_link_error(tip: str, link_names: set[str], file: Path) -> SpearError:
+    """Make the error for a tip that is no link, with all links that share a word with it.
+
+    An arm has several links around its gripper, and the most similar name need not be the link
+    between the finger tips.
+    """
+    words = set(tip.lower().split("_")) - COMMON_LINK_WORDS
+    candidates = [name for name in link_names if words & set(name.lower().split("_"))]
+    if 1 < len(candidates) <= MAX_LISTED_NAMES:
+        return SpearError(
+            f"unknown link {tip!r} in {file}. Give the link between the finger tips, perhaps "
+            f"{format_alternatives(sorted(candidates))}."
+        )
+    return make_unknown_name_error("link", tip, link_names, str(file), "Give one as tip.")
 
 
 def _read_joints_and_links(file: Path) -> tuple[list[UrdfJoint], set[str]]:

@@ -27,6 +27,7 @@ from spear.report.page import render
 from spear.report.plot import GREY, Axis, Bar, Line, draw_bars, draw_chart
 from spear.util.files import write_text
 
+JOINTS_CHECK = "joints"  # the name of the check of `spear.audit.joint_limits`
 MAX_PATHS = 3  # number of episodes whose path is drawn
 QUESTIONS = {
     "kind": "change or target",
@@ -83,7 +84,13 @@ def format_conclusion(report: Report, with_advice: bool = False) -> str:
         if with_advice:
             ending = ""
         return f"undecided: nothing contradicts the layout in the data{scope}{ending}"
-    return f"consistent: the layout agrees with the data{scope}{ending}"
+    conclusion = f"consistent: the layout agrees with the data{scope}{ending}"
+    if any(check.name == JOINTS_CHECK for check in report.checks):
+        conclusion += (
+            "; whether the joints' zeros and signs are right, only the heights in the row "
+            f"{JOINTS_CHECK} show: compare them with what you recorded"
+        )
+    return conclusion
 
 
 def explain_contradiction(report: Report) -> str:

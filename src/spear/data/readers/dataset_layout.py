@@ -287,7 +287,7 @@ def resolve_layout(
     else:
         raise SpearError(
             f"nothing says what the columns of {name!r} mean. `spear data describe {folder}` "
-            f"proposes a {LAYOUT_FILE}."
+            f"proposes a {LAYOUT_FILE}; for joint angles, give it --urdf and --tip, too."
         )
 
     check_known("camera", layout.images, *layout.image_aspect, location=f"image_aspect of {path}")
