@@ -597,6 +597,38 @@ def test_a_notice_says_once_that_the_robot_stands_still_because_an_answer_is_lat
     assert len(notices) == 1
 
 
+@pytest.mark.usefixtures("no_waiting")
+@pytest.mark.filterwarnings("always")
+def test_a_notice_says_that_the_robot_stands_still_because_the_gripper_acted() -> None:
+    """The fourth action closes the gripper, so the answer to t = 1, which comes later, is dropped.
+
+    Until the answer to t = 4, the first chunk has only one more action.
+    """
+    may_answer = {1: threading.Event(), 4: threading.Event()}
+
+    def answer(observation: Mapping[str, Any]) -> Array:
+        chunk = make_chunk(observation["t"] + 1)
+        if observation["t"] == 0:
+            chunk[:3, 7] = 1
+        else:
+            assert may_answer[observation["t"]].wait(60)
+        return chunk
+
+    with closing(Pilot(make_policy(answer), "async")) as pilot:
+        actions = [pilot.step({"t": t}) for t in range(4)]
+        assert pilot._inference is not None
+        may_answer[1].set()
+        pilot._inference.result.result(60)
+        actions.append(pilot.step({"t": 4}))
+        with pytest.warns(Notice) as notices:
+            actions += [pilot.step({"t": t}) for t in (5, 6)]
+        may_answer[4].set()
+
+    assert get_x_mm(actions) == [1, 2, 3, 4, 5, 0, 0]
+    [only_notice] = notices
+    assert "the gripper opened or closed while the policy computed it" in str(only_notice.message)
+
+
 def answer_after_50_ms(observation: Mapping[str, Any]) -> Array:
     """A chunk that moves by t, t + 1, … mm, for an observation {"t": t}."""
     time.sleep(0.05)

@@ -170,6 +170,7 @@ class ChunkExecutor:
         self._gripper_change_tick = -1
         self._last_observed_tick = -replan_interval  # so that the first tick needs a chunk
         self._delay_ticks = 0  # delay of the last chunk
+        self._is_last_chunk_dropped = False  # the last chunk that has arrived
         self._horizon = 0  # number of actions of the last chunk
 
     def needs_chunk(self) -> bool:
@@ -262,18 +263,25 @@ class ChunkExecutor:
         """Whether the last action was no motion because no step was planned."""
         return bool(self._executed_steps) and self._executed_steps[-1] is None
 
+    @property
+    def is_last_chunk_dropped(self) -> bool:
+        """Whether the last chunk that arrived was dropped, because the gripper acted meanwhile."""
+        return self._is_last_chunk_dropped
+
     def _adopt_arrived_chunks(self) -> None:
         """Plan the next ticks by the chunks that have arrived; the last chunk replaces the plan."""
         for chunk in self._arriving_chunks:
             if chunk.arrival_tick > self.tick:
                 continue
             self._horizon = len(chunk.actions)
+            self._is_last_chunk_dropped = False
             if self.mode == "sync":
                 actions = chunk.actions[: self.replan_interval]
                 self._planned_steps = [_Step(action, 1.0) for action in actions]
             elif self.mode == "rtc" or chunk.observed_tick >= self._gripper_change_tick:
                 self._planned_steps = self._plan_steps(chunk)
-            # Otherwise async drops the chunk: it does not know that the gripper has acted.
+            else:  # async: the chunk does not know that the gripper has acted
+                self._is_last_chunk_dropped = True
         self._arriving_chunks = [
             chunk for chunk in self._arriving_chunks if chunk.arrival_tick > self.tick
         ]
@@ -369,7 +377,8 @@ class Pilot:
     which is best while inference takes a small part of a tick (docs/howto/latency.md). In the
     other modes inference runs in another thread, and only the first call of `step` waits for it. If
     an answer comes later than the actions of the chunk before it last, `step` returns actions
-    without motion until it comes, with the last gripper command. A notice says so once.
+    without motion until it comes, with the last gripper command. So it does after a chunk was
+    dropped because the gripper acted meanwhile. A notice says each of the two once.
 
     The pilot keeps time. A call of `step` that comes early waits for its tick, because a robot that
     executes the same actions at a higher rate moves faster. A notice tells you about early calls,
@@ -428,9 +437,9 @@ class Pilot:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="pilot")
         self._inference: _Inference | None = None  # the inference that runs, or whose chunk waits
         self._inference_s = math.inf  # duration of the last inference; the first may take any time
-        self._has_said_that_it_stands = (
-            False  # whether the notice of `_say_once_that_it_stands` came
-        )
+        # Whether each of the two notices of `_say_once_why_it_stands` came.
+        self._has_said_that_chunks_are_dropped = False
+        self._has_said_that_it_waits = False
 
     def step(self, observation: Mapping[str, Any]) -> Array:
         """Return the action [8] to execute now.
@@ -467,7 +476,7 @@ class Pilot:
         self._last_step_time_s = time.monotonic()
         action = executor.next_action()
         if executor.is_standing_still:
-            self._say_once_that_it_stands()
+            self._say_once_why_it_stands()
         return action
 
     def close(self) -> None:
@@ -513,17 +522,30 @@ class Pilot:
         else:
             self._executor.add_chunk(actions, observed_tick=inference.observed_tick)
 
-    def _say_once_that_it_stands(self) -> None:
-        """Give a notice if the robot stands still because it waits for an answer."""
-        if self._inference is None or self._has_said_that_it_stands:
+    def _say_once_why_it_stands(self) -> None:
+        """Give a notice if the robot stands still because it waits for an answer.
+
+        There are two reasons: an answer was dropped, or this one is late. Each is said once.
+        """
+        if self._inference is None:
             return
-        self._has_said_that_it_stands = True
-        waiting_s = time.monotonic() - self._inference.start_time_s
-        notice(
-            "the robot stands still, because all actions of the last answer are executed and the "
-            f"policy has computed the next one for {waiting_s:.1f} s. This notice comes once. "
-            "docs/howto/latency.md says how to measure the latency."
-        )
+        if self._executor.is_last_chunk_dropped:
+            if not self._has_said_that_chunks_are_dropped:
+                self._has_said_that_chunks_are_dropped = True
+                notice(
+                    "the robot stands still until the next answer, because the last one was "
+                    "dropped: the gripper opened or closed while the policy computed it. This "
+                    "notice comes once. If the gripper opens and closes again and again, the "
+                    "policy is not sure (docs/howto/latency.md)."
+                )
+        elif not self._has_said_that_it_waits:
+            self._has_said_that_it_waits = True
+            waiting_s = time.monotonic() - self._inference.start_time_s
+            notice(
+                "the robot stands still, because all actions of the last answer are executed and "
+                f"the policy has computed the next one for {waiting_s:.1f} s. This notice comes "
+                "once. docs/howto/latency.md says how to measure the latency."
+            )
 
 
 def count_latency_steps(latency_ms: float) -> int:

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from scipy.spatial.transform import Rotation
 
-from refusals import refuses
+from refusals import no_warning, refuses
 from rotation_writers import ROTATION_WRITERS
 from spear.data.actions import with_canonical_actions
 from spear.data.readers.build_episode import build_episode, read_recorded_poses
@@ -29,6 +29,7 @@ from spear.data.readers.dataset_layout import (
     resolve_layout,
 )
 from spear.embodiments.kinematics import compute_franka_ee_poses
+from spear.errors import Notice
 from spear.util.images import encode_jpeg
 
 MIXTURE = {name: layout for name, layout in REGISTRY.items() if layout.weight is not None}
@@ -272,6 +273,38 @@ def test_the_range_of_a_command_without_a_column_is_refused(layout_file: Path) -
     layout_file.write_text(json.dumps(fields))
 
     refuses("command_range", read_layout_file, layout_file, "mine")
+
+
+def test_a_notice_says_that_own_images_do_not_inherit_their_aspect(layout_file: Path) -> None:
+    fields = {"like": "bridge_dataset", "images": {"external": "observation/images/image_0"}}
+    layout_file.write_text(json.dumps(fields))
+
+    with pytest.warns(Notice, match=r'"external": 1\.33'):
+        layout = read_layout_file(layout_file, "mine")
+
+    assert layout.image_aspect == {}
+
+
+@pytest.mark.parametrize("aspect", [{}, {"external": 1.5}], ids=["not squeezed", "squeezed"])
+def test_own_images_with_their_aspect_give_no_notice(
+    layout_file: Path, aspect: dict[str, float]
+) -> None:
+    fields = {"like": "bridge_dataset", "images": {"external": "mine"}, "image_aspect": aspect}
+    layout_file.write_text(json.dumps(fields))
+
+    with no_warning():
+        layout = read_layout_file(layout_file, "mine")
+
+    assert layout.image_aspect == aspect
+
+
+def test_a_layout_beside_the_folder_of_a_version_is_named(tmp_path: Path) -> None:
+    version = tmp_path / "1.0.0"
+    version.mkdir()
+    (version / "features.json").write_text("{}")
+    (tmp_path / "spear.json").write_text('{"like": "bridge_dataset"}')
+
+    refuses("move it to .*1\\.0\\.0.spear\\.json", resolve_layout, "mine", version)
 
 
 def test_canonical_actions_do_not_inherit_a_tool_rotation(layout_file: Path) -> None:

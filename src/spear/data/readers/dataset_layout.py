@@ -25,7 +25,13 @@ from pydantic import AfterValidator, ConfigDict, Field, ValidationError
 from pydantic.dataclasses import dataclass
 
 from spear.embodiments.urdf import UrdfArm, check_joint_names, read_urdf_arm
-from spear.errors import SpearError, check_known, make_unknown_name_error, summarize_error
+from spear.errors import (
+    SpearError,
+    check_known,
+    make_unknown_name_error,
+    notice,
+    summarize_error,
+)
 from spear.util.files import read_json
 from spear.util.foreign_paths import join_inside
 
@@ -285,6 +291,14 @@ def resolve_layout(
     elif name in REGISTRY:
         layout = dataclasses.replace(REGISTRY[name], **(format_defaults or {}))
     else:
+        # An RLDS dataset has a folder per version.
+        misplaced = folder.parent / LAYOUT_FILE
+        if misplaced.is_file() and (folder / "features.json").is_file():
+            raise SpearError(
+                f"nothing in {folder} says what the columns of {name!r} mean, but there is "
+                f"{misplaced}. If it is about this dataset, move it to {path}, or pass "
+                f"--layout {misplaced}."
+            )
         raise SpearError(
             f"nothing says what the columns of {name!r} mean. `spear data describe {folder}` "
             f"proposes a {LAYOUT_FILE}; for joint angles, give it --urdf and --tip, too."
@@ -384,6 +398,14 @@ def read_layout_file(
         if field_name in fields:
             for dependent_field in dependent_fields:
                 base_fields.pop(dependent_field, None)
+    if like_name is not None and "images" in fields and "image_aspect" not in fields:
+        aspect = REGISTRY[like_name].image_aspect
+        if aspect:
+            notice(
+                f"{path} has its own images, so the image_aspect of {like_name}, "
+                f"{json.dumps(dict(aspect))}, is not taken. If your images are squeezed, too, add "
+                'it as image_aspect; if not, add "image_aspect": {}.'
+            )
 
     all_fields = {**base_fields, **(format_defaults or {}), "name": name, **fields}
     layout = _make_layout(all_fields, path)
