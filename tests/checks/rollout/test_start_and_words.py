@@ -137,3 +137,22 @@ def test_known_words_in_another_order_and_case_are_seen() -> None:
     )
 
     assert UnseenInstructionCheck().examine(case) is None
+
+
+def test_a_start_between_scattered_ones_is_not_outside() -> None:
+    """Starts of training that are 10 cm apart do not make one that is 14 cm away unusual."""
+    case = make_case()
+    scattered = []
+    for index, episode in enumerate(case.demonstrations[:8]):
+        offset_m = np.array([0.1 * index, 0.0, 0.0])
+        scattered.append(replace(episode, position=case.rollout[0].position[:1] + offset_m))
+
+    def start_away(distance_m: float) -> Case:
+        rollout = [
+            replace(episode, position=case.rollout[0].position[:1] - np.array([distance_m, 0, 0]))
+            for episode in case.rollout
+        ]
+        return replace(case, rollout=rollout, demonstrations=scattered)
+
+    assert StartOutsideCheck().examine(start_away(0.14)) is None
+    assert isinstance(StartOutsideCheck().examine(start_away(0.3)), Finding)

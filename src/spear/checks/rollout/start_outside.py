@@ -21,9 +21,12 @@ MIN_EPISODES = 5  # demonstrations; with fewer their starts are no measure
 # Starts are outside if they are farther from those of training than any of these is from the other
 # ones, plus a margin: a robot resets to within a centimeter, or some degrees, of its start.
 MARGIN_M = 0.01
-CERTAIN_MARGIN_M = 0.08
+CERTAIN_BEYOND_M = 0.07  # beyond the margin
 MARGIN_RAD = np.radians(10)
-CERTAIN_MARGIN_RAD = np.radians(40)
+CERTAIN_BEYOND_RAD = np.radians(30)  # beyond the margin
+MARGIN_SHARE = 0.5
+"""The margin is at least this share of the largest distance between starts of training: a few
+starts far from each other say little about how far away the next one may be."""
 NEAR_PATH_M = 0.02  # from a later state of training
 NEAR_PATH_RAD = np.radians(10)
 MAX_PATH_CONFIDENCE = 0.7  # of a start from where training passes later: it may well be learned
@@ -57,12 +60,14 @@ class StartOutsideCheck(RolloutCheck):
         starts_rad = [_measure_nearest_angle_rad(e.rotation[0], rotations) for e in rollout]
         extra_m = float(np.median(starts_m)) - max(usual_m)
         extra_rad = float(np.median(starts_rad)) - max(usual_rad)
-        confidence = max(
-            compute_confidence_of_margin(extra_m, MARGIN_M, CERTAIN_MARGIN_M),
-            compute_confidence_of_margin(extra_rad, MARGIN_RAD, CERTAIN_MARGIN_RAD),
-        )
-        if extra_m < MARGIN_M and extra_rad < MARGIN_RAD:
+        margin_m = max(MARGIN_M, MARGIN_SHARE * max(usual_m))
+        margin_rad = max(MARGIN_RAD, MARGIN_SHARE * max(usual_rad))
+        if extra_m < margin_m and extra_rad < margin_rad:
             return None
+        confidence = max(
+            compute_confidence_of_margin(extra_m, margin_m, margin_m + CERTAIN_BEYOND_M),
+            compute_confidence_of_margin(extra_rad, margin_rad, margin_rad + CERTAIN_BEYOND_RAD),
+        )
         if self._are_starts_on_path(case):
             confidence = min(confidence, MAX_PATH_CONFIDENCE)
         return Finding(
