@@ -446,6 +446,22 @@ def test_joints_without_a_urdf_are_answered_with_the_command_that_takes_one(
     assert "spear data audit" not in output.err
 
 
+def test_the_advised_audit_finds_a_layout_that_is_stored_elsewhere(
+    shared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    copy = copy_dataset(shared / "data" / "lerobot" / "v3.0_image", tmp_path / "copy", None)
+    own_layout = copy / "spear.json"
+    other_layout = tmp_path / "other.json"
+
+    main(["data", "describe", str(copy), "--out", str(other_layout)])
+    advice_for_other_layout = capsys.readouterr().err
+    main(["data", "describe", str(copy), "--out", str(own_layout)])
+    advice_for_own_layout = capsys.readouterr().err
+
+    assert f"`spear data audit {copy} --layout {other_layout}`" in advice_for_other_layout
+    assert f"`spear data audit {copy}`" in advice_for_own_layout
+
+
 def test_joints_without_a_urdf_leave_no_file_that_stops_the_next_command(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

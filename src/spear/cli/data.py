@@ -102,7 +102,10 @@ def describe(options: DescribeOptions) -> None:
             _copy_urdf(options.urdf, options.out.parent)
         write_text(options.out, text + "\n")
         advice = f"wrote {options.out}: read and correct it"
-    print(f"{advice}; then run `spear data audit {options.path}`", file=sys.stderr)
+    command = f"spear data audit {options.path}"
+    if options.out is not None and options.out.resolve() != file.resolve():
+        command += f" --layout {options.out}"  # commands find only the dataset's own spear.json
+    print(f"{advice}; then run `{command}`", file=sys.stderr)
 
 
 def _copy_urdf(urdf: Path, folder: Path) -> None:

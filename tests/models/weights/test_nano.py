@@ -147,6 +147,13 @@ class TestLocate:
             assert locate(BUNDLED_WEIGHTS / "nano") == BUNDLED_WEIGHTS / "nano"
             assert locate("nano-vlm") == BUNDLED_WEIGHTS / "nano-vlm"
 
+    def test_the_name_of_the_authors_weights_leads_to_the_page_about_them(self) -> None:
+        refuses(
+            r"cannot be loaded yet.*docs/howto/weights\.md",
+            locate,
+            "INSAIT-Institute/spear1-franka",
+        )
+
 
 @pytest.mark.parametrize("key", ["files", "learned", "simulator_only"])
 def test_a_recipe_json_with_a_value_of_another_type_is_refused(key: str, tmp_path: Path) -> None:

@@ -49,8 +49,8 @@ class ControllerShortCheck(MotionCheck):
                 f"{len(gains)} moves between {low:.0%} and {high:.0%})"
             ),
             cure=(
-                "make the controller stiffer or give it more time per action, or send targets "
-                "that are relative to the last target instead of the measured pose"
+                "send targets that are relative to the last target instead of the measured pose; "
+                "if they are, give the controller more time per action, or make it stiffer"
             ),
             file=ROBOT_FILE,
             figure=draw_step_gains(motion),

@@ -19,6 +19,9 @@ from spear.util.files import read_json_as
 BUNDLED_WEIGHTS = Path(__file__).parents[2] / "weights"
 """The folder of the weights that come with the package. It has a folder for each name."""
 
+AUTHORS_SPEAR1 = "spear1-franka"
+"""The name of the authors' weights, INSAIT-Institute/spear1-franka, without its owner."""
+
 HASHED_BLOCK_BYTES = 2**16  # length of one hashed block of a file
 MAX_HASHED_BLOCKS = 64
 """About how many blocks of a file are hashed. Of a larger file we hash its size and this many
@@ -57,6 +60,11 @@ def locate(name: str | Path) -> Path:
     if is_bundled:
         return bundled
 
+    if str(name).lower().endswith(AUTHORS_SPEAR1):
+        raise SpearError(
+            f"the authors' SPEAR-1, {name}, cannot be loaded yet, because the names of its tensors "
+            "are not known (docs/howto/weights.md). Give the folder of a trained model."
+        )
     bundled_names = sorted(config.parent.name for config in BUNDLED_WEIGHTS.glob("*/config.json"))
     raise SpearError(
         f"there is no model {str(name)!r}. Give the folder of a trained model, or the name of "
