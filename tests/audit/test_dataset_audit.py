@@ -440,14 +440,22 @@ def test_episodes_of_a_store_each_have_their_own_rate(tmp_path: Path) -> None:
     assert "rate_hz" not in [check.name for check in report.checks]
 
 
-def write_canonical_store(folder: Path) -> None:
-    """Write three episodes with canonical actions, in whose middle the gripper closes."""
+def write_canonical_store(folder: Path, command_base: Rotation | None = None) -> None:
+    """Write three episodes with canonical actions, in whose middle the gripper closes.
+
+    Args:
+        folder: The store's folder.
+        command_base: Rotation from the base that the positions are in to that of the commands.
+    """
     episodes = []
     for number, (position, rotation) in enumerate(make_motions(3)):
         quaternion = rotation.as_quat(scalar_first=True)
         num_steps = len(quaternion)
         gripper = np.float32(np.arange(num_steps) < 12)
         command = np.append(gripper[1:], gripper[-1])  # leads to the next opening
+        action = derive_actions(position, quaternion, command)
+        if command_base is not None:
+            action[:, :3] = command_base.apply(action[:, :3])
         episode = make_episode(
             number,
             num_steps,
@@ -456,7 +464,7 @@ def write_canonical_store(folder: Path) -> None:
             position=position,
             rotation=quaternion,
             gripper=gripper,
-            action=derive_actions(position, quaternion, command),
+            action=action,
             action_mask=np.arange(num_steps) < num_steps - 1,
         )
         episodes.append(episode)
@@ -516,6 +524,21 @@ def test_the_command_finds_a_wrong_layout(
     assert "frame is ee, not base" in output.err
     assert output.err.count("\n") == 1
     assert "WRONG" in page.read_text()
+
+
+def test_recordings_of_an_arm_in_another_base_are_not_blamed_on_a_layout_file(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recordings = tmp_path / "recordings"
+    write_canonical_store(recordings, command_base=Rotation.from_euler("z", 180, degrees=True))
+
+    exit_code = main(["data", "audit", str(recordings)])
+
+    assert exit_code == 2
+    message = capsys.readouterr().err
+    assert "the translation " in message
+    assert "`spear diagnose` names the cause" in message
+    assert "Write what fits" not in message
 
 
 def test_the_last_line_says_what_is_undecided_and_what_would_decide_it(

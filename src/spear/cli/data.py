@@ -252,6 +252,7 @@ def audit(options: AuditOptions) -> None:
         spear data audit my_lerobot_dataset --report audit.html
     """
     from spear.audit.dataset_audit import audit_dataset
+    from spear.data.readers.formats import find_format
     from spear.report.audit import (
         advise,
         explain_contradiction,
@@ -266,10 +267,15 @@ def audit(options: AuditOptions) -> None:
         print(f"open {options.report.resolve()}")
     print(escape_control_characters(format_report(report), keep_newlines=True))
     if report.outcome == "contradiction":
-        raise SpearError(
-            f"In {options.path}, {explain_contradiction(report)}. Write what fits into its "
-            "spear.json."
-        )
+        cure = "Write what fits into its spear.json."
+        if find_format(options.path) == "store":
+            # An episode store has no spear.json of its own.
+            cure = (
+                "If `spear serve` recorded it, the robot does not move as commanded; `spear "
+                "diagnose` names the cause. If it was prepared, correct the spear.json of its "
+                "dataset, and prepare it again."
+            )
+        raise SpearError(f"In {options.path}, {explain_contradiction(report)}. {cure}")
     if report.outcome == "undecided":
         raise UndecidedError(advise(report))
 
