@@ -139,20 +139,23 @@ def test_known_words_in_another_order_and_case_are_seen() -> None:
     assert UnseenInstructionCheck().examine(case) is None
 
 
-def test_a_start_between_scattered_ones_is_not_outside() -> None:
-    """Starts of training that are 10 cm apart do not make one that is 14 cm away unusual."""
+def test_a_start_near_few_scattered_ones_is_not_outside() -> None:
+    """Eight starts that are 10 cm apart do not make one that is 14 cm away unusual; 80 do."""
     case = make_case()
-    scattered = []
-    for index, episode in enumerate(case.demonstrations[:8]):
-        offset_m = np.array([0.1 * index, 0.0, 0.0])
-        scattered.append(replace(episode, position=case.rollout[0].position[:1] + offset_m))
+    first_position = case.rollout[0].position[:1]
 
-    def start_away(distance_m: float) -> Case:
-        rollout = [
-            replace(episode, position=case.rollout[0].position[:1] - np.array([distance_m, 0, 0]))
-            for episode in case.rollout
-        ]
-        return replace(case, rollout=rollout, demonstrations=scattered)
+    def start_away(distance_m: float, num_demonstrations: int) -> Case:
+        demonstrations = []
+        for index in range(num_demonstrations):
+            offset_m = np.array([0.1 * index, 0.0, 0.0])
+            demonstrations.append(
+                replace(case.demonstrations[0], position=first_position + offset_m)
+            )
+        position = first_position - np.array([distance_m, 0.0, 0.0])
+        rollout = [replace(episode, position=position) for episode in case.rollout]
+        return replace(case, rollout=rollout, demonstrations=demonstrations)
 
-    assert StartOutsideCheck().examine(start_away(0.14)) is None
-    assert isinstance(StartOutsideCheck().examine(start_away(0.3)), Finding)
+    check = StartOutsideCheck()
+    assert check.examine(start_away(0.14, num_demonstrations=8)) is None
+    assert isinstance(check.examine(start_away(0.3, num_demonstrations=8)), Finding)
+    assert isinstance(check.examine(start_away(0.14, num_demonstrations=80)), Finding)

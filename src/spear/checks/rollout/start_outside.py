@@ -24,9 +24,10 @@ MARGIN_M = 0.01
 CERTAIN_BEYOND_M = 0.07  # beyond the margin
 MARGIN_RAD = np.radians(10)
 CERTAIN_BEYOND_RAD = np.radians(30)  # beyond the margin
-MARGIN_SHARE = 0.5
-"""The margin is at least this share of the largest distance between starts of training: a few
-starts far from each other say little about how far away the next one may be."""
+MARGIN_EPISODES = 10
+"""With this many demonstrations, the margin is as large as the largest distance between their
+starts; with ten times as many, a tenth of it. A few scattered starts say little about how far away
+the next one may be."""
 NEAR_PATH_M = 0.02  # from a later state of training
 NEAR_PATH_RAD = np.radians(10)
 MAX_PATH_CONFIDENCE = 0.7  # of a start from where training passes later: it may well be learned
@@ -60,8 +61,9 @@ class StartOutsideCheck(RolloutCheck):
         starts_rad = [_measure_nearest_angle_rad(e.rotation[0], rotations) for e in rollout]
         extra_m = float(np.median(starts_m)) - max(usual_m)
         extra_rad = float(np.median(starts_rad)) - max(usual_rad)
-        margin_m = max(MARGIN_M, MARGIN_SHARE * max(usual_m))
-        margin_rad = max(MARGIN_RAD, MARGIN_SHARE * max(usual_rad))
+        margin_share = MARGIN_EPISODES / len(demonstrations)
+        margin_m = max(MARGIN_M, margin_share * max(usual_m))
+        margin_rad = max(MARGIN_RAD, margin_share * max(usual_rad))
         if extra_m < margin_m and extra_rad < margin_rad:
             return None
         confidence = max(
