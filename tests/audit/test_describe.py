@@ -432,6 +432,20 @@ def test_the_command_overwrites_nothing(
     assert second_exit_code == 2
 
 
+def test_a_proposal_beside_the_folder_of_the_version_is_to_be_moved(
+    shared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Commands look for the file beside features.json."""
+    copy = copy_dataset(shared / "data" / "bridge_v2_sample", tmp_path / "copy", None)
+
+    exit_code = main(["data", "describe", str(copy), "--out", str(copy / "spear.json")])
+
+    assert exit_code == 0
+    message = capsys.readouterr().err
+    assert f"move it to {copy / '1.0.0' / 'spear.json'}; then run" in message
+    assert "--layout" not in message
+
+
 def test_joints_without_a_urdf_are_answered_with_the_command_that_takes_one(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -169,7 +169,11 @@ def test_data_without_a_layout_are_shown_with_what_is_needed_to_write_one(
 def wrong_layout(tmp_path: Path) -> Path:
     """A layout that names a camera that the dataset does not have."""
     layout = tmp_path / "layout.json"
-    content = {"like": "bridge_dataset", "images": {"external": "observation/image_9"}}
+    content = {
+        "like": "bridge_dataset",
+        "images": {"external": "observation/image_9"},
+        "image_aspect": {},
+    }
     layout.write_text(json.dumps(content))
     return layout
 

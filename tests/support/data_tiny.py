@@ -15,7 +15,11 @@ from spear.data.store.episode_store import EpisodeStore, append_episodes
 from spear.types import Episode
 from spear.util.images import encode_image_file, encode_jpeg
 
-LAYOUT = {"like": "bridge_dataset", "images": {"external": "observation/images/image_0"}}
+LAYOUT = {
+    "like": "bridge_dataset",
+    "images": {"external": "observation/images/image_0"},
+    "image_aspect": {},  # as without this key, but without a notice
+}
 """The layout of the BridgeData V2 dataset, with the first of its cameras as external one."""
 
 

@@ -64,8 +64,6 @@ def describe(options: DescribeOptions) -> None:
         spear data describe so101 --urdf so101.urdf --tip gripper_frame_link --out so101/spear.json
     """
     from spear.audit.describe import list_joint_names_without_pose, propose_layout
-    from spear.data.readers.dataset_layout import LAYOUT_FILE
-    from spear.data.readers.formats import open_dataset
 
     if options.out is not None and options.out.exists():
         raise SpearError(f"--out {options.out} exists already. Correct it, or give another name.")
@@ -92,20 +90,34 @@ def describe(options: DescribeOptions) -> None:
             f"written. Run `{command}` with the URDF of the arm (docs/howto/lerobot.md)."
         )
 
-    # An RLDS dataset has a folder per version, and the layout belongs into that folder.
-    file = open_dataset(options.path).path / LAYOUT_FILE
-    advice = f"{file} should contain this, once you have corrected it"
-    if file.exists():
-        advice = f"{file} exists already: add what it lacks"
     if options.out is not None:
         if options.urdf is not None:
             _copy_urdf(options.urdf, options.out.parent)
         write_text(options.out, text + "\n")
-        advice = f"wrote {options.out}: read and correct it"
+    print(_advise_after_proposal(options), file=sys.stderr)
+
+
+def _advise_after_proposal(options: DescribeOptions) -> str:
+    """Return what to do with a proposed layout."""
+    from spear.data.readers.dataset_layout import LAYOUT_FILE
+    from spear.data.readers.formats import open_dataset
+
+    # An RLDS dataset has a folder per version, and the layout belongs into that folder.
+    file = open_dataset(options.path).path / LAYOUT_FILE
+    above_version = options.path / LAYOUT_FILE
     command = f"spear data audit {options.path}"
-    if options.out is not None and options.out.resolve() != file.resolve():
-        command += f" --layout {options.out}"  # commands find only the dataset's own spear.json
-    print(f"{advice}; then run `{command}`", file=sys.stderr)
+    if options.out is None:
+        advice = f"{file} should contain this, once you have corrected it"
+        if file.exists():
+            advice = f"{file} exists already: add what it lacks"
+    else:
+        advice = f"wrote {options.out}: read and correct it"
+        is_in_place = options.out.resolve() == file.resolve()
+        if not is_in_place and options.out.resolve() == above_version.resolve():
+            advice += f", and move it to {file}"
+        elif not is_in_place:  # commands find only the dataset's own spear.json
+            command += f" --layout {options.out}"
+    return f"{advice}; then run `{command}`"
 
 
 def _copy_urdf(urdf: Path, folder: Path) -> None:
