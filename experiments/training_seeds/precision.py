@@ -139,16 +139,17 @@ def main(sd: Annotated[float | None, tyro.conf.arg(metavar="POINTS")] = None) ->
             raise SpearError(f"--sd {sd:g} is negative. Give points, such as 5.")
         spread = Spread((sd / 100) ** 2, spread.between_scenes, spread.in_episodes)
 
-    deviations = [100 * compute_sd_between_seeds([gain]) for gain in gains]
-    quarter, three_quarters = np.percentile(deviations, [25, 75])
     print(
         f"standard deviation of the gain between pairs of trainings: "
         f"{100 * math.sqrt(spread.between_seeds):.1f} points"
     )
-    print(
-        f"that of {len(gains)} gains in the ablations: half of them are between {quarter:.1f} "
-        f"and {three_quarters:.1f} points"
-    )
+    if sd is None:
+        deviations = [100 * compute_sd_between_seeds([gain]) for gain in gains]
+        quarter, three_quarters = np.percentile(deviations, [25, 75])
+        print(
+            f"from the mean variance of {len(gains)} gains in the ablations, whose own deviations "
+            f"have the quartiles {quarter:.1f} and {three_quarters:.1f} points"
+        )
     print_table(spread)
 
 
