@@ -2,13 +2,15 @@
 # Do 3D questions about images without robots help a policy in laboratories that no demonstration shows?
 #
 #   sh experiments/labs/run.sh data        labels images and records demonstrations
+#   sh experiments/labs/run.sh stage0      trains the encoders on these images, and a SPEAR-VLM with them
 #   sh experiments/labs/run.sh 3d          trains and scores policies whose SPEAR-VLM was asked 3D questions
 #   sh experiments/labs/run.sh 3d-no-moge  the same without a depth encoder
 #   sh experiments/labs/run.sh 2d          the same, whose VLM was asked 2D questions about the same images
 #   sh experiments/labs/run.sh no-images   the same, whose VLM saw none of these images
 #
-# All but the first can run side by side, one process each. Stopped at any moment, the same command continues where it
-# was. PROCESSES=2 trains a VLM on two cores.
+# The rows begin with the shipped nano-vlm-0 and nano-depth, which know the default world only; no row begins with the
+# models of stage0 yet. All but the first can run side by side, one process each. Stopped at any moment, the same
+# command continues where it was. PROCESSES=2 trains a VLM on two cores.
 set -eu
 BIN=${BIN:-.venv/bin}
 RUNS=${RUNS:-runs/labs}
@@ -27,6 +29,19 @@ make_data() {
     for labs in $LABS; do  # as many demonstrations, of the same tasks, in few or in many laboratories
         "$BIN/spear" record --world "colorful-labs:$labs" --tasks $TASKS --num-episodes 500 --out "$RUNS/episodes-$labs"
     done
+}
+
+train_stage0() {
+    labels="$RUNS/labels-3d $RUNS/labels-robot"
+    "$BIN/spear" train nano-siglip --labels $labels --init nano-vlm-0 --out "$RUNS/siglip-colorful" \
+        --steps 3000 --lr 8e-4 --set 'frozen=["vlm.language_model"]'
+    "$BIN/spear" train nano-depth --labels $labels --init nano-depth --out "$RUNS/depth-colorful" --steps 10000
+    "$BIN/spear" train nano-vlm-0 --labels $labels --init "$RUNS/siglip-colorful" --out "$RUNS/vlm-0-colorful" \
+        --steps 1500 --lr 3e-4
+    $TRAIN_VLM nano-vlm-1 --labels $labels --init "$RUNS/vlm-0-colorful" \
+        --init-depth-encoder "$RUNS/depth-colorful" --out "$RUNS/vlm-3d-stage0-1" \
+        --set 'lr_scale={"multi_modal_projector":0.02,"moge_projector":0.02}'
+    $TRAIN_VLM nano-vlm-2 --labels $labels --init "$RUNS/vlm-3d-stage0-1" --out "$RUNS/vlm-3d-stage0" --steps 4200
 }
 
 train_vlm() {
@@ -81,6 +96,7 @@ score_policy() {  # ROW LABS SEED
 
 case $1 in
 data) make_data ;;
+stage0) train_stage0 ;;
 3d | 3d-no-moge | 2d | no-images)
     train_vlm "$1"
     for seed in $SEEDS; do
@@ -91,7 +107,7 @@ data) make_data ;;
     done
     ;;
 *)
-    echo "run.sh: choose data, 3d, 3d-no-moge, 2d or no-images" >&2
+    echo "run.sh: choose data, stage0, 3d, 3d-no-moge, 2d or no-images" >&2
     exit 2
     ;;
 esac
