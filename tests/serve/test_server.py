@@ -605,7 +605,7 @@ def test_a_client_refuses_another_server_at_the_same_address(changed: str) -> No
 def test_a_server_whose_batcher_fails_ends(monkeypatch: pytest.MonkeyPatch) -> None:
     """A batch with None instead of a request makes the batcher fail."""
     # The sleep makes a coroutine whose result is the list.
-    monkeypatch.setattr(Batcher, "_collect_batch", lambda self: asyncio.sleep(0, result=[None]))
+    monkeypatch.setattr(Batcher, "_wait_for_batch", lambda self: asyncio.sleep(0, result=[None]))
     server = PolicyServer(Service(HomingPolicy(), GENERIC), ServeOptions("test", port=0))
 
     with pytest.raises(AttributeError):
