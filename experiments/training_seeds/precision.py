@@ -48,15 +48,22 @@ class Spread:
     in_episodes: float
 
 
+def _compute_variance_between_seeds(variances: CrossedVariances) -> float:
+    """Variance of the mean gain between pairs of trainings, over infinitely many scenes.
+
+    As an estimate, it may be negative.
+    """
+    return variances.num_seeds * (variances.over_seeds - variances.in_both)
+
+
 def compute_sd_between_seeds(gains: Sequence[Array]) -> float:
     """Standard deviation of the mean gain between pairs of trainings, over infinitely many scenes.
 
     Args:
         gains: [seeds, scenes] of each task family.
     """
-    variances = compute_crossed_variances(gains)
-    variance = variances.num_seeds * (variances.over_seeds - variances.in_both)
-    return math.sqrt(max(0.0, variance))  # an estimated variance may be negative
+    variance = _compute_variance_between_seeds(compute_crossed_variances(gains))
+    return math.sqrt(max(0.0, variance))
 
 
 def subtract_success(first: Sequence[Array], second: Sequence[Array]) -> list[Array]:
@@ -88,7 +95,7 @@ def measure_spread(gain: Array) -> Spread:
     variances = compute_crossed_variances([gain])
     in_episodes = variances.in_both * num_seeds * num_scenes
     return Spread(
-        between_seeds=num_seeds * (variances.over_seeds - variances.in_both),
+        between_seeds=_compute_variance_between_seeds(variances),
         between_scenes=num_scenes * (variances.over_scenes - variances.in_both),
         in_episodes=in_episodes,
     )

@@ -47,13 +47,18 @@ def test_the_interval_contains_the_true_difference_in_95_percent() -> None:
     assert num_hits / num_studies == pytest.approx(0.95, abs=0.015)
 
 
+def compare_two_pairs(folder: Path, second_labels: str) -> None:
+    """Compare 30 with 20 mm in the images `sim`, and 40 with 30 mm in images of choice."""
+    main(
+        first=(write_scores(folder / "a1", 30), write_scores(folder / "a2", 40, second_labels)),
+        second=(write_scores(folder / "b1", 20), write_scores(folder / "b2", 30, second_labels)),
+    )
+
+
 def test_pairs_with_other_images_cover_trainings_and_images(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    first = (write_scores(tmp_path / "a1", 30), write_scores(tmp_path / "a2", 40, "sim:1000"))
-    second = (write_scores(tmp_path / "b1", 20), write_scores(tmp_path / "b2", 30, "sim:1000"))
-
-    main(first=first, second=second)
+    compare_two_pairs(tmp_path, second_labels="sim:1000")
 
     printed = capsys.readouterr().out
     assert "+10.0 mm [+10.0, +10.0]" in printed
@@ -63,10 +68,7 @@ def test_pairs_with_other_images_cover_trainings_and_images(
 def test_pairs_with_the_same_images_cover_trainings_only(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    first = (write_scores(tmp_path / "a1", 30), write_scores(tmp_path / "a2", 40))
-    second = (write_scores(tmp_path / "b1", 20), write_scores(tmp_path / "b2", 30))
-
-    main(first=first, second=second)
+    compare_two_pairs(tmp_path, second_labels="sim")
 
     assert "cover the trainings only" in capsys.readouterr().out
 

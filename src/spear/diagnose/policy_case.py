@@ -94,7 +94,7 @@ class PolicyCase(Case):
         observations = sample_observations(store, self.get_policy())
         return SampledAnswers(observations, predict_path_ends(self.get_policy(), observations))
 
-    @property
+    @cached_property
     def can_see_objects(self) -> bool:
         """Whether the policy's SPEAR-VLM was shown to tell absent objects from present ones."""
         if self.policy is None or self.policy.folder is None:

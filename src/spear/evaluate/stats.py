@@ -227,7 +227,8 @@ def estimate_mean_over_seeds(success_by_family: Sequence[Array]) -> Estimate:
     tables = _to_success_tables(success_by_family)
     mean, half_width = _compute_crossed_mean_and_half_width(tables)
     counts = [(int(table.sum()), table.size) for table in tables]
-    independent = estimate_mean_proportion(counts)  # as if all runs were independent
+    # As if all runs were independent
+    independent = estimate_mean_proportion(counts)
     return _widen_to_at_least(mean, half_width, narrowest=independent, min_value=0.0)
 
 
@@ -252,9 +253,8 @@ def estimate_difference_over_seeds(first: Sequence[Array], second: Sequence[Arra
         differences.append(first_table.astype(float) - second_table)
         pairs.append((first_table.ravel().tolist(), second_table.ravel().tolist()))
     mean, half_width = _compute_crossed_mean_and_half_width(differences)
-    independent, _ = estimate_paired_difference_and_p_value(
-        pairs
-    )  # as if all runs were independent
+    # As if all runs were independent
+    independent, _ = estimate_paired_difference_and_p_value(pairs)
     return _widen_to_at_least(mean, half_width, narrowest=independent, min_value=-1.0)
 
 

@@ -2,7 +2,7 @@
 
 from typing import ClassVar
 
-from spear.checks.rollout.bars import collect_pictures, find_extra_bars
+from spear.checks.rollout.bars import BarShares, collect_pictures, find_extra_bars
 from spear.checks.rollout.camera_checks import CAMERA_FILE, show_pictures
 from spear.checks.rollout.case import Case, Doubt, Finding, Material, Result, RolloutCheck
 
@@ -19,28 +19,30 @@ class PaddingBarsCheck(RolloutCheck):
 
     def examine(self, case: Case) -> Result:
         num_compared = 0
-        num_with_bars = sum(find_extra_bars(case, name) is not None for name in case.cameras)
+        extra_by_camera: dict[str, BarShares] = {}
         for camera in case.cameras:
-            if not collect_pictures(case.rollout, camera):
-                continue
-            if not collect_pictures(case.demonstrations, camera):
-                continue
-            num_compared += 1
+            if collect_pictures(case.rollout, camera) and collect_pictures(
+                case.demonstrations, camera
+            ):
+                num_compared += 1
             extra_shares = find_extra_bars(case, camera)
-            if extra_shares is None:
-                continue
-            are_at_sides = extra_shares.of_width > extra_shares.of_height
-            sides = "left and right" if are_at_sides else "top and bottom"
-            extra_share = max(extra_shares)
-            return Finding(
-                confidence=0.96,
-                evidence=(
-                    f"camera {camera} has black bars at {sides}, {extra_share:.0%} of the "
-                    "picture; training has none there"
-                ),
-                cure="send pictures without bars, in the aspect of training",
-                file=CAMERA_FILE,
-                figure=show_pictures(case, camera),
-                camera=camera if num_with_bars == 1 else None,
-            )
-        return None if num_compared else Doubt("no training pictures to compare with")
+            if extra_shares is not None:
+                extra_by_camera[camera] = extra_shares
+        if not extra_by_camera:
+            return None if num_compared else Doubt("no training pictures to compare with")
+
+        camera, extra_shares = next(iter(extra_by_camera.items()))
+        are_at_sides = extra_shares.of_width > extra_shares.of_height
+        sides = "left and right" if are_at_sides else "top and bottom"
+        extra_share = max(extra_shares)
+        return Finding(
+            confidence=0.96,
+            evidence=(
+                f"camera {camera} has black bars at {sides}, {extra_share:.0%} of the "
+                "picture; training has none there"
+            ),
+            cure="send pictures without bars, in the aspect of training",
+            file=CAMERA_FILE,
+            figure=show_pictures(case, camera),
+            camera=camera if len(extra_by_camera) == 1 else None,
+        )
