@@ -23,8 +23,8 @@ from spear.audit.dataset_audit import (
     read_episode_steps,
     summarize_cameras,
 )
-from spear.checks.cameras import examine_cameras
-from spear.checks.gripper import examine_gripper
+from spear.checks.cameras import find_absent_or_blank_cameras, judge_camera_exchange
+from spear.checks.gripper import judge_gripper
 from spear.checks.recording import Recording
 from spear.errors import SpearError
 
@@ -66,7 +66,7 @@ def read_recordings(folder: Path) -> list[Recording]:
 
 def find_weightiest_verdict(recordings: Sequence[Recording]) -> str:
     """The most serious verdict of the gripper's checks."""
-    verdicts = {check.verdict for check in examine_gripper(recordings)}
+    verdicts = {check.verdict for check in judge_gripper(recordings)}
     return next(verdict for verdict in VERDICTS_BY_WEIGHT if verdict in verdicts)
 
 
@@ -96,7 +96,11 @@ def print_camera_verdicts(folder: Path) -> None:
         "cameras exchanged": {"external": wrist, "wrist": external},
     }
     for name, arrangement in arrangements.items():
-        verdicts = [check.verdict for check in examine_cameras(arrangement)]
+        checks = find_absent_or_blank_cameras(arrangement)
+        exchange = judge_camera_exchange(arrangement["external"], arrangement["wrist"])
+        if exchange is not None:
+            checks.append(exchange)
+        verdicts = [check.verdict for check in checks]
         print(f"{folder.name:<20} {len(wrist):>8}  {name:<18} {verdicts}")
 
 

@@ -14,7 +14,7 @@ from joint_datasets import (
 )
 from joint_datasets import write_layout as write_joint_layout
 from spear.audit.dataset_audit import load_audit_layout
-from spear.audit.joint_limits import examine_joint_limits
+from spear.audit.joint_limits import judge_joint_limits
 from spear.checks.result import Check
 from spear.data.readers.formats import open_dataset
 from spear.data.store.episode_store import EpisodeStore
@@ -35,7 +35,7 @@ def examine(folder: Path, change: Callable[[np.ndarray], None]) -> Check:
 
     opened = open_dataset(dataset)
     assert not isinstance(opened, EpisodeStore)
-    (check,) = examine_joint_limits(opened, "train", load_audit_layout(dataset, None))
+    (check,) = judge_joint_limits(opened, "train", load_audit_layout(dataset, None))
     return check
 
 

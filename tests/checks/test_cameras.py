@@ -3,7 +3,7 @@
 import numpy as np
 
 from refusals import refuses
-from spear.checks.cameras import View, are_blank, examine_cameras, summarize_view
+from spear.checks.cameras import View, are_blank, judge_camera_exchange, summarize_view
 from spear.util.images import encode_jpeg
 
 NUM_STEPS = 8
@@ -48,18 +48,20 @@ def test_a_wrist_view_changes_more_than_an_external_one() -> None:
 
 
 def test_cameras_in_their_places_agree() -> None:
-    (check,) = examine_cameras(
-        {"external": [summarize_external_view()] * 6, "wrist": [summarize_wrist_view()] * 6}
+    check = judge_camera_exchange(
+        external_views=[summarize_external_view()] * 6, wrist_views=[summarize_wrist_view()] * 6
     )
 
+    assert check is not None
     assert check.verdict == "agrees"
 
 
 def test_exchanged_cameras_are_wrong() -> None:
-    (check,) = examine_cameras(
-        {"external": [summarize_wrist_view()] * 6, "wrist": [summarize_external_view()] * 6}
+    check = judge_camera_exchange(
+        external_views=[summarize_wrist_view()] * 6, wrist_views=[summarize_external_view()] * 6
     )
 
+    assert check is not None
     assert check.verdict == "wrong"
     assert "exchange" in check.words
 
@@ -79,8 +81,7 @@ def test_a_camera_that_is_slower_than_the_arm_is_not_called_exchanged() -> None:
     view = summarize_view(images, position, 30.0, "made")
 
     assert view.changing_share > 0.5
-    checks = examine_cameras({"external": [view] * 6, "wrist": [view] * 6})
-    assert all(check.verdict != "wrong" for check in checks)
+    assert judge_camera_exchange([view] * 6, [view] * 6) is None
 
 
 def test_an_episode_too_short_to_compare_images_tells_nothing() -> None:

@@ -35,12 +35,17 @@ from spear.audit.hypotheses import (
     fit_translations,
     list_tested_state_formats,
 )
-from spear.audit.joint_limits import examine_joint_limits
-from spear.checks.cameras import View, examine_cameras, summarize_view
-from spear.checks.gripper import examine_gripper
+from spear.audit.joint_limits import judge_joint_limits
+from spear.checks.cameras import (
+    View,
+    find_absent_or_blank_cameras,
+    judge_camera_exchange,
+    summarize_view,
+)
+from spear.checks.gripper import judge_gripper
 from spear.checks.recording import Recording
 from spear.checks.result import Check, Verdict
-from spear.checks.states import examine_rate, find_state_problems
+from spear.checks.states import examine_speeds, find_state_problems
 from spear.data.actions import check_instruction, compute_and_check_norms
 from spear.data.readers.bad_rows import mask_actions_before_gaps
 from spear.data.readers.build_episode import (
@@ -246,13 +251,17 @@ def audit_dataset(
         split = next(iter(count_episodes(path)))  # the name of the first split
     layout = load_audit_layout(path, layout_file)
     report = _audit_numbers(path, split, layout)
-    cameras = examine_cameras(summarize_cameras(path, split, layout))
+    views = summarize_cameras(path, split, layout)
+    cameras = find_absent_or_blank_cameras(views)
+    exchange = judge_camera_exchange(views.get("external", ()), views.get("wrist", ()))
+    if exchange is not None:
+        cameras.append(exchange)
     texts = examine_instruction_and_success(path, split, layout)
     joints = []
     if layout.arm is not None:
         folder = open_dataset(path)
         assert not isinstance(folder, EpisodeStore)  # stores have poses
-        joints = examine_joint_limits(folder, split, layout)
+        joints = judge_joint_limits(folder, split, layout)
     return replace(
         report,
         fitting_formats=_find_fitting_formats(path, split, layout, report),
@@ -277,9 +286,9 @@ def _audit_numbers(path: str | Path, split: str, layout: DatasetLayout) -> Repor
     if layout.logged_rotation_format == "urdf_joints":
         report = _drop_format_findings(report)
 
-    checks = [*report.checks, *examine_gripper(recordings)]
+    checks = [*report.checks, *judge_gripper(recordings)]
     if not report.state_problems:
-        checks += examine_rate(recordings)
+        checks += examine_speeds(recordings)
     if layout.rotation_format not in UNMISTAKABLE_FORMATS:
         checks += _examine_rotation_format(report, str(layout.rotation_format))
     return replace(report, skipped=skipped.reasons, checks=checks)

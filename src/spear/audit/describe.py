@@ -39,7 +39,7 @@ from spear.checks.gripper import (
     CommandedGripper,
     Judgment,
     correlate_commands_by_delay,
-    judge_open_end,
+    judge_whether_high_is_open,
 )
 from spear.checks.instructions import looks_like_identifier
 from spear.checks.recording import Recording
@@ -927,7 +927,7 @@ def _propose_gripper(
 
     correlation, state, command = max(pairs, key=lambda pair: abs(pair[0]))
     low, high = _compute_rounded_range(values[state])
-    verdict, words = _judge_whether_high_is_open(values[state], low, high)
+    verdict, words = _judge_whether_high_reading_is_open(values[state], low, high)
     is_flipped = verdict == "wrong"  # the low end is open
     conclusions = {"agrees": "", "wrong": "; so the ends are exchanged"}
     conclusion = conclusions.get(verdict, ": check which end is open")
@@ -950,7 +950,9 @@ def _propose_gripper(
         )
 
 
-def _judge_whether_high_is_open(episodes: Sequence[Array], low: float, high: float) -> Judgment:
+def _judge_whether_high_reading_is_open(
+    episodes: Sequence[Array], low: float, high: float
+) -> Judgment:
     """Judge whether the high end of the readings is open, from episodes where the gripper moves.
 
     Args:
@@ -964,7 +966,7 @@ def _judge_whether_high_is_open(episodes: Sequence[Array], low: float, high: flo
             openings.append((values - low) / (high - low))
     if len(openings) < MIN_EPISODES:
         return Judgment("cannot tell", "it hardly moves")
-    return judge_open_end(openings)
+    return judge_whether_high_is_open(openings)
 
 
 def _compute_rounded_range(values: Sequence[Array]) -> tuple[float, float]:

@@ -21,8 +21,8 @@ MIN_HEIGHT_M = -0.03
 higher than the table. A shoulder that is 2° off moves a tip that is 0.3 m away by 0.01 m."""
 
 
-def examine_joint_limits(folder: Dataset, split: str, layout: DatasetLayout) -> list[Check]:
-    """Check whether joints stay within their limits, and say where the tip goes.
+def judge_joint_limits(folder: Dataset, split: str, layout: DatasetLayout) -> list[Check]:
+    """Judge whether joints stay within their limits, and say where the tip goes.
 
     The layout must have an arm. Targets of joints say nothing about zeros, signs and the tip,
     because states and targets share them. Limits do: with a wrong zero or sign, some joint usually

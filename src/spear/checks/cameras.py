@@ -108,8 +108,8 @@ def is_frozen(images: Sequence[bytes], position: Array) -> bool:
     return is_one_image and bool(mark_frozen_steps(images, position).any())
 
 
-def examine_cameras(views: Mapping[str, Sequence[View | None]]) -> list[Check]:
-    """Find cameras that show nothing, and cameras that are exchanged.
+def find_absent_or_blank_cameras(views: Mapping[str, Sequence[View | None]]) -> list[Check]:
+    """Find cameras that show nothing in any episode: one check for each of them.
 
     Args:
         views: camera name → what that camera shows in each episode, None where it is absent.
@@ -119,9 +119,6 @@ def examine_cameras(views: Mapping[str, Sequence[View | None]]) -> list[Check]:
         check = _examine_absent_or_blank(camera, episodes)
         if check is not None:
             checks.append(check)
-    exchange = _examine_exchange(views.get("external", ()), views.get("wrist", ()))
-    if exchange is not None:
-        checks.append(exchange)
     return checks
 
 
@@ -140,12 +137,18 @@ def _examine_absent_or_blank(camera: str, episodes: Sequence[View | None]) -> Ch
     return Check(f"camera {camera}", "wrong", words)
 
 
-def _examine_exchange(
+def judge_camera_exchange(
     external_views: Sequence[View | None], wrist_views: Sequence[View | None]
 ) -> Check | None:
-    """Check whether the external and the wrist camera have each other's names.
+    """Judge whether the external and the wrist camera have each other's names.
 
-    Returns None if too few episodes can be compared or if they do not agree.
+    Args:
+        external_views: what the external camera shows in each episode, None where it is absent.
+        wrist_views: the same of the wrist camera.
+
+    Returns:
+        A check that says "wrong" if the cameras are exchanged, and "agrees" if they are not; None
+        if too few episodes can be compared, or if these contradict each other.
     """
     external_shares = []
     wrist_shares = []

@@ -48,8 +48,8 @@ class CommandedGripper(NamedTuple):
     rate_hz: float
 
 
-def examine_gripper(recordings: Sequence[Recording]) -> list[Check]:
-    """Check whether openings and commands are what the layout says.
+def judge_gripper(recordings: Sequence[Recording]) -> list[Check]:
+    """Judge whether openings and commands are what the layout says; also "agrees" is a result.
 
     Only episodes in which the gripper moves are compared. If the layout says that the gripper never
     moves, no recording has openings, and there is nothing to check.
@@ -66,7 +66,7 @@ def examine_gripper(recordings: Sequence[Recording]) -> list[Check]:
         return [Check("gripper", "cannot tell", words)]
 
     openings = [np.asarray(recording.opening) for recording in moving]
-    verdict, words = judge_open_end(openings)
+    verdict, words = judge_whether_high_is_open(openings)
     commanded = []
     for recording in moving:
         if recording.command is not None:
@@ -75,16 +75,16 @@ def examine_gripper(recordings: Sequence[Recording]) -> list[Check]:
     range_problem = examine_range(openings, [episode.command for episode in commanded])
     if not commanded:
         return [range_problem or Check("gripper", verdict, words)]
-    return _examine_commands(commanded, openings, Check("gripper", verdict, words), range_problem)
+    return _judge_commands(commanded, openings, Check("gripper", verdict, words), range_problem)
 
 
-def _examine_commands(
+def _judge_commands(
     commanded: Sequence[CommandedGripper],
     openings: Sequence[Array],
     open_end: Check,
     range_problem: Check | None,
 ) -> list[Check]:
-    """Check whether the opening follows the command, opposes it, or has nothing to do with it.
+    """Judge whether the opening follows the command, opposes it, or has nothing to do with it.
 
     Args:
         commanded: the episodes with a moving gripper and with commands.
@@ -101,7 +101,7 @@ def _examine_commands(
     )
 
     if strongest.correlation >= MIN_CORRELATION:
-        problem = range_problem or examine_command_timing(
+        problem = range_problem or examine_late_commands(
             [episode.opening for episode in commanded],
             [binarize_commands(episode.command, episode.rate_hz) for episode in commanded],
         )
@@ -165,7 +165,7 @@ def examine_range(openings: Sequence[Array], commands: Sequence[Array]) -> Check
     return Check(name, "wrong", words)
 
 
-def examine_command_timing(
+def examine_late_commands(
     openings: Sequence[Array], binary_commands: Sequence[Array]
 ) -> Check | None:
     """Report a gripper that has mostly moved already when its command changes.
@@ -236,11 +236,11 @@ class Judgment(NamedTuple):
     reasons: str
 
 
-def judge_open_end(openings: Sequence[Array]) -> Judgment:
-    """Judge whether what the layout calls open is open.
+def judge_whether_high_is_open(openings: Sequence[Array]) -> Judgment:
+    """Judge whether the gripper is open at the high end of its openings, as the layout says.
 
     Args:
-        openings: [T] of each episode, in each of which the gripper moves.
+        openings: [T] by the layout, of each episode, in each of which the gripper moves.
     """
     middles = [(opening.min() + opening.max()) / 2 for opening in openings]
     begins_open = [opening[0] > middle for opening, middle in zip(openings, middles, strict=True)]
@@ -259,8 +259,8 @@ def judge_open_end(openings: Sequence[Array]) -> Judgment:
             resting_open.append(float(np.median(resting_above)))
         if len(resting_below):
             resting_closed.append(float(np.median(resting_below)))
-    spread_closed = _measure_largest_difference(resting_closed)
-    spread_open = _measure_largest_difference(resting_open)
+    spread_closed = _measure_range_or_zero(resting_closed)
+    spread_open = _measure_range_or_zero(resting_open)
 
     # Two independent signs: +1 speaks for the layout, -1 against it, 0 says nothing. A closed
     # gripper holds objects, and therefore rests at differing openings.
@@ -281,6 +281,6 @@ def judge_open_end(openings: Sequence[Array]) -> Judgment:
     return Judgment("cannot tell", words)
 
 
-def _measure_largest_difference(values: Sequence[float]) -> float:
+def _measure_range_or_zero(values: Sequence[float]) -> float:
     """Return the largest minus the smallest value; 0 if there are too few values to compare."""
     return float(np.ptp(values)) if len(values) >= MIN_EPISODES else 0.0

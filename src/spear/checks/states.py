@@ -71,8 +71,8 @@ def find_plausible_length_unit(reach: float) -> str | None:
     return None
 
 
-def examine_rate(recordings: Sequence[Recording]) -> list[Check]:
-    """Check whether the arm moves about as fast as arms do.
+def examine_speeds(recordings: Sequence[Recording]) -> list[Check]:
+    """Look for implausible speeds: an arm that moves much faster, or slower, than arms do.
 
     A wrong rate (`rate_hz` of the layout) shows nowhere but in implausible speeds.
     """

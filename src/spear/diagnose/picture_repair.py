@@ -94,7 +94,7 @@ def _find_exchanged_camera(case: Case) -> str | None:
 
     An exchange may show in the pictures of one of the two cameras only.
     """
-    for camera in case.cameras:
+    for camera in case.rollout_cameras:
         if camera == CAMERA or any(camera not in episode.pictures for episode in case.rollout):
             continue
         for first, second in ((CAMERA, camera), (camera, CAMERA)):

@@ -149,7 +149,7 @@ def _make_stills(case: PolicyCase) -> list[_Still]:
         return stills
     episode = case.rollout[-1]
     steps = np.linspace(0, len(episode) - 1, MAX_STILLS).round().astype(int)
-    for camera in case.cameras:
+    for camera in case.rollout_cameras:
         if camera not in episode.pictures:
             continue
         for step in steps.tolist():

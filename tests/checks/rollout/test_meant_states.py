@@ -9,7 +9,7 @@ import pytest
 from made_rollouts import MadeRobot, make_case
 from spear.checks.rollout.case import Case
 from spear.checks.rollout.episode import RecordedEpisode
-from spear.checks.rollout.meant_states import restore_meant_states
+from spear.checks.rollout.meant_states import correct_orientations_and_openings
 from spear.types import Array
 
 
@@ -35,7 +35,9 @@ def send_as_meant(episode: RecordedEpisode) -> RecordedEpisode:
 
 def restore(case: Case) -> list[RecordedEpisode]:
     """Restore the states of a case's rollout."""
-    return restore_meant_states(case.rollout, case.demonstrations, case.motion, case.gripper)
+    return correct_orientations_and_openings(
+        case.rollout, case.demonstrations, case.motion, case.gripper
+    )
 
 
 @pytest.mark.parametrize("send", [send_scalar_last, invert_opening, scale_opening, send_as_meant])

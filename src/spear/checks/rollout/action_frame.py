@@ -24,7 +24,7 @@ class ActionFrameCheck(MotionCheck):
     causes: ClassVar[frozenset[str]] = frozenset({"controller-short"})
 
     def examine_motion(self, motion: CommandedMotion) -> Result:
-        motion = motion.retimed
+        motion = motion.with_likely_actions
         better = motion.better_reading
         if better is None or better.reading.frame == "base":
             return self._examine_rotations(motion)
@@ -45,7 +45,7 @@ class ActionFrameCheck(MotionCheck):
         """Look for rotations about the axes of the base."""
         if motion.better_turn_reading != "about the base":
             return None
-        errors = motion.turn_errors
+        errors = motion.turn_errors_rad
         return Finding(
             confidence=0.9,
             evidence=(

@@ -19,7 +19,7 @@ class ActionSignCheck(MotionCheck):
     causes: ClassVar[frozenset[str]] = frozenset({"controller-short"})
 
     def examine_motion(self, motion: CommandedMotion) -> Result:
-        motion = motion.retimed
+        motion = motion.with_likely_actions
         better = motion.better_reading
         if better is None:
             return self._examine_rotations(motion)
@@ -45,7 +45,7 @@ class ActionSignCheck(MotionCheck):
         if signs not in SIGNS:
             return None
         axes = [axis for axis, sign in zip("xyz", signs, strict=True) if sign == "-"]
-        errors = motion.turn_errors
+        errors = motion.turn_errors_rad
         return Finding(
             confidence=0.9,
             evidence=(

@@ -10,7 +10,7 @@ from spear.checks.rollout.case import (
 )
 from spear.checks.rollout.motion import CommandedMotion
 from spear.checks.rollout.motion_check import MotionCheck
-from spear.checks.rollout.motion_figures import draw_step_gains
+from spear.checks.rollout.motion_figures import draw_move_gains
 from spear.types import Array
 
 MAX_DROPPED_GAIN = 0.15  # a move that achieves less than this share was not executed
@@ -33,7 +33,7 @@ class ActionsDroppedCheck(MotionCheck):
     def examine_motion(self, motion: CommandedMotion) -> Result:
         if motion.typical_num_executed > 1:
             return Doubt("the robot executes several actions per observation")
-        gains = motion.step_gains
+        gains = motion.move_gains
         is_dropped = gains < MAX_DROPPED_GAIN  # False for NaN
         is_full = gains > FULL_GAIN
         # An arm that drops actions stops and goes on again and again. A blocked one stops once.
@@ -56,7 +56,7 @@ class ActionsDroppedCheck(MotionCheck):
             ),
             cure="find where commands are lost: a full queue, a timeout, or two clients at once",
             file="the control loop of your robot",
-            figure=draw_step_gains(motion),
+            figure=draw_move_gains(motion),
         )
 
 

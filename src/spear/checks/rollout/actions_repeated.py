@@ -12,7 +12,7 @@ from spear.checks.rollout.case import (
 )
 from spear.checks.rollout.motion import CommandedMotion
 from spear.checks.rollout.motion_check import MotionCheck
-from spear.checks.rollout.motion_figures import draw_step_gains
+from spear.checks.rollout.motion_figures import draw_move_gains
 
 # A move that achieves between these multiples of its command was executed twice.
 MIN_TWICE_GAIN = 1.7
@@ -41,9 +41,9 @@ class ActionsRepeatedCheck(MotionCheck):
             return Doubt("the robot executes several actions per observation")
         if motion.other_rate is not None:
             return None
-        if motion.small_gain > MAX_TWICE_GAIN:
+        if motion.gain_of_short_commands > MAX_TWICE_GAIN:
             return None  # another unit, whose longer moves the robot cuts
-        gains = motion.step_gains[motion.is_moving]
+        gains = motion.move_gains[motion.is_moving]
         repeated_share = np.mean((gains > MIN_TWICE_GAIN) & (gains < MAX_TWICE_GAIN))
         once_share = np.mean((gains > MIN_ONCE_GAIN) & (gains < MAX_ONCE_GAIN))
         if repeated_share < MIN_REPEATED_SHARE:
@@ -64,7 +64,7 @@ class ActionsRepeatedCheck(MotionCheck):
             ),
             cure="send each action once: two threads, or a retry after a timeout, send it again",
             file="the control loop of your robot",
-            figure=draw_step_gains(motion),
+            figure=draw_move_gains(motion),
         )
 
     @staticmethod
@@ -82,5 +82,5 @@ class ActionsRepeatedCheck(MotionCheck):
             ),
             cure="send each action once: two threads, or a retry after a timeout, send it again",
             file="the control loop of your robot",
-            figure=draw_step_gains(motion),
+            figure=draw_move_gains(motion),
         )

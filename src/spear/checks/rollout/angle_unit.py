@@ -27,7 +27,7 @@ class AngleUnitCheck(RolloutCheck):
         if num_turning < MIN_MOVES:
             return Doubt(f"only {num_turning} moves rotate far enough")
         gain = motion.turn_gain
-        translation_gain = float(np.nan_to_num(np.nanquantile(motion.step_gains, 0.75)))
+        translation_gain = float(np.nan_to_num(np.nanquantile(motion.move_gains, 0.75)))
         if translation_gain < MIN_TRANSLATION_GAIN:
             return Doubt("the arm hardly moves")
         commanded = np.degrees(np.linalg.norm(motion.command_turn[motion.is_turning], axis=1))
@@ -39,7 +39,7 @@ class AngleUnitCheck(RolloutCheck):
         # along its commands, but too far.
         is_small = commanded <= np.quantile(commanded, SMALL_COMMAND_QUANTILE)
         small_ratio = float(np.median(achieved[is_small]) / np.median(commanded[is_small]))
-        is_along = motion.turn_axis_errors["plain"] < MAX_TURN_AXIS_RAD
+        is_along = motion.turn_axis_errors_rad["plain"] < MAX_TURN_AXIS_RAD
         is_far = ratio > MIN_TURN_RATIO or (is_along and small_ratio > MIN_TURN_RATIO)
         is_too_far = is_far and motion.better_turn_reading is None
         if not is_too_near and not is_too_far:

@@ -34,7 +34,7 @@ class CameraBgrCheck(RolloutCheck):
         single_result = examine_picture_versions(case, (VERSION,), "sends BGR", CURE, is_color=True)
         if isinstance(single_result, Finding):
             return single_result
-        for camera in case.cameras:
+        for camera in case.rollout_cameras:
             best = case.comparison.find_best_color(camera)
             if best is not None and best.version != VERSION:
                 return single_result  # another exposure changes colors, too, where it clips them
@@ -47,7 +47,7 @@ class CameraBgrCheck(RolloutCheck):
 
     def _compare_cameras(self, case: Case) -> Finding | None:
         """Look for a camera whose colors are not those that another camera sees."""
-        relations = relate_colors(case.rollout, case.demonstrations, case.cameras)
+        relations = relate_colors(case.rollout, case.demonstrations, case.rollout_cameras)
         if not relations:
             return None
         relation = max(relations, key=lambda entry: entry.log_ratio)
@@ -127,7 +127,7 @@ class CameraBgrCheck(RolloutCheck):
     def _collect_bgr_odds(case: Case) -> dict[str, VersionOdds]:
         """Return the odds of exchanged colors of each camera that can be compared."""
         odds_by_camera = {}
-        for camera in case.cameras:
+        for camera in case.rollout_cameras:
             for odds in case.comparison.get_color_odds(camera) or ():
                 if odds.version == VERSION:
                     odds_by_camera[camera] = odds

@@ -31,7 +31,7 @@ def examine_picture_versions(
     comparison = case.comparison
     num_compared = 0
     suspicion = ""
-    for camera in case.cameras:
+    for camera in case.rollout_cameras:
         odds = comparison.get_color_odds(camera) if is_color else comparison.get_shape_odds(camera)
         if odds is None:
             continue

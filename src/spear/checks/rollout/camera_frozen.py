@@ -30,7 +30,7 @@ class CameraFrozenCheck(RolloutCheck):
     causes: ClassVar[frozenset[str]] = frozenset({"camera-late"})
 
     def examine(self, case: Case) -> Result:
-        for camera in case.cameras:
+        for camera in case.rollout_cameras:
             num_moving = 0
             num_same = 0
             for episode in case.rollout:

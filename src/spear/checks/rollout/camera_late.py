@@ -22,7 +22,7 @@ class CameraLateCheck(RolloutCheck):
 
     def examine(self, case: Case) -> Result:
         num_compared = 0
-        for camera in case.cameras:
+        for camera in case.rollout_cameras:
             odds = case.comparison.get_delay_odds(camera)
             if odds is None:
                 continue

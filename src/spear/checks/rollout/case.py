@@ -9,7 +9,7 @@ import numpy as np
 
 from spear.checks.rollout.episode import RecordedEpisode
 from spear.checks.rollout.gripper import GripperUse
-from spear.checks.rollout.meant_states import restore_meant_states
+from spear.checks.rollout.meant_states import correct_orientations_and_openings
 from spear.checks.rollout.motion import CommandedMotion
 from spear.checks.rollout.pictures import PictureComparison, PictureReferences
 from spear.types import Array
@@ -55,15 +55,17 @@ class Case:
     def comparison(self) -> PictureComparison:
         """The rollout's pictures, compared with those of the demonstrations."""
         references = self.references or PictureReferences(self.demonstrations)
-        return PictureComparison(self.meant_rollout, references)
+        return PictureComparison(self.rollout_with_corrected_states, references)
 
     @cached_property
-    def meant_rollout(self) -> Sequence[RecordedEpisode]:
+    def rollout_with_corrected_states(self) -> Sequence[RecordedEpisode]:
         """The episodes of the rollout with the states that the robot means."""
-        return restore_meant_states(self.rollout, self.demonstrations, self.motion, self.gripper)
+        return correct_orientations_and_openings(
+            self.rollout, self.demonstrations, self.motion, self.gripper
+        )
 
     @property
-    def cameras(self) -> list[str]:
+    def rollout_cameras(self) -> list[str]:
         """The cameras that any episode of the rollout has."""
         names: set[str] = set()
         for episode in self.rollout:

@@ -11,7 +11,7 @@ from spear.checks.rollout.case import (
 )
 from spear.checks.rollout.motion import CommandedMotion
 from spear.checks.rollout.motion_check import MotionCheck
-from spear.checks.rollout.motion_figures import draw_step_gains
+from spear.checks.rollout.motion_figures import draw_move_gains
 from spear.checks.rollout.translation_unit import MAX_UNIT_GAIN
 
 # The median share of commanded displacements that the arm achieves. In rollouts of nano in the
@@ -31,7 +31,7 @@ class ControllerShortCheck(MotionCheck):
     title = "the controller does not reach what it is commanded"
 
     def examine_motion(self, motion: CommandedMotion) -> Result:
-        gains = motion.step_gains[motion.is_moving]
+        gains = motion.move_gains[motion.is_moving]
         gain = float(np.median(gains))
         if motion.better_reading is not None or gain > MAX_DOUBTFUL_GAIN or gain < MAX_UNIT_GAIN:
             return None
@@ -53,5 +53,5 @@ class ControllerShortCheck(MotionCheck):
                 "if they are, give the controller more time per action, or make it stiffer"
             ),
             file=ROBOT_FILE,
-            figure=draw_step_gains(motion),
+            figure=draw_move_gains(motion),
         )

@@ -22,7 +22,7 @@ from spear.checks.rollout.orientation import (
 )
 
 
-def restore_meant_states(
+def correct_orientations_and_openings(
     rollout: Sequence[RecordedEpisode],
     demonstrations: Sequence[RecordedEpisode],
     motion: CommandedMotion,

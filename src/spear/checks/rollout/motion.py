@@ -283,7 +283,7 @@ class CommandedMotion:
         return self.better_reading or self.fit_of(PLAIN)
 
     @cached_property
-    def late(self) -> "CommandedMotion":
+    def with_late_actions(self) -> "CommandedMotion":
         """The moves with the actions of the answer before the last one.
 
         So the arm moves if an answer arrives only after the next observation.
@@ -294,7 +294,7 @@ class CommandedMotion:
         return replace(later, commanded=earlier.commanded, turn_quats=earlier.turn_quats)
 
     @cached_property
-    def repeated(self) -> "CommandedMotion":
+    def with_repeated_actions(self) -> "CommandedMotion":
         """The moves with the first action of each answer, executed as often as there was time."""
         first_turns = torch.as_tensor(self.turn_quats[:, 0])
         repeats = torch.as_tensor(self.num_executed)[:, None]
@@ -310,7 +310,7 @@ class CommandedMotion:
     def late_fit(self) -> TimingFit | None:
         """The fit of the answer before the last one, if it surely explains the moves better."""
         has_previous = np.flatnonzero(self.episode[1:] == self.episode[:-1]) + 1
-        return _compare_timing(self._select(has_previous), self.late)
+        return _compare_timing(self._select(has_previous), self.with_late_actions)
 
     @cached_property
     def repeated_fit(self) -> TimingFit | None:
@@ -321,17 +321,19 @@ class CommandedMotion:
         if self.commanded.shape[1] < 2 or not np.isfinite(self.seconds).all():
             return None
         is_double = np.flatnonzero(self.num_executed == 2)
-        return _compare_timing(self._select(is_double), self.repeated._select(is_double))
+        return _compare_timing(
+            self._select(is_double), self.with_repeated_actions._select(is_double)
+        )
 
     @cached_property
-    def retimed(self) -> "CommandedMotion":
+    def with_likely_actions(self) -> "CommandedMotion":
         """The moves with the actions that explain them: late or repeated ones, if these do."""
         if self.late_fit is not None:
-            return self.late
-        return self if self.repeated_fit is None else self.repeated
+            return self.with_late_actions
+        return self if self.repeated_fit is None else self.with_repeated_actions
 
     @cached_property
-    def turn_errors(self) -> dict[str, Array]:
+    def turn_errors_rad(self) -> dict[str, Array]:
         """How far each reading of the rotations is off: name → [M] rad, for M turning moves.
 
         "plain" is the right reading. By "about the base" the robot rotates about the axes of its
@@ -370,10 +372,10 @@ class CommandedMotion:
         """The reading of the rotations that surely fits better than the plain one, if any."""
         if self.is_turning.sum() < MIN_MOVES:
             return None
-        errors = self.turn_errors
+        errors = self.turn_errors_rad
         best = min(errors, key=lambda name: errors[name].mean())
         lengths = np.linalg.norm(self.turn[self.is_turning], axis=1)
-        if self.rotates_about_reordered_axes:
+        if self.executes_quaternions_as_xyzw:
             return "x y z w"
         if best == "plain" or errors[best].mean() > MAX_READING_ERROR * lengths.mean():
             return None
@@ -381,7 +383,7 @@ class CommandedMotion:
         return best if is_better else None
 
     @cached_property
-    def turn_axis_errors(self) -> dict[str, float]:
+    def turn_axis_errors_rad(self) -> dict[str, float]:
         """The median angle, rad, from achieved axes of rotation to those of two readings.
 
         The readings are "plain" and "x y z w". A robot that limits its rotations still rotates
@@ -401,12 +403,12 @@ class CommandedMotion:
         return errors
 
     @property
-    def rotates_about_reordered_axes(self) -> bool:
+    def executes_quaternions_as_xyzw(self) -> bool:
         """Whether the arm rotates about axes of commands that are read as x y z w."""
         achieved = np.linalg.norm(self.turn[self.is_turning], axis=1)
         if len(achieved) < MIN_MOVES or np.median(achieved) < MIN_COMMAND_RAD:
             return False
-        errors = self.turn_axis_errors
+        errors = self.turn_axis_errors_rad
         is_reordered = errors["x y z w"] < MAX_TURN_AXIS_RAD
         return is_reordered and errors["plain"] > MIN_WRONG_TURN_AXIS_RAD
 
@@ -417,7 +419,7 @@ class CommandedMotion:
         return _fit_median_gain(self.turn[self.is_turning], command)
 
     @cached_property
-    def step_gains(self) -> Array:
+    def move_gains(self) -> Array:
         """[N] achieved displacement along the command, per commanded length; NaN if not moving.
 
         The command is read as the likely reading does.
@@ -458,7 +460,7 @@ class CommandedMotion:
         return best if errors[best] < MAX_READING_ERROR else None
 
     @cached_property
-    def num_executed_exactly(self) -> int | None:
+    def num_executed_by_exact_moves(self) -> int | None:
         """How many actions the arm executed between observations, by its exact moves.
 
         None if too few moves tell it. Rotations tell it if translations are in another unit, and
@@ -482,7 +484,7 @@ class CommandedMotion:
     @cached_property
     def other_rate(self) -> OtherRate | None:
         """The rate at which actions are executed; None if it is the one of training, or unknown."""
-        count = self.num_executed_by_motion or self.num_executed_exactly
+        count = self.num_executed_by_motion or self.num_executed_by_exact_moves
         if count is None or not np.isfinite(self.seconds).all():
             return None
         low, median, high = np.quantile(self.seconds, [0.25, 0.5, 0.75])
@@ -500,12 +502,12 @@ class CommandedMotion:
         return OtherRate(count, float(median), float(rate_hz), round(float(confidence), 3))
 
     @cached_property
-    def small_gain(self) -> float:
+    def gain_of_short_commands(self) -> float:
         """The gain of the shorter commands, which a robot's limits cut least (upper quartile)."""
         lengths = np.linalg.norm(self.command, axis=1)
         limit = np.quantile(lengths[self.is_free], SMALL_COMMAND_QUANTILE)
         is_small = self.is_free & (lengths <= limit)
-        return float(np.quantile(self.step_gains[is_small], 0.75))
+        return float(np.quantile(self.move_gains[is_small], 0.75))
 
     @cached_property
     def command_turn(self) -> Array:

@@ -36,9 +36,9 @@ def draw_unexplained(errors: Mapping[str, float]) -> Figure:
     return Figure("motion that stays unexplained", bars=bars)
 
 
-def draw_step_gains(motion: CommandedMotion) -> Figure:
+def draw_move_gains(motion: CommandedMotion) -> Figure:
     """Draw how much of each commanded displacement was achieved."""
-    gains = motion.step_gains[motion.is_moving][:MAX_CURVE_MOVES]
+    gains = motion.move_gains[motion.is_moving][:MAX_CURVE_MOVES]
     moves = np.arange(len(gains))
     return Figure(
         "achieved per commanded displacement",
@@ -49,7 +49,7 @@ def draw_step_gains(motion: CommandedMotion) -> Figure:
 
 def draw_turn_reading_errors(motion: CommandedMotion) -> Figure:
     """Draw how far the rotations are off by each reading, the nearest first."""
-    means = {name: float(np.degrees(e.mean())) for name, e in motion.turn_errors.items()}
+    means = {name: float(np.degrees(e.mean())) for name, e in motion.turn_errors_rad.items()}
     nearest = sorted(means, key=lambda name: means[name])[:6]
     bars = [(name, means[name], f"{means[name]:.1f}°") for name in nearest]
     return Figure("distance from the achieved rotation, per move", bars=bars)

@@ -47,7 +47,7 @@ def examine_turn_variants(case: Case, variants: Collection[str], cure: str) -> F
     prefix, variant = reading.split(" ", 1)
     if variant not in variants:
         return None
-    errors = motion.turn_errors
+    errors = motion.turn_errors_rad
     subject = "the robot executes rotations as"
     if prefix == STATES:
         subject = "the robot measures its orientation as"

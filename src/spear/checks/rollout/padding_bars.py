@@ -20,7 +20,7 @@ class PaddingBarsCheck(RolloutCheck):
     def examine(self, case: Case) -> Result:
         num_compared = 0
         extra_by_camera: dict[str, BarShares] = {}
-        for camera in case.cameras:
+        for camera in case.rollout_cameras:
             if collect_pictures(case.rollout, camera) and collect_pictures(
                 case.demonstrations, camera
             ):

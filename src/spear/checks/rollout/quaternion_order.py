@@ -35,7 +35,7 @@ class QuaternionOrderCheck(RolloutCheck):
     def examine(self, case: Case) -> Result:
         motion = case.motion
         if motion.better_turn_reading == "x y z w":
-            errors_deg = {name: np.degrees(e) for name, e in motion.turn_axis_errors.items()}
+            errors_deg = {name: np.degrees(e) for name, e in motion.turn_axis_errors_rad.items()}
             return Finding(
                 confidence=0.93,
                 evidence=(

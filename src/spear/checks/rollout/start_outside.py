@@ -56,7 +56,7 @@ class StartOutsideCheck(RolloutCheck):
                 _measure_nearest_angle_rad(rotations[index], np.delete(rotations, index, axis=0))
             )
         # A wrong order of the quaternion is another fault. It must not hide where the arm starts.
-        rollout = case.meant_rollout
+        rollout = case.rollout_with_corrected_states
         starts_m = [_measure_nearest_distance_m(e.position[0], positions) for e in rollout]
         starts_rad = [_measure_nearest_angle_rad(e.rotation[0], rotations) for e in rollout]
         extra_m = float(np.median(starts_m)) - max(usual_m)
@@ -96,13 +96,13 @@ class StartOutsideCheck(RolloutCheck):
             [np.asarray(e.rotation, np.float64) for e in case.demonstrations]
         )
         num_near = 0
-        for episode in case.meant_rollout:
+        for episode in case.rollout_with_corrected_states:
             distances_m = np.linalg.norm(positions - np.asarray(episode.position[0]), axis=1)
             is_near = distances_m < NEAR_PATH_M
             if is_near.any():
                 angle_rad = _measure_nearest_angle_rad(episode.rotation[0], rotations[is_near])
                 num_near += angle_rad < NEAR_PATH_RAD
-        return num_near > len(case.meant_rollout) / 2
+        return num_near > len(case.rollout_with_corrected_states) / 2
 
 
 def _measure_nearest_distance_m(position: Array, references: Array) -> float:

@@ -9,7 +9,7 @@ from spear.checks.rollout.action_frame import ROBOT_FILE
 from spear.checks.rollout.case import Case, Finding, Result
 from spear.checks.rollout.motion import MAX_READING_ERROR, CommandedMotion
 from spear.checks.rollout.motion_check import MotionCheck
-from spear.checks.rollout.motion_figures import draw_step_gains
+from spear.checks.rollout.motion_figures import draw_move_gains
 from spear.checks.states import explain_implausible_positions
 
 # Factors between commanded and achieved displacements. In rollouts of nano they are 0.98 to 1.03.
@@ -48,9 +48,9 @@ class TranslationUnitCheck(MotionCheck):
         )
 
     def examine_motion(self, motion: CommandedMotion) -> Result:
-        motion = motion.retimed
+        motion = motion.with_likely_actions
         # Does the arm hardly move, both along its commands and in any direction?
-        is_too_near = np.nanquantile(motion.step_gains, UPPER_QUANTILE) < MAX_UNIT_GAIN
+        is_too_near = np.nanquantile(motion.move_gains, UPPER_QUANTILE) < MAX_UNIT_GAIN
         achieved_m = np.linalg.norm(motion.achieved[motion.is_moving], axis=1)
         commanded_m = np.linalg.norm(motion.command[motion.is_moving], axis=1)
         is_still = np.quantile(achieved_m / commanded_m, UPPER_QUANTILE) < MAX_UNIT_GAIN
@@ -58,9 +58,9 @@ class TranslationUnitCheck(MotionCheck):
         # Or does it move too far? Limits cut moves, but another unit still makes most of them too
         # long.
         fit = motion.likely_reading
-        gain = motion.small_gain
+        gain = motion.gain_of_short_commands
         is_free = motion.is_free
-        is_mostly_too_far = np.median(motion.step_gains[is_free]) > MIN_TYPICAL_GAIN
+        is_mostly_too_far = np.median(motion.move_gains[is_free]) > MIN_TYPICAL_GAIN
         is_explained = fit.error < MAX_READING_ERROR
         is_too_far = is_explained and is_mostly_too_far and gain > MIN_UNIT_GAIN
         if not is_too_far and not (is_too_near and is_still):
@@ -73,5 +73,5 @@ class TranslationUnitCheck(MotionCheck):
             ),
             cure="convert meters to the unit of the robot's controller, and nothing else",
             file=ROBOT_FILE,
-            figure=draw_step_gains(motion),
+            figure=draw_move_gains(motion),
         )

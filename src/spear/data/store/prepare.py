@@ -27,9 +27,9 @@ import numpy as np
 from spear.checks.cameras import is_frozen
 from spear.checks.gripper import (
     MIN_MOTION,
-    examine_command_timing,
-    examine_gripper,
+    examine_late_commands,
     examine_range,
+    judge_gripper,
 )
 from spear.checks.instructions import explain_doubtful_instruction
 from spear.checks.recording import Recording
@@ -433,7 +433,7 @@ def _find_wrong_gripper(episodes: Sequence[Episode], has_commands: bool) -> list
     recordings = [Recording.from_episode(episode) for episode in episodes]
     if not has_commands:
         recordings = [dataclasses.replace(recording, command=None) for recording in recordings]
-    wrong_checks = [check for check in examine_gripper(recordings) if check.verdict == "wrong"]
+    wrong_checks = [check for check in judge_gripper(recordings) if check.verdict == "wrong"]
     if wrong_checks:
         return wrong_checks
 
@@ -452,7 +452,7 @@ def _find_wrong_gripper(episodes: Sequence[Episode], has_commands: bool) -> list
     compared_commands = commands if has_clear_motion else ()
     check = examine_range(openings, compared_commands)
     if check is None:
-        check = examine_command_timing(openings, commands)
+        check = examine_late_commands(openings, commands)
     return [] if check is None else [check]
 
 
