@@ -46,7 +46,7 @@ from spear.errors import SpearError
 from spear.evaluate.open_loop import build_observations
 from spear.policy import Spear1Policy
 from spear.serve.exchange import Exchange
-from spear.serve.recorder import RecordingWriter, mark_folder
+from spear.serve.recorder import RecordingWriter, write_or_check_marker
 from spear.serve.service import Service
 from spear.types import CONTROL_RATE_HZ, Array, Episode
 
@@ -123,7 +123,7 @@ def record_case(
 ) -> None:
     """Record the episodes of a run, with its faults, as a server would have."""
     session_folder.mkdir(parents=True)
-    mark_folder(session_folder, {})
+    write_or_check_marker(session_folder, {})
     writer = RecordingWriter(session_folder, service.metadata, MAX_RECORDING_BYTES)
     for index, episode in enumerate(episodes):
         fault = case.plants[0].make() if case.plants else PlantedFault()

@@ -23,7 +23,7 @@ from spear.errors import SpearError, suppress_notices
 from spear.geometry import action_between_poses
 from spear.policy import Spear1Policy
 from spear.serve.exchange import Exchange
-from spear.serve.recorder import RecordingWriter, mark_folder
+from spear.serve.recorder import RecordingWriter, write_or_check_marker
 from spear.serve.service import Answer, Service
 from spear.sim import control
 from spear.sim.env import TabletopEnv
@@ -257,7 +257,7 @@ def record(policy: Spear1Policy, recordings: Sequence[Recording], name: str) -> 
     writers: dict[int, RecordingWriter] = {}  # robot → the writer of its folder
     for recording in recordings:
         recording.folder.mkdir(parents=True)
-        mark_folder(recording.folder, {})
+        write_or_check_marker(recording.folder, {})
         writer = RecordingWriter(recording.folder, service.metadata, MAX_RECORDING_BYTES)
         writers.update({robot.client: writer for robot in recording.robots})
 

@@ -29,6 +29,7 @@ ActionReference = Literal["previous", "observed"]
 """The pose from which a policy measures the actions of a chunk: the one that the action before
 leads to, or the one that it observed (`spear.data.action_reference`)."""
 
+WidthAndHeight = tuple[int, int]  # of an image, in pixels
 ACTION_DIM = 8  # translation 3, rotation quaternion 4, gripper 1
 STATE_DIM = 8  # position 3, orientation quaternion 4, gripper opening 1
 CONTROL_RATE_HZ = 5.0  # control steps per second, as in the paper

@@ -25,7 +25,7 @@ from spear.evaluate.results import load_results
 from spear.policy import Spear1Policy
 from spear.serve.client import RemotePolicy
 from spear.serve.server import PolicyServer
-from spear.serve.service import Service, check_cameras
+from spear.serve.service import Service, check_has_cameras
 
 ONE_SCENE = TabletopOptions(num_scenes=1, tasks=("put_on",))
 
@@ -134,7 +134,7 @@ def test_a_harness_whose_robot_lacks_a_camera_of_the_policy_is_refused(
 
 @pytest.mark.parametrize("robot", ["generic", "droid", "roboarena"])
 def test_a_robot_with_the_cameras_of_the_training_is_served(robot: str) -> None:
-    check_cameras(embodiments.load(robot), ["external", "wrist"], robot)
+    check_has_cameras(embodiments.load(robot), ["external", "wrist"], robot)
 
 
 def test_a_missing_camera_may_be_allowed(

@@ -18,7 +18,7 @@ from spear.serve.admission import (
     AdmissionLimits,
     AdmissionQueue,
     TokenBucket,
-    get_address_of_limits,
+    get_rate_limit_key,
 )
 from spear.serve.client import RemotePolicy
 from spear.serve.connection import ConnectionLimits
@@ -56,7 +56,7 @@ def test_a_bucket_allows_a_burst_and_then_the_rate() -> None:
 def test_an_address_has_to_wait_when_its_burst_is_used_up() -> None:
     queue: AdmissionQueue[str] = AdmissionQueue(ONE_PER_S_AFTER_BURST)
     for name in ("first", "second", "third"):
-        queue.add("192.0.2.1", name)
+        queue.add_and_pop_surplus("192.0.2.1", name)
 
     assert take_all(queue, 0.0) == ["first", "second"]
     assert take_all(queue, 0.5) == []
@@ -66,8 +66,8 @@ def test_an_address_has_to_wait_when_its_burst_is_used_up() -> None:
 def test_addresses_take_turns() -> None:
     queue: AdmissionQueue[str] = AdmissionQueue(AdmissionLimits())
     for number in range(3):
-        queue.add("192.0.2.1", f"flood {number}")
-    queue.add("192.0.2.2", "robot")
+        queue.add_and_pop_surplus("192.0.2.1", f"flood {number}")
+    queue.add_and_pop_surplus("192.0.2.2", "robot")
 
     assert take_all(queue, 0.0) == ["flood 0", "robot", "flood 1", "flood 2"]
 
@@ -75,7 +75,7 @@ def test_addresses_take_turns() -> None:
 def test_all_addresses_share_one_rate() -> None:
     queue: AdmissionQueue[str] = AdmissionQueue(ONE_PER_S_AFTER_BURST)
     for number in range(5):
-        queue.add(f"192.0.2.{number}", str(number))
+        queue.add_and_pop_surplus(f"192.0.2.{number}", str(number))
 
     assert take_all(queue, 0.0) == ["0", "1", "2"]
     assert take_all(queue, 1.0) == ["3"]
@@ -84,17 +84,17 @@ def test_all_addresses_share_one_rate() -> None:
 def test_an_address_with_too_many_waiting_loses_the_newest() -> None:
     queue: AdmissionQueue[str] = AdmissionQueue(AdmissionLimits(max_waiting_of_address=1))
 
-    assert queue.add("192.0.2.1", "first") is None
-    assert queue.add("192.0.2.1", "second") == "second"
-    assert queue.add("192.0.2.2", "other") is None
+    assert queue.add_and_pop_surplus("192.0.2.1", "first") is None
+    assert queue.add_and_pop_surplus("192.0.2.1", "second") == "second"
+    assert queue.add_and_pop_surplus("192.0.2.2", "other") is None
 
 
 def test_a_full_queue_makes_room_for_other_addresses() -> None:
     queue: AdmissionQueue[str] = AdmissionQueue(AdmissionLimits(max_waiting=2))
-    queue.add("192.0.2.1", "flood 0")
-    queue.add("192.0.2.1", "flood 1")
+    queue.add_and_pop_surplus("192.0.2.1", "flood 0")
+    queue.add_and_pop_surplus("192.0.2.1", "flood 1")
 
-    assert queue.add("192.0.2.2", "robot") == "flood 1"
+    assert queue.add_and_pop_surplus("192.0.2.2", "robot") == "flood 1"
     assert take_all(queue, 0.0) == ["flood 0", "robot"]
 
 
@@ -108,7 +108,7 @@ def test_addresses_of_the_past_are_forgotten(monkeypatch: pytest.MonkeyPatch) ->
     queue: AdmissionQueue[str] = AdmissionQueue(AdmissionLimits(burst=unlimited_burst))
 
     for now_s in range(100):
-        queue.add(f"address {now_s}", "robot")
+        queue.add_and_pop_surplus(f"address {now_s}", "robot")
         queue.take(float(now_s))
 
     assert len(queue._bucket_by_address) <= 10
@@ -125,7 +125,7 @@ def test_addresses_of_the_past_are_forgotten(monkeypatch: pytest.MonkeyPatch) ->
     ],
 )
 def test_an_ipv6_address_shares_the_rates_of_its_network(address: str, network: str) -> None:
-    assert get_address_of_limits(address) == network
+    assert get_rate_limit_key(address) == network
 
 
 @contextmanager

@@ -34,8 +34,8 @@ from spear.serve.recorder import (
     RecordingWriter,
     SessionRecorder,
     claim_folder,
-    mark_folder,
     open_recorder,
+    write_or_check_marker,
 )
 from spear.serve.server import PolicyServer
 from spear.serve.service import Service
@@ -453,7 +453,7 @@ def test_an_episode_can_be_read_while_it_is_recorded(
 ) -> None:
     later_s = time.monotonic() + 3600  # when the episode has to be saved again
     writer.add(make_exchange(0))
-    writer.save_outdated(later_s)
+    writer.save_due_episodes(later_s)
     writer.add(make_exchange(1))  # its images are on the disk, but nothing refers to them yet
 
     store = EpisodeStore(tmp_path)
@@ -515,9 +515,9 @@ def test_two_servers_do_not_record_into_one_folder(tmp_path: Path) -> None:
 
 
 def test_recordings_in_other_frames_are_refused(tmp_path: Path) -> None:
-    mark_folder(tmp_path, {"droid": 1})
+    write_or_check_marker(tmp_path, {"droid": 1})
 
-    refuses("other frames", mark_folder, tmp_path, {"droid": 2})
+    refuses("other frames", write_or_check_marker, tmp_path, {"droid": 2})
 
 
 def test_a_recording_says_the_versions_of_its_frames(tmp_path: Path) -> None:

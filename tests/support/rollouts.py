@@ -7,7 +7,7 @@ from typing import Any
 
 from spear.embodiments.observations import validate_observation
 from spear.serve.exchange import Exchange
-from spear.serve.recorder import RecordingWriter, mark_folder
+from spear.serve.recorder import RecordingWriter, write_or_check_marker
 from spear.sim.env import TabletopEnv
 from spear.types import CONTROL_RATE_HZ, Array, Policy
 
@@ -58,7 +58,7 @@ def record_rollout(
         image_sizes: camera -> (width, height).
     """
     folder.mkdir(parents=True, exist_ok=True)
-    mark_folder(folder, {})
+    write_or_check_marker(folder, {})
     writer = RecordingWriter(folder, SESSION, max_bytes=2**30)
     time_s = FIRST_ARRIVAL_S
     for client, (family, seed) in enumerate(scenes):

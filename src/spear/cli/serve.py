@@ -97,7 +97,7 @@ def _run_server(
         """Print the addresses of the running server."""
         address = f"{get_reachable_host(options.host)}:{server.port}"
         control = service.metadata["control"]
-        served = f"{options.policy} for {options.robot} ({control})"
+        served = f"{options.policy} for {options.embodiment_or_default} ({control})"
         print(f"serving {served} at ws://{address}", flush=True)
         if page:
             print(f"page at http://{address}/", flush=True)
@@ -116,7 +116,10 @@ def _serve_harness(options: ServeOptions) -> None:
 
     _, service = _load_and_warm_up(options)
     address = f"ws://{get_reachable_host(options.host)}:{options.port}"
-    print(f"serving {options.policy} for {options.robot} to vla-eval at {address}", flush=True)
+    print(
+        f"serving {options.policy} for {options.embodiment_or_default} to vla-eval at {address}",
+        flush=True,
+    )
     _warn_if_reachable_by_others(options, "the harness's protocol has no token")
     try:
         serve_harness(HarnessServer(service, options), options.host, options.port)
@@ -142,16 +145,16 @@ def _load_and_warm_up(options: ServeOptions) -> "tuple[Spear1Policy, Service]":
     from spear.models.devices import prepare_device
     from spear.monitor.distribution import TrainingDistribution
     from spear.policy import Spear1Policy, locate
-    from spear.serve.service import Service, check_cameras
+    from spear.serve.service import Service, check_has_cameras
 
-    robot = embodiments.load(options.robot)
+    robot = embodiments.load(options.embodiment_or_default)
     robot.select_control(options.control)
     folder = locate(options.policy)
     if not options.allow_missing_cameras:
         distribution = TrainingDistribution.load(folder / "seen.json")
         # The cameras that nearly all training steps had, so that the policy relies on them.
         usual_cameras = distribution.usual_cameras if distribution else []
-        check_cameras(robot, usual_cameras, options.robot)
+        check_has_cameras(robot, usual_cameras, options.embodiment_or_default)
     device = prepare_device(options.device)
     print(f"loading {options.policy} on {device} …", file=sys.stderr, flush=True)
     policy = Spear1Policy.load(
@@ -162,7 +165,7 @@ def _load_and_warm_up(options: ServeOptions) -> "tuple[Spear1Policy, Service]":
         dtype=options.dtype,
         quantize=options.quantize,
     )
-    service = Service(policy, robot, options.policy, options.robot, options.control)
+    service = Service(policy, robot, options.policy, options.embodiment_or_default, options.control)
     num_rows = service.warm_up_and_count_rows()  # returns the number of commands in one answer
     if options.protocol == "vla-eval":
         check_replan_interval(options.replan_steps, num_rows)

@@ -5,15 +5,17 @@ This file imports no large library, so that `--help` is fast.
 
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from tyro.conf import Positional, arg
 
 from spear.errors import SpearError
 from spear.util.options import EpisodeSplit, LayoutFile, OptionalInt, Options, Range, RarelyUsed
 
+if TYPE_CHECKING:
+    from spear.types import WidthAndHeight
+
 MAX_IMAGE_SIDE_PX = 8192  # the largest width or height to which images are resized
-WidthAndHeight = tuple[int, int]  # of an image, in pixels
 ALL_OTHER_CAMERAS = ""  # the key, in `Conversion.sizes`, of all cameras that have no key there
 
 _FOLDER_HELP = "An RLDS or LeRobot dataset, or episodes written by this program."
@@ -34,7 +36,7 @@ class Conversion(Options):
     layout: LayoutFile = None
 
     @cached_property
-    def sizes(self) -> dict[str, WidthAndHeight]:
+    def sizes(self) -> "dict[str, WidthAndHeight]":
         """The sizes in `image_size`: camera → (width, height) in pixels.
 
         The key `ALL_OTHER_CAMERAS` stands for all cameras that have no key. Raises SpearError if a
@@ -58,7 +60,7 @@ class Conversion(Options):
         return sizes
 
 
-def _parse_size(text: str) -> WidthAndHeight | None:
+def _parse_size(text: str) -> "WidthAndHeight | None":
     """Parse "280x210" as (width, height) in pixels.
 
     Returns:

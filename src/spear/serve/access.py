@@ -44,17 +44,17 @@ def explain_malformed_request(request: Request) -> str | None:
     origins = request.headers.get_all("Origin")
     if len(hosts) > 1 or len(origins) > 1:
         return "send one Host header, and one Origin header at most\n"
-    if not all(_is_url(f"//{host}") for host in hosts):
+    if not all(_is_parsable_address(f"//{host}") for host in hosts):
         return "the Host header is no address. Send HOST:PORT.\n"
-    if not all(_is_url(origin) for origin in origins):
+    if not all(_is_parsable_address(origin) for origin in origins):
         return "the Origin header is no address. Send http://HOST:PORT.\n"
-    if not _is_url(request.path):
+    if not _is_parsable_address(request.path):
         return "the path is no address\n"
     return None
 
 
-def _is_url(text: str) -> bool:
-    """Return whether Python can parse an address, including its port."""
+def _is_parsable_address(text: str) -> bool:
+    """Return whether Python can parse an address (of any kind), including its port."""
     try:
         _ = urlsplit(text).port  # Python checks the port when it is read
     except ValueError:
@@ -78,7 +78,7 @@ def explain_foreign_page(request: Request, token: str | None) -> str | None:
     origins = request.headers.get_all("Origin")
     if any(urlsplit(origin).netloc not in hosts for origin in origins):
         return "this server is not for other web pages\n"
-    if token is None and not all(_is_private_host(host) for host in hosts):
+    if token is None and not all(_is_ip_address_or_local_name(host) for host in hosts):
         return (
             "use this server by its address (http://127.0.0.1:PORT), or start it with a --token\n"
         )
@@ -97,7 +97,7 @@ def is_authorized(request: Request, token: str | None) -> bool:
     return hmac.compare_digest(sent_header, f"Api-Key {token}".encode())
 
 
-def _is_private_host(host: str) -> bool:
+def _is_ip_address_or_local_name(host: str) -> bool:
     """Return whether a Host header is an IP address, or a name within this machine or network."""
     name = (urlsplit("//" + host).hostname or "").rstrip(".")
     is_ipv6 = ":" in name

@@ -101,7 +101,7 @@ class AdmissionQueue(Generic[Connection]):
         """Return the number of connections that wait."""
         return self._num_waiting
 
-    def add(self, address: str, connection: Connection) -> Connection | None:
+    def add_and_pop_surplus(self, address: str, connection: Connection) -> Connection | None:
         """Let a connection wait.
 
         Returns:
@@ -151,25 +151,24 @@ class AdmissionQueue(Generic[Connection]):
         """Return the bucket of an address; a new one is full."""
         bucket = self._bucket_by_address.get(address)
         if bucket is None:
-            self._forget_full_buckets(now_s)
+            if len(self._bucket_by_address) >= MAX_BUCKETS:
+                self._forget_full_buckets(now_s)
             bucket = TokenBucket(self._limits.per_s_and_address, self._limits.burst_of_address)
             self._bucket_by_address[address] = bucket
         return bucket
 
     def _forget_full_buckets(self, now_s: float) -> None:
-        """If there are many buckets, forget the full ones, which a new bucket would equal."""
-        if len(self._bucket_by_address) < MAX_BUCKETS:
-            return
+        """Forget the full buckets, which a new bucket would equal."""
         buckets = self._bucket_by_address.items()
         self._bucket_by_address = {
             address: bucket for address, bucket in buckets if not bucket.is_full(now_s)
         }
 
 
-def get_address_of_limits(address: str) -> str:
-    """Return the address whose limits a client shares: its own, or the network of an IPv6 address.
+def get_rate_limit_key(address: str) -> str:
+    """Return what all clients have in common that share limits: the address, or the IPv6 network.
 
-    >>> get_address_of_limits("192.0.2.7"), get_address_of_limits("2001:db8:1:2:3:4:5:6")
+    >>> get_rate_limit_key("192.0.2.7"), get_rate_limit_key("2001:db8:1:2:3:4:5:6")
     ('192.0.2.7', '2001:db8:1:2::')
     """
     parsed = ipaddress.ip_address(address)

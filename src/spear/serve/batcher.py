@@ -37,6 +37,15 @@ class _QueuedRequest:
     is_wanted: Callable[[], bool]
     result: asyncio.Future[Any]  # what `submit` waits for
 
+    def is_awaited(self) -> bool:
+        """Return whether `submit` still waits, and the client still wants the result."""
+        return not self.result.done() and self.is_wanted()
+
+    def end_without_result(self) -> None:
+        """Let `submit` raise `ClientGoneError`, unless it waits no more."""
+        if not self.result.done():
+            self.result.set_exception(ClientGoneError())
+
 
 class Batcher:
     """Collects requests and has them answered in one thread, batch after batch.
@@ -91,7 +100,7 @@ class Batcher:
             ClientGoneError: `is_wanted` returned False.
         """
         if len(self._queue) >= self._capacity:
-            self._drop_unwanted()
+            self._remove_unwanted_from_queue()
         if len(self._queue) >= self._capacity:
             num_waiting = format_count(self._capacity, "requests")
             raise ServerBusyError(
@@ -112,7 +121,7 @@ class Batcher:
         """Stop waiting for a client that has gone."""
         self._last_active.pop(client, None)
 
-    async def run(self) -> None:
+    async def answer_until_cancelled(self) -> None:
         """Answer requests until cancelled."""
         try:
             while True:
@@ -123,8 +132,7 @@ class Batcher:
         finally:
             self._thread.shutdown(wait=False, cancel_futures=True)
             for queued in (*self._batch, *self._queue):
-                if not queued.result.done():
-                    queued.result.set_exception(ClientGoneError())
+                queued.end_without_result()
 
     async def _answer_batch(self) -> None:
         """Compute the results of `self._batch` in the worker thread, and deliver them."""
@@ -135,20 +143,15 @@ class Batcher:
         )
         self._deliver(self._batch, results)
 
-    def _drop_unwanted(self) -> None:
-        """Free the places of clients that have gone."""
+    def _remove_unwanted_from_queue(self) -> None:
+        """Free the places of clients that have gone; their `submit` raises `ClientGoneError`."""
         queue = list(self._queue)
         self._queue.clear()
-        self._queue.extend(queued for queued in queue if self._end_unless_wanted(queued))
-
-    def _end_unless_wanted(self, queued: _QueuedRequest) -> bool:
-        """Return whether the client still wants a result. If not, end its request with an error."""
-        if queued.result.done():
-            return False
-        if queued.is_wanted():
-            return True
-        queued.result.set_exception(ClientGoneError())
-        return False
+        for queued in queue:
+            if queued.is_awaited():
+                self._queue.append(queued)
+            else:
+                queued.end_without_result()
 
     def _deliver(self, batch: Sequence[_QueuedRequest], results: Sequence[Any]) -> None:
         """Give each client of a batch its result, or raise the result if it is an exception."""
@@ -190,8 +193,10 @@ class Batcher:
         batch: list[_QueuedRequest] = []
         while self._queue and len(batch) < self._max_batch:
             queued = self._queue.popleft()
-            if self._end_unless_wanted(queued):
+            if queued.is_awaited():
                 batch.append(queued)
+            else:
+                queued.end_without_result()
         return batch
 
     async def _wait_for_arrival(self) -> None:

@@ -150,7 +150,7 @@ class RemotePolicy:
         """Connect until there are that many connections."""
         while len(self._connections) < num_connections:
             try:
-                greeting = self._connect_and_read_greeting()
+                greeting = self._add_connection_and_read_greeting()
             except InvalidStatus as error:
                 reason = (error.response.body or b"").decode(errors="replace").strip()
                 status = error.response.status_code
@@ -170,9 +170,9 @@ class RemotePolicy:
                     f"{self.url} is no policy server ({summarize_error(error)}). "
                     "Start one with `spear serve`."
                 ) from error
-            self._check_same_server(greeting)
+            self._record_or_check_greeting(greeting)
 
-    def _connect_and_read_greeting(self) -> Any:
+    def _add_connection_and_read_greeting(self) -> bytes:
         """Open one more connection, and set the policy's properties from the server's greeting.
 
         Returns:
@@ -187,7 +187,9 @@ class RemotePolicy:
             proxy=None,
         ).__enter__()  # websockets 17 requires a `with` block, or this call
         self._connections.append(connection)
-        greeting: Any = connection.recv(timeout=GREETING_TIMEOUT_S)
+        # The greeting of a server of another kind may be a text, which `wire.decode` refuses.
+        message: Any = connection.recv(timeout=GREETING_TIMEOUT_S)
+        greeting: bytes = message
         self.metadata = wire.decode(greeting)
         self.image_sizes = {
             view: (width, height)
@@ -196,7 +198,7 @@ class RemotePolicy:
         self.committed = int(self.metadata.get("committed", 0))  # actions at most
         return greeting
 
-    def _check_same_server(self, greeting: bytes) -> None:
+    def _record_or_check_greeting(self, greeting: bytes) -> None:
         """Remember the server's first greeting, and raise `SpearError` if a later one differs."""
         if not self._greeting:
             self._greeting = greeting

@@ -10,8 +10,8 @@ from websockets.asyncio.server import ServerConnection
 from websockets.frames import DATA_OPCODES, Frame
 from websockets.protocol import State
 
-from spear.serve.admission import AdmissionLimits, get_address_of_limits
-from spear.serve.listener import has_gone
+from spear.serve.admission import AdmissionLimits, get_rate_limit_key
+from spear.serve.listener import has_client_gone
 from spear.serve.reading import ReadingBudgets, ReadingLimits
 
 MIB = 2**20
@@ -142,7 +142,7 @@ class LimitedConnection(ServerConnection):
         """Join the peers; cut off the oldest ones that have not sent a request, if too many."""
         super().connection_made(transport)
         self._peers[self] = None
-        self._address = get_address_of_limits(self.remote_address[0])
+        self._address = get_rate_limit_key(self.remote_address[0])
         opening = [peer for peer in self._peers if peer.state is State.CONNECTING]
         for peer in opening[: -self._limits.max_opening]:
             peer.transport.abort()
@@ -202,7 +202,7 @@ class LimitedConnection(ServerConnection):
         self._is_reading_paused = False
         if self.transport.is_closing():
             return
-        if has_gone(self.transport.get_extra_info("socket")):
+        if has_client_gone(self.transport.get_extra_info("socket")):
             self.transport.abort()
             return
         if not self.recv_messages.paused:

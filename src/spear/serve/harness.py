@@ -51,7 +51,7 @@ class HarnessServer(ModelServer):
             wait_s=self._options.batch_timeout_ms / 1000,
             capacity=QUEUE_CAPACITY,
         )
-        tg.start_soon(self._batcher.run)
+        tg.start_soon(self._batcher.answer_until_cancelled)
 
     async def on_episode_start(self, config: dict[str, Any], ctx: SessionContext) -> None:
         """Start an episode. Its seeds depend only on the task and the episode's number."""

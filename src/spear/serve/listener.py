@@ -12,7 +12,7 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any
 
-from spear.serve.admission import AdmissionLimits, AdmissionQueue, get_address_of_limits
+from spear.serve.admission import AdmissionLimits, AdmissionQueue, get_rate_limit_key
 
 LOG = logging.getLogger("spear.serve")
 ADMISSION_INTERVAL_S = 0.01  # while connections wait, time between checks of the rates
@@ -133,7 +133,9 @@ class LimitedListener(socket.socket):
                 self._pause_accepting(error)
                 break
             connection.setblocking(False)
-            surplus_connection = self._queue.add(get_address_of_limits(address[0]), connection)
+            surplus_connection = self._queue.add_and_pop_surplus(
+                get_rate_limit_key(address[0]), connection
+            )
             if surplus_connection is not None:
                 surplus_connection.close()
             if not self._is_admission_planned:
@@ -145,7 +147,7 @@ class LimitedListener(socket.socket):
         if self._is_closed:
             return
         while (connection := self._queue.take(self._loop.time())) is not None:
-            if has_gone(connection) or self._answer_if_plain_request(connection):
+            if has_client_gone(connection) or self._answer_if_plain_request(connection):
                 connection.close()
             else:
                 self._admitted.append(connection)
@@ -173,7 +175,7 @@ class LimitedListener(socket.socket):
         return False
 
 
-async def bind_listeners(host: str, port: int) -> list[socket.socket]:
+async def bind_sockets(host: str, port: int) -> list[socket.socket]:
     """Bind a socket to each address of a host, as asyncio does; the sockets do not listen yet.
 
     Raises:
@@ -187,8 +189,8 @@ async def bind_listeners(host: str, port: int) -> list[socket.socket]:
     return listeners
 
 
-def has_gone(connection: Any) -> bool:
+def has_client_gone(client_socket: Any) -> bool:
     """Return whether the client of a socket has closed its end, even if data are still unread."""
     poll = select.poll()
-    poll.register(connection.fileno(), HANG_UP_EVENTS)
+    poll.register(client_socket.fileno(), HANG_UP_EVENTS)
     return bool(poll.poll(0))

@@ -7,7 +7,7 @@ import sys
 TRIM_INTERVAL_S = 2.0  # between two times at which memory is given back
 
 
-async def trim_memory_regularly() -> None:
+async def trim_memory_until_cancelled() -> None:
     """Give back freed memory every few seconds, until cancelled. It takes about a millisecond."""
     while True:
         await asyncio.sleep(TRIM_INTERVAL_S)

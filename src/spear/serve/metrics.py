@@ -46,7 +46,7 @@ class Metrics:
         self._add_gauge("spear_queue", "Requests that wait.", count_waiting)
         self._add_gauge("spear_clients", "Open connections.", count_clients)
         self._add_gauge(
-            "spear_gpu_memory_bytes", "Held by PyTorch on GPUs.", measure_gpu_memory_bytes
+            "spear_gpu_memory_bytes", "Held by PyTorch on GPUs.", measure_reserved_gpu_bytes
         )
 
     def add_unrecorded_gauge(self, count: Callable[[], float]) -> None:
@@ -64,7 +64,7 @@ class Metrics:
         Gauge(name, description, registry=self.registry).set_function(read)
 
 
-def measure_gpu_memory_bytes() -> float:
+def measure_reserved_gpu_bytes() -> float:
     """Return the memory that PyTorch reserves on all GPUs together; 0 without one."""
     import torch
 

@@ -47,7 +47,7 @@ _LAST_SHORT_TEXT = 0xBF
 _FIRST_NEGATIVE = 0xE0
 
 
-def read_msgpack(data: bytes) -> Any:
+def read_msgpack_with_views(data: bytes) -> Any:
     """Read one value.
 
     Args:

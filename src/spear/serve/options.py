@@ -103,7 +103,7 @@ class ServeOptions(Options):
         An empty token is refused as well, because it would leave the server open to everybody.
         """
         super().__post_init__()
-        self._check_protocol()
+        self._check_options_suit_protocol()
         if self.episodes and not self.ui:
             raise SpearError(f"--episodes {self.episodes} needs the page. Add --ui.")
         if not self.record and list_changed_options(self, "max_record_gib"):
@@ -117,11 +117,11 @@ class ServeOptions(Options):
             )
 
     @property
-    def robot(self) -> str:
+    def embodiment_or_default(self) -> str:
         """The embodiment, or the default of the protocol."""
         return self.embodiment or DEFAULT_EMBODIMENTS[self.protocol]
 
-    def _check_protocol(self) -> None:
+    def _check_options_suit_protocol(self) -> None:
         """Refuse options without effect with this protocol, and port 0 for the harness."""
         unused = OPENPI_OPTIONS if self.protocol == "vla-eval" else VLA_EVAL_OPTIONS
         for option in list_changed_options(self, *unused):

@@ -105,7 +105,9 @@ class SessionRecorder:
         self._lock = threading.Lock()  # of `_queued_bytes`
         self._recorded_clients: set[Hashable] = set()  # those whose episode may be open
         self._has_failed = False
-        self._thread = threading.Thread(target=self._write, name="recorder", daemon=True)
+        self._thread = threading.Thread(
+            target=self._write_until_stopped, name="recorder", daemon=True
+        )
         self._thread.start()
 
     def add(self, exchange: Exchange) -> None:
@@ -147,17 +149,17 @@ class SessionRecorder:
                 "Some are not recorded; all are answered. Use a faster disk or fewer cameras."
             )
 
-    def _write(self) -> None:
+    def _write_until_stopped(self) -> None:
         """Write exchanges until the recorder is closed or writing fails. This is the thread."""
         try:
-            while not isinstance(event := self._next_event(), _Stop):
+            while not isinstance(event := self._wait_for_event(), _Stop):
                 if isinstance(event, Exchange):
                     self._writer.add(event)
                     with self._lock:
                         self._queued_bytes -= event.num_bytes
                 elif isinstance(event, _EndOfEpisode):
                     self._writer.end_episode(event.client)
-                self._writer.save_outdated(time.monotonic())
+                self._writer.save_due_episodes(time.monotonic())
             self._writer.end_all()
         except SpearError as error:
             self._has_failed = True
@@ -166,7 +168,7 @@ class SessionRecorder:
             self._has_failed = True
             LOG.exception("recording failed; nothing more is recorded, robots are still answered")
 
-    def _next_event(self) -> Exchange | _EndOfEpisode | _Stop | None:
+    def _wait_for_event(self) -> Exchange | _EndOfEpisode | _Stop | None:
         """Wait for the next event; None if there is none for a while."""
         try:
             return self._queue.get(timeout=IDLE_INTERVAL_S)
@@ -212,7 +214,7 @@ class RecordingWriter:
                 episode = self._begin_episode(exchange)
             episode.add(exchange)
             self._update_size(episode)
-            self._delete_oldest()
+            self._delete_oldest_until_in_bounds()
 
     def end_episode(self, client: Hashable) -> None:
         """Write the rest of a client's episode, if there is one."""
@@ -225,7 +227,7 @@ class RecordingWriter:
         for client in list(self._open_episodes):
             self.end_episode(client)
 
-    def save_outdated(self, now_s: float) -> None:
+    def save_due_episodes(self, now_s: float) -> None:
         """Save the episodes that have new steps and were last saved `SAVE_INTERVAL_S` ago.
 
         `now_s` is the present time by the monotonic clock.
@@ -266,7 +268,7 @@ class RecordingWriter:
         shard = episode.shard
         self._sizes[shard.path.name] = sum_disk_bytes(shard.num_table_bytes, shard.num_image_bytes)
 
-    def _delete_oldest(self) -> None:
+    def _delete_oldest_until_in_bounds(self) -> None:
         """Delete the oldest episodes, also open ones, until the folder is within its bounds."""
         while sum(self._sizes.values()) > self._max_bytes or len(self._sizes) > MAX_EPISODES:
             name = next(iter(self._sizes))
@@ -416,11 +418,13 @@ def sum_disk_bytes(*file_sizes: int) -> int:
 
 
 @contextlib.contextmanager
-def open_recorder(folder: Path, service: Service, max_bytes: int) -> Iterator[SessionRecorder]:
+def open_recorder(
+    claimed_folder: Path, service: Service, max_bytes: int
+) -> Iterator[SessionRecorder]:
     """Record what a service observes and answers, as long as the `with` block runs.
 
     Args:
-        folder: the folder of the recordings, which `claim_folder` has claimed.
+        claimed_folder: the folder of the recordings, which `claim_folder` has claimed.
         service: the service.
         max_bytes: the largest size of all recordings in the folder.
 
@@ -431,8 +435,8 @@ def open_recorder(folder: Path, service: Service, max_bytes: int) -> Iterator[Se
     frames = {}
     if embodiment.frame is not None:
         frames[embodiment.frame] = embodiment.frame_version
-    mark_folder(folder, frames)
-    recorder = SessionRecorder(RecordingWriter(folder, service.metadata, max_bytes))
+    write_or_check_marker(claimed_folder, frames)
+    recorder = SessionRecorder(RecordingWriter(claimed_folder, service.metadata, max_bytes))
     try:
         yield recorder
     finally:
@@ -460,7 +464,7 @@ def claim_folder(folder: Path) -> Iterator[None]:
         yield
 
 
-def mark_folder(folder: Path, frames: Mapping[str, int]) -> None:
+def write_or_check_marker(folder: Path, frame_versions: Mapping[str, int]) -> None:
     """Mark a folder as one of recordings, with the versions of the frames of their poses.
 
     Raises:
@@ -469,13 +473,15 @@ def mark_folder(folder: Path, frames: Mapping[str, int]) -> None:
     marker_file = folder / REQUEST_FILE
     if marker_file.is_file():
         recorded_frames = read_marker(folder)["frames"]
-        if recorded_frames != frames:
+        if recorded_frames != frame_versions:
             raise SpearError(
-                f"{folder} has recordings in other frames ({recorded_frames}, now {frames}). "
-                "Choose another folder."
+                f"{folder} has recordings in other frames ({recorded_frames}, now "
+                f"{frame_versions}). Choose another folder."
             )
         return
-    write_text(marker_file, json.dumps({"recorded_by": RECORDED_BY, "frames": dict(frames)}))
+    write_text(
+        marker_file, json.dumps({"recorded_by": RECORDED_BY, "frames": dict(frame_versions)})
+    )
     marker_file.chmod(PRIVATE_FILE_MODE)
 
 

@@ -36,8 +36,8 @@ from spear.serve.access import (
 from spear.serve.batcher import Batcher, ClientGoneError, ServerBusyError
 from spear.serve.connection import ConnectionLimits, LimitedConnection
 from spear.serve.exchange import Exchange, Recorder
-from spear.serve.listener import LimitedListener, bind_listeners, has_gone
-from spear.serve.memory import trim_memory_regularly
+from spear.serve.listener import LimitedListener, bind_sockets, has_client_gone
+from spear.serve.memory import trim_memory_until_cancelled
 from spear.serve.metrics import Metrics
 from spear.serve.options import ServeOptions
 from spear.serve.reading import ReadingBudgets
@@ -110,9 +110,9 @@ class PolicyServer:
             SpearError: the server cannot listen on its port.
         """
         self._stop_on_signals()
-        inference = asyncio.create_task(self._batcher.run())
+        inference = asyncio.create_task(self._batcher.answer_until_cancelled())
         inference.add_done_callback(lambda _: self.stop())
-        trimming = asyncio.create_task(trim_memory_regularly())
+        trimming = asyncio.create_task(trim_memory_until_cancelled())
         try:
             async with await self._listen() as server:
                 self.port = next(iter(server.sockets)).getsockname()[1]
@@ -146,7 +146,7 @@ class PolicyServer:
         """
         try:
             listener = LimitedListener(
-                await bind_listeners(self.options.host, self.options.port),
+                await bind_sockets(self.options.host, self.options.port),
                 self.limits.admission,
                 self._answer_plain_request,
             )
@@ -389,7 +389,7 @@ def _is_present(connection: ServerConnection) -> bool:
     """Return whether a client still waits for its answer."""
     if connection.state is not State.OPEN or connection.transport.is_closing():
         return False
-    return not has_gone(connection.transport.get_extra_info("socket"))
+    return not has_client_gone(connection.transport.get_extra_info("socket"))
 
 
 def make_plain_response(text: str) -> bytes:

@@ -25,18 +25,18 @@ from spear.embodiments.observations import (
     select_cameras,
 )
 from spear.errors import SpearError, format_count, notice, suppress_notices
-from spear.types import CONTROL_RATE_HZ, Array, Policy
+from spear.types import CONTROL_RATE_HZ, Array, Policy, WidthAndHeight
 
 LOG = logging.getLogger(__name__)
 
 
-def _list_trained_cameras(policy: Policy) -> Mapping[str, tuple[int, int]]:
+def _get_sizes_of_trained_cameras(policy: Policy) -> Mapping[str, WidthAndHeight]:
     """Return view -> (width, height) of the policy's cameras, without those that training lacked.
 
     A policy has the cameras of its preset. If its training data lacked one, it has learned nothing
     from that camera, and a robot should not send it.
     """
-    image_sizes: Mapping[str, tuple[int, int]] = getattr(policy, "image_sizes", {})
+    image_sizes: Mapping[str, WidthAndHeight] = getattr(policy, "image_sizes", {})
     distribution = getattr(policy, "training_distribution", None)
     if distribution is None:
         return image_sizes
@@ -91,16 +91,18 @@ class Service:
         if embodiment.greeting is not None:
             self.greeting = embodiment.greeting(control_name)
 
-    def _make_metadata(self, name: str, robot: str, control_name: str) -> dict[str, Any]:
+    def _make_metadata(
+        self, policy_name: str, robot_name: str, control_name: str
+    ) -> dict[str, Any]:
         """Return what clients are told about the policy and the robot."""
-        image_sizes = _list_trained_cameras(self.policy)
+        image_sizes = _get_sizes_of_trained_cameras(self.policy)
         # How many committed actions, with which a chunk must begin, an observation may have.
         takes_committed = COMMITTED_KEY in self.embodiment.optional
         max_committed = getattr(self.policy, "committed", 0) if takes_committed else 0
         return {
-            "policy": name,
+            "policy": policy_name,
             "weights": getattr(self.policy, "identity", None),
-            "embodiment": robot,
+            "embodiment": robot_name,
             "control": control_name,
             "action": self.control.description,
             "converted": self.control.convert is not keep_actions,
@@ -215,23 +217,27 @@ class Service:
         return [*self._infer(observations[:half]), *self._infer(observations[half:])]
 
 
-def check_cameras(embodiment: Embodiment, cameras: Collection[str], robot: str) -> None:
+def check_has_cameras(
+    embodiment: Embodiment, required_cameras: Collection[str], robot_name: str
+) -> None:
     """Raise `SpearError` if a robot lacks a camera.
 
     Args:
         embodiment: the adapter of the robot; its example has all cameras that the robot can have.
-        cameras: the cameras that a policy relies on.
-        robot: the robot's name in the error.
+        required_cameras: the cameras that a policy relies on.
+        robot_name: the robot's name in the error.
     """
     reading = _try(embodiment.read, embodiment.example())
     if isinstance(reading, SpearError):
         raise reading
-    missing_cameras = [camera for camera in cameras if get_camera_key(camera) not in reading]
+    missing_cameras = [
+        camera for camera in required_cameras if get_camera_key(camera) not in reading
+    ]
     if missing_cameras:
         raise SpearError(
-            f"the policy was trained with the camera {missing_cameras[0]!r}, which {robot} does not"
-            " have. Train a policy without this camera, or add --allow-missing-cameras if you"
-            " accept worse actions."
+            f"the policy was trained with the camera {missing_cameras[0]!r}, which {robot_name} "
+            "does not have. Train a policy without this camera, or add --allow-missing-cameras if "
+            "you accept worse actions."
         )
 
 
@@ -251,7 +257,7 @@ def _try(call: Callable[..., dict[str, Any]], *arguments: Any) -> Result:
         )
 
 
-def _fit_frames(embodiment: Embodiment, policy: Policy, name: str) -> Embodiment:
+def _fit_frames(embodiment: Embodiment, policy: Policy, policy_name: str) -> Embodiment:
     """Return the embodiment with the version of its end-effector frame in which the policy acts.
 
     The policy acts in the version of the data on which it was trained (see
@@ -267,7 +273,8 @@ def _fit_frames(embodiment: Embodiment, policy: Policy, name: str) -> Embodiment
                 '"frames": {} into its normalizer.json.'
             )
         notice(
-            f"{name} acts in version {fitted.frame_version} of the frames of {embodiment.frame}, "
-            f"as when it was trained; they have version {embodiment.frame_version} now. {advice}"
+            f"{policy_name} acts in version {fitted.frame_version} of the frames of "
+            f"{embodiment.frame}, as when it was trained; they have version "
+            f"{embodiment.frame_version} now. {advice}"
         )
     return fitted

@@ -14,7 +14,12 @@ import msgpack
 import numpy as np
 
 from spear.errors import SpearError
-from spear.serve.msgpack_reader import MAX_NESTING, make_nesting_error, quote, read_msgpack
+from spear.serve.msgpack_reader import (
+    MAX_NESTING,
+    make_nesting_error,
+    quote,
+    read_msgpack_with_views,
+)
 
 MAX_DIMENSIONS = 8  # of an array
 MAX_BINARY_BYTES = 1024  # of a binary that is not the data of an array
@@ -61,7 +66,7 @@ def decode(data: bytes) -> dict[str, Any]:
         {'state': array([0., 0., 0.])}
     """
     try:
-        message = read_msgpack(data)
+        message = read_msgpack_with_views(data)
     except ValueError as error:
         reason = " ".join(str(error).split())[:_MAX_REASON_CHARS] or type(error).__name__
         raise SpearError(
