@@ -142,12 +142,12 @@ def test_a_model_that_confirms_absent_objects_is_not_asked(
 def test_objects_recognized_with_exchanged_colors_are_in_view_of_a_bgr_camera(
     is_exchanged: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def exchange_red_and_blue(repair: PictureRepair) -> PictureRepair:
+    def with_red_and_blue_exchanged(repair: PictureRepair) -> PictureRepair:
         """Stand in for the exchange, which does not change gray pictures."""
         change = FULL_LEVEL - EMPTY_LEVEL if is_exchanged else 0
         return replace(repair, changes=[lambda picture: picture + np.uint8(change)])
 
-    monkeypatch.setattr(PictureRepair, "exchange_red_and_blue", exchange_red_and_blue)
+    monkeypatch.setattr(PictureRepair, "with_red_and_blue_exchanged", with_red_and_blue_exchanged)
     # Two demonstrations are too few to compare colors with.
     case = make_policy_case(tmp_path, monkeypatch, [EMPTY_LEVEL] * 4, num_demonstrations=2)
 

@@ -52,8 +52,8 @@ def build_observation(
     return observation
 
 
-def predict_path_ends(policy: Spear1Policy, observations: Sequence[Observation]) -> Array:
-    """Return where the chunks [B, H, 8] that answer observations lead: [B, 3], m."""
+def predict_chunk_displacements(policy: Spear1Policy, observations: Sequence[Observation]) -> Array:
+    """Return the displacement [B, 3] (m) that each chunk [B, H, 8] of an answer commands in all."""
     with suppress_notices():
         results = policy.infer_batch(observations)
     return np.stack([result["actions"][:, :3].sum(0) for result in results]).astype(np.float64)
@@ -103,5 +103,5 @@ def count_tokens_that_policy_reads(instructions: Sequence[str], policy: Spear1Po
 
 
 def compute_mean_distance_m(first: Array, second: Array) -> float:
-    """Return the mean distance between path ends [B, 3]."""
+    """Return the mean distance between displacements [B, 3], row by row."""
     return float(np.linalg.norm(first - second, axis=1).mean())

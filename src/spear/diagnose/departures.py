@@ -53,7 +53,7 @@ def measure_departures(
     instructions: Sequence[str],
 ) -> Departures:
     """Measure how far each step of a rollout is from training."""
-    # Name of a quantity → what `_read_vectors` reads: a part of the state, or a camera.
+    # Name of a quantity → what `_extract_vectors` reads: a part of the state, or a camera.
     quantities = {"position, m": "position", "orientation, degrees": "rotation"}
     cameras = set(rollout[0].pictures)
     for episode in [*rollout, *demonstrations]:
@@ -65,13 +65,13 @@ def measure_departures(
     limits: dict[str, float] = {}
     first: list[Departure] = []
     for quantity, source in quantities.items():
-        vectors = [_read_vectors(episode, source) for episode in demonstrations]
+        vectors = [_extract_vectors(episode, source) for episode in demonstrations]
         limits[quantity] = _measure_limit_between_halves(vectors, source)
         references = _thin_out(np.concatenate(vectors))
         values = []
         for number, episode in enumerate(rollout):
             distance = _measure_nearest_distances(
-                _read_vectors(episode, source), references, source
+                _extract_vectors(episode, source), references, source
             )
             values.append(distance)
             is_outside = distance > limits[quantity]
@@ -85,7 +85,7 @@ def measure_departures(
     return Departures(distances, limits, first)
 
 
-def _read_vectors(episode: RecordedEpisode, source: str) -> Array:
+def _extract_vectors(episode: RecordedEpisode, source: str) -> Array:
     """Return what is compared, [T, D]: positions, orientations, or small pictures of a camera."""
     if source == "position":
         return np.asarray(episode.position, np.float32)

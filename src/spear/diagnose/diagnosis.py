@@ -63,8 +63,8 @@ class Diagnosis:
             return "undecided"
         return "nothing found"
 
-    def to_json(self) -> str:
-        """Return the verdict and the findings as JSON."""
+    def findings_to_json(self) -> str:
+        """Return the verdict and the findings as JSON, without what else the checks said."""
         findings: list[dict[str, Any]] = []
         for ranked in self.findings:
             findings.append(
@@ -93,7 +93,7 @@ def diagnose(case: PolicyCase) -> Diagnosis:
             continue
         result = check.examine(case)
         if isinstance(result, Finding):
-            result = replace(result, file=name_robot_file(result.file, case.robot))
+            result = replace(result, file=insert_robot_file(result.file, case.robot))
             if case.takes_joints and check.fault in ORIENTATION_FAULTS:
                 result = replace(result, cure=JOINTS_CURE, file=f"{CLIENT}; or {result.file}")
         if isinstance(result, Doubt):
@@ -109,12 +109,12 @@ def diagnose(case: PolicyCase) -> Diagnosis:
     return Diagnosis(findings, secondary, suspicions, unknown, clean)
 
 
-def name_robot_file(location: str, robot: str | None) -> str:
-    """Name the robot's file in a text that says where to change something.
+def insert_robot_file(location: str, robot: str | None) -> str:
+    """Insert the name of the robot's file into a text that says where to change something.
 
-    >>> name_robot_file("observe in your robot's file", "robot.py")
+    >>> insert_robot_file("observe in your robot's file", "robot.py")
     'observe in robot.py'
-    >>> name_robot_file("observe in your robot's file", "widowx")
+    >>> insert_robot_file("observe in your robot's file", "widowx")
     "your robot's client, which sends the observations and executes the actions"
     """
     if robot is None or ANY_ROBOT_FILE not in location:
@@ -183,6 +183,6 @@ def _are_of_different_cameras(first: Finding, second: Finding) -> bool:
     return first.camera != second.camera
 
 
-def write_json(diagnosis: Diagnosis, file: Path) -> None:
-    """Write the JSON of a diagnosis to a file."""
-    write_text(file, diagnosis.to_json() + "\n")
+def write_findings_json(diagnosis: Diagnosis, file: Path) -> None:
+    """Write the verdict and the findings of a diagnosis to a file, as JSON."""
+    write_text(file, diagnosis.findings_to_json() + "\n")

@@ -70,7 +70,7 @@ def read_episode(store: EpisodeStore, index: int, image_sizes: ImageSizes) -> Re
     pictures = {}
     for camera, encoded in episode.images.items():
         size = image_sizes.get(camera)
-        pictures[camera] = _read_pictures(list(encoded), size, f"{episode.source} {camera}")
+        pictures[camera] = _decode_and_shrink(list(encoded), size, f"{episode.source} {camera}")
     return RecordedEpisode(
         source=episode.source,
         instruction=episode.instruction,
@@ -85,7 +85,7 @@ def read_episode(store: EpisodeStore, index: int, image_sizes: ImageSizes) -> Re
     )
 
 
-def _read_pictures(
+def _decode_and_shrink(
     encoded: list[bytes], size: tuple[int, int] | None, context: str
 ) -> CameraPictures:
     """Reduce a camera's encoded pictures, each different one once.

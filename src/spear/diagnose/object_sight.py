@@ -31,7 +31,7 @@ class ObjectSight:
     missed_share: float
 
     @property
-    def log_odds(self) -> float:
+    def out_of_view_log_odds(self) -> float:
         """The log odds of an object out of view in most episodes, over none in any."""
         log_odds = float(np.log(PRIOR))
         for index, names_of_episode in self.names.items():
@@ -44,8 +44,8 @@ class ObjectSight:
         return float(log_odds)
 
     @property
-    def num_missed(self) -> int:
-        """The number of episodes of which the model misses an object."""
+    def num_episodes_with_missed_objects(self) -> int:
+        """The number of episodes of which the model misses at least one object."""
         return sum(map(bool, self.missed.values()))
 
 

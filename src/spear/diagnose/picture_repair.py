@@ -16,7 +16,7 @@ from spear.checks.rollout.bars import MAX_BAR_LEVEL, find_extra_bars
 from spear.checks.rollout.camera_checks import MIN_CONFIDENCE_LOG_ODDS, find_best_shape
 from spear.checks.rollout.case import Case
 from spear.checks.rollout.odds import VersionOdds
-from spear.checks.rollout.pictures import EXCHANGED, EXPOSURE_FACTORS, scale_light
+from spear.checks.rollout.pictures import EXCHANGED, EXPOSURE_FACTORS, scale_brightness
 from spear.types import Array
 
 CAMERA = "external"  # trust in what a model sees is measured with this camera
@@ -27,7 +27,7 @@ PictureChange = Callable[[Array], Array]
 
 def _undo_exposure(picture: Array, factor: float) -> Array:
     """Undo an exposure that has made a picture [h, w, 3] uint8 brighter by a factor."""
-    return scale_light(picture.astype(np.float32), 1 / factor).astype(np.uint8)
+    return scale_brightness(picture.astype(np.float32), 1 / factor).astype(np.uint8)
 
 
 _UNDOING: dict[str, PictureChange] = {
@@ -62,7 +62,7 @@ class PictureRepair:
             picture = change(picture)
         return np.ascontiguousarray(picture)
 
-    def exchange_red_and_blue(self) -> "PictureRepair":
+    def with_red_and_blue_exchanged(self) -> "PictureRepair":
         """Return a repair that exchanges red and blue, too."""
         return replace(self, changes=[*self.changes, _UNDOING["with red and blue exchanged"]])
 

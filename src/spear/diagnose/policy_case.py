@@ -11,7 +11,7 @@ from spear.data.store.episode_store import EpisodeStore
 from spear.diagnose.answers import (
     Observation,
     compute_mean_distance_m,
-    predict_path_ends,
+    predict_chunk_displacements,
     sample_observations,
 )
 from spear.diagnose.object_sight import ObjectSight, look_for_objects
@@ -31,17 +31,17 @@ MIN_BETTER_RECOGNITION = 7.0
 class SampledAnswers:
     """Observations of different episodes, and where the policy's answers lead.
 
-    observations  B observations.
-    path_ends     [B, 3] the ends of their chunks, m.
+    observations   B observations.
+    displacements  [B, 3] displacement that each answered chunk commands in all, m.
     """
 
     observations: list[Observation]
-    path_ends: Array
+    displacements: Array
 
     @property
     def mean_difference_m(self) -> float:
         """How far apart the answers to different observations are, in the mean."""
-        return compute_mean_distance_m(self.path_ends, np.roll(self.path_ends, 1, axis=0))
+        return compute_mean_distance_m(self.displacements, np.roll(self.displacements, 1, axis=0))
 
 
 @dataclass(frozen=True)
@@ -86,16 +86,18 @@ class PolicyCase(Case):
         return Normalizer.fit([(self.get_training(), 1.0)], fitted_mode)
 
     @cached_property
-    def sampled(self) -> SampledAnswers | None:
+    def sampled_answers(self) -> SampledAnswers | None:
         """The policy's answers in training, or else in the rollout; None with one episode."""
         store = self.training or self.rollout_store
         if store is None or len(store) < 2:
             return None
         observations = sample_observations(store, self.get_policy())
-        return SampledAnswers(observations, predict_path_ends(self.get_policy(), observations))
+        return SampledAnswers(
+            observations, predict_chunk_displacements(self.get_policy(), observations)
+        )
 
     @cached_property
-    def can_see_objects(self) -> bool:
+    def can_tell_absent_objects(self) -> bool:
         """Whether the policy's SPEAR-VLM was shown to tell absent objects from present ones."""
         if self.policy is None or self.policy.folder is None:
             return False
@@ -116,7 +118,7 @@ class PolicyCase(Case):
                 names_by_episode[first_index + number] = names
                 all_names += names
         with suppress_notices():
-            self.sight.measure(self._vlm, self.get_training(), all_names)
+            self.sight.record_misses(self._vlm, self.get_training(), all_names)
         judged = {}
         for index, names in names_by_episode.items():
             judged_names = [name for name in names if self.sight.can_judge(name)]
@@ -133,12 +135,12 @@ class PolicyCase(Case):
     @property
     def bgr_log_ratio_of_objects(self) -> float:
         """How much better the SPEAR-VLM recognizes objects with red and blue exchanged; or 0."""
-        if not self.can_see_objects or self.training is None or self.rollout_store is None:
+        if not self.can_tell_absent_objects or self.training is None or self.rollout_store is None:
             return 0.0
         plain, exchanged = self._object_sights
         if exchanged is None:
             return 0.0
-        log_ratio = plain.log_odds - exchanged.log_odds
+        log_ratio = plain.out_of_view_log_odds - exchanged.out_of_view_log_odds
         return log_ratio if log_ratio >= MIN_BETTER_RECOGNITION else 0.0
 
     @cached_property
@@ -151,9 +153,9 @@ class PolicyCase(Case):
         repair = choose_picture_repair(self)
         plain = self._look_for_objects(repair)
         all_seen = replace(plain, missed={index: [] for index in plain.missed})
-        if plain.log_odds - all_seen.log_odds < MIN_BETTER_RECOGNITION:
+        if plain.out_of_view_log_odds - all_seen.out_of_view_log_odds < MIN_BETTER_RECOGNITION:
             return plain, None
-        return plain, self._look_for_objects(repair.exchange_red_and_blue())
+        return plain, self._look_for_objects(repair.with_red_and_blue_exchanged())
 
     def _look_for_objects(self, repair: PictureRepair) -> ObjectSight:
         assert self.rollout_store is not None

@@ -12,7 +12,7 @@ from spear.checks.rollout.case import (
     RolloutCheck,
     compute_confidence_of_margin,
 )
-from spear.diagnose.answers import Observation, compute_mean_distance_m, predict_path_ends
+from spear.diagnose.answers import Observation, compute_mean_distance_m, predict_chunk_displacements
 from spear.diagnose.policy_case import PolicyCase
 
 MIN_DIFFERENCE_M = 0.002  # if all answers are nearer than this, the policy always does the same
@@ -61,14 +61,14 @@ class ExchangeCheck(PolicyCheck):
         raise NotImplementedError
 
     def examine_policy(self, case: PolicyCase) -> Result:
-        if case.sampled is None:
+        if case.sampled_answers is None:
             return Doubt("too few episodes to exchange something between them")
-        exchanged = self.exchange(case, case.sampled.observations)
+        exchanged = self.exchange(case, case.sampled_answers.observations)
         if isinstance(exchanged, Doubt):
             return exchanged
-        path_ends = predict_path_ends(case.get_policy(), exchanged)
-        by_quantity_m = compute_mean_distance_m(case.sampled.path_ends, path_ends)
-        by_all_m = case.sampled.mean_difference_m
+        displacements = predict_chunk_displacements(case.get_policy(), exchanged)
+        by_quantity_m = compute_mean_distance_m(case.sampled_answers.displacements, displacements)
+        by_all_m = case.sampled_answers.mean_difference_m
         share = by_quantity_m / max(by_all_m, 1e-9)
         if by_all_m < MIN_DIFFERENCE_M:
             share = 0.0

@@ -101,8 +101,8 @@ class TrainingSight:
 
     missed: dict[str, list[bool]] = field(default_factory=dict)
 
-    def measure(self, model: VlmBundle, training: EpisodeStore, names: Sequence[str]) -> None:
-        """Measure those of some names that are not measured yet."""
+    def record_misses(self, model: VlmBundle, training: EpisodeStore, names: Sequence[str]) -> None:
+        """Try those of some names that were not tried yet, and add where the model misses them."""
         new_names = [name for name in dict.fromkeys(names) if name not in self.missed]
         if not new_names:
             return

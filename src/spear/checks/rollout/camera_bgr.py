@@ -82,7 +82,7 @@ class CameraBgrCheck(RolloutCheck):
         """Add up the evidence of all cameras, in case red and blue are exchanged in all of them."""
         odds_by_camera = self._collect_bgr_odds(case)
         # One program reads all cameras, so mostly all of them are wrong, and add to the evidence.
-        log_odds = _add_up_log_ratios(odds_by_camera) + float(np.log(PRIOR))
+        log_odds = _add_up_discounted_log_ratios(odds_by_camera) + float(np.log(PRIOR))
         if len(odds_by_camera) < 2 or log_odds < MIN_COMBINED_LOG_ODDS:
             return None
         words = []
@@ -107,7 +107,9 @@ class CameraBgrCheck(RolloutCheck):
         recognition_log_ratio = case.bgr_log_ratio_of_objects
         if recognition_log_ratio <= 0:
             return None
-        log_ratio = recognition_log_ratio + _add_up_log_ratios(self._collect_bgr_odds(case))
+        log_ratio = recognition_log_ratio + _add_up_discounted_log_ratios(
+            self._collect_bgr_odds(case)
+        )
         log_odds = log_ratio + float(np.log(PRIOR))
         if log_odds < MIN_COMBINED_LOG_ODDS:
             return None
@@ -134,8 +136,8 @@ class CameraBgrCheck(RolloutCheck):
         return odds_by_camera
 
 
-def _add_up_log_ratios(odds_by_camera: Mapping[str, VersionOdds]) -> float:
-    """Add up the evidence of the colors of all cameras."""
+def _add_up_discounted_log_ratios(odds_by_camera: Mapping[str, VersionOdds]) -> float:
+    """Add up `INDEPENDENT_SHARE` of the evidence of the colors of each camera."""
     return sum(INDEPENDENT_SHARE * odds.log_ratio for odds in odds_by_camera.values())
 
 

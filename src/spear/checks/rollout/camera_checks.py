@@ -42,7 +42,7 @@ def examine_picture_versions(
         if best.log_odds < MIN_CONFIDENCE_LOG_ODDS:
             suspicion = f"camera {camera} may be {best.version}"
             continue
-        is_by_flow = best in (comparison.get_flow_odds(camera) or ())
+        is_by_flow = best in (comparison.get_mirror_and_turn_odds_by_flow(camera) or ())
         return Finding(
             confidence=round(float(min(1 / (1 + np.exp(-best.log_odds)), 0.97)), 3),
             evidence=f"camera {camera} {words}: {_describe_odds(best, is_by_flow)}",

@@ -68,7 +68,7 @@ class FlowReference:
         return FlowReference(model, plain_scores, changed_scores)
 
 
-def compute_flow_odds(
+def compute_mirror_and_turn_odds(
     rollout: Sequence[RecordedEpisode], reference: FlowReference, camera: str
 ) -> list[VersionOdds] | None:
     """Return the odds of mirrored and turned pictures, the best first.
@@ -160,7 +160,7 @@ def measure_similarity_flows(pictures: Array) -> Array:
     Returns:
         [T - 1, 4] shift to the right, shift down, scaling and turn, as in `MeasuredFlow`.
     """
-    brightness = _blur_stack(average_cells(pictures.astype(np.float64).mean(-1)))
+    brightness = _blur_and_cut_border(average_cells(pictures.astype(np.float64).mean(-1)))
     gradient_y, gradient_x = np.gradient(brightness, axis=(1, 2))
     gradient_x = (gradient_x[:-1] + gradient_x[1:]) / 2
     gradient_y = (gradient_y[:-1] + gradient_y[1:]) / 2
@@ -184,7 +184,7 @@ def measure_similarity_flows(pictures: Array) -> Array:
     return np.linalg.solve(gram, moments)[..., 0]
 
 
-def _blur_stack(brightness: Array) -> Array:
+def _blur_and_cut_border(brightness: Array) -> Array:
     """Blur pictures [T, h, w] with the weights 1, 2, 1 along both axes.
 
     Returns:

@@ -140,9 +140,9 @@ class GripperUse:
             training_following=_find_delay(_select_changing(demonstrations)),
             first_openings=np.array([episode.opening[0] for episode in rollout]),
             training_first_openings=np.array([episode.opening[0] for episode in demonstrations]),
-            open_level=_measure_level(rollout, is_open=True),
-            training_open_level=_measure_level(demonstrations, is_open=True),
-            closed_level=_measure_level(rollout, is_open=False),
+            open_level=_measure_median_opening(rollout, is_command_open=True),
+            training_open_level=_measure_median_opening(demonstrations, is_command_open=True),
+            closed_level=_measure_median_opening(rollout, is_command_open=False),
         )
 
 
@@ -174,14 +174,14 @@ def _find_delay(episodes: Sequence[CommandedGripper]) -> Following | None:
     return longest if longest.correlation >= MIN_CORRELATION else usual
 
 
-def _measure_level(episodes: Sequence[RecordedEpisode], is_open: bool) -> float:
+def _measure_median_opening(episodes: Sequence[RecordedEpisode], is_command_open: bool) -> float:
     """Return the median opening after some steps of a command to open, or of one to close.
 
     NaN with too few steps.
     """
     levels = []
     for episode in episodes:
-        is_commanded = (np.asarray(episode.action[:, 7]) > OPEN_COMMAND) == is_open
+        is_commanded = (np.asarray(episode.action[:, 7]) > OPEN_COMMAND) == is_command_open
         for step in range(SETTLING_STEPS, len(episode)):
             if is_commanded[step - SETTLING_STEPS : step].all():
                 levels.append(episode.opening[step])

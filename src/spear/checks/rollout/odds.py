@@ -34,21 +34,24 @@ class VersionOdds(NamedTuple):
     plain: float
 
 
-def find_likely_version(odds: list[VersionOdds] | None) -> VersionOdds | None:
-    """Return the version with the highest score, if its log odds are positive."""
-    if not odds or odds[0].log_odds <= 0:
+def find_likely_version(ranked_odds: list[VersionOdds] | None) -> VersionOdds | None:
+    """Return the version with the highest score, if its log odds are positive.
+
+    ranked_odds: the odds of several versions, the best one first; None if nothing is known.
+    """
+    if not ranked_odds or ranked_odds[0].log_odds <= 0:
         return None
-    best = odds[0]
+    best = ranked_odds[0]
     # A view that is nearly symmetric does not tell a turn from a mirror image. A turned camera is
     # the more frequent mistake.
-    for version_odds in odds[1:]:
+    for version_odds in ranked_odds[1:]:
         is_tied = best.margin - version_odds.margin < TIE_SHARE * (best.expected - best.plain)
         if is_tied and version_odds.version == "turned by 180°":
             return version_odds
     return best
 
 
-def combine_odds(odds: Sequence[VersionOdds]) -> VersionOdds:
+def combine_odds_of_cameras(odds: Sequence[VersionOdds]) -> VersionOdds:
     """Return the odds of one version for several cameras together; margins are means."""
     log_ratio = sum(entry.log_ratio for entry in odds)
     return VersionOdds(
@@ -62,28 +65,28 @@ def combine_odds(odds: Sequence[VersionOdds]) -> VersionOdds:
 
 
 def compute_odds(
-    rollout: Sequence[Mapping[str, float]],
-    plain: Sequence[Mapping[str, float]],
-    changed: Mapping[str, Sequence[Mapping[str, float]]],
+    rollout_scores: Sequence[Mapping[str, float]],
+    plain_scores: Sequence[Mapping[str, float]],
+    changed_scores: Mapping[str, Sequence[Mapping[str, float]]],
 ) -> list[VersionOdds]:
     """Return the odds of each version, the one with the largest margin first.
 
     Args:
-        rollout: for each episode of the rollout, version → score.
-        plain: the same for training episodes.
-        changed: version → the same for training episodes whose pictures were changed to it.
+        rollout_scores: for each episode of the rollout, version → score.
+        plain_scores: the same for training episodes.
+        changed_scores: version → the same for training episodes whose pictures were changed to it.
     """
     odds = []
-    for version, changed_scores in changed.items():
-        odds.append(_compute_version_odds(version, rollout, plain, changed_scores))
+    for version, scores in changed_scores.items():
+        odds.append(_compute_version_odds(version, rollout_scores, plain_scores, scores))
     return sorted(odds, key=lambda entry: -entry.margin)
 
 
 def _compute_version_odds(
     version: str,
-    rollout: Sequence[Mapping[str, float]],
-    plain: Sequence[Mapping[str, float]],
-    changed: Sequence[Mapping[str, float]],
+    rollout_scores: Sequence[Mapping[str, float]],
+    plain_scores: Sequence[Mapping[str, float]],
+    changed_scores: Sequence[Mapping[str, float]],
 ) -> VersionOdds:
     """Compare the scores of the rollout with those of plain and of changed training pictures.
 
@@ -91,9 +94,9 @@ def _compute_version_odds(
     the training episodes. Its variance has two parts: the variance between episodes, which more
     episodes make smaller, and a shift of the whole rollout (`SHIFT_SHARE`).
     """
-    margins = np.array([scores[version] - scores["plain"] for scores in rollout])
-    plain_margins = np.array([scores[version] - scores["plain"] for scores in plain])
-    changed_margins = np.array([scores[version] - scores["plain"] for scores in changed])
+    margins = np.array([scores[version] - scores["plain"] for scores in rollout_scores])
+    plain_margins = np.array([scores[version] - scores["plain"] for scores in plain_scores])
+    changed_margins = np.array([scores[version] - scores["plain"] for scores in changed_scores])
     plain_mean = float(plain_margins.mean())
     changed_mean = float(changed_margins.mean())
     shift = SHIFT_SHARE * abs(changed_mean - plain_mean)

@@ -25,8 +25,13 @@ from spear.checks.rollout.episode import (
     RecordedEpisode,
     average_cells,
 )
-from spear.checks.rollout.flow import FLOW_SIGNS, FlowReference, compute_flow_odds
-from spear.checks.rollout.odds import VersionOdds, combine_odds, compute_odds, find_likely_version
+from spear.checks.rollout.flow import FLOW_SIGNS, FlowReference, compute_mirror_and_turn_odds
+from spear.checks.rollout.odds import (
+    VersionOdds,
+    combine_odds_of_cameras,
+    compute_odds,
+    find_likely_version,
+)
 from spear.types import Array
 
 # A version that all cameras have must be ten times as likely as plain pictures for each of them.
@@ -92,7 +97,7 @@ def _squeeze(pictures: Array, share_x: float, share_y: float) -> Array:
     return np.pad(squeezed, ((0, 0), rows, columns, (0, 0)), mode="edge")
 
 
-def _turn_quarter(pictures: Array, num_quarters: int) -> Array:
+def _turn_quarter_and_stretch(pictures: Array, num_quarters: int) -> Array:
     """Turn pictures [N, h, w, 3] by quarters of a turn, fitted into their size without bars."""
     height, width = pictures.shape[1:3]
     return _resize(np.rot90(pictures, num_quarters, axes=(1, 2)), width, height)
@@ -109,7 +114,7 @@ def _turn_quarter_with_bars(pictures: Array, num_quarters: int) -> Array:
     return barred
 
 
-def scale_light(pictures: Array, factor: float) -> Array:
+def scale_brightness(pictures: Array, factor: float) -> Array:
     """Brighten or darken pictures, as another exposure does."""
     return np.clip(pictures * factor, 0, 255)
 
@@ -119,8 +124,8 @@ SHAPE_VERSIONS: dict[str, Transform] = {
     "mirrored left to right": lambda pictures: pictures[:, :, ::-1],
     "mirrored upside down": lambda pictures: pictures[:, ::-1],
     "turned by 180°": lambda pictures: pictures[:, ::-1, ::-1],
-    "turned by 90° to the left": lambda pictures: _turn_quarter(pictures, 1),
-    "turned by 90° to the right": lambda pictures: _turn_quarter(pictures, 3),
+    "turned by 90° to the left": lambda pictures: _turn_quarter_and_stretch(pictures, 1),
+    "turned by 90° to the right": lambda pictures: _turn_quarter_and_stretch(pictures, 3),
     "turned by 90° to the left, with bars": lambda pictures: _turn_quarter_with_bars(pictures, 1),
     "turned by 90° to the right, with bars": lambda pictures: _turn_quarter_with_bars(pictures, 3),
     "cropped to 80 %": lambda pictures: _zoom(pictures, 0.8, 0.8),
@@ -151,7 +156,7 @@ COLOR_VERSIONS: dict[str, Transform] = {
 }
 """Changes of the colors; they are compared with colors and brightness."""
 for _version, _factor in EXPOSURE_FACTORS.items():
-    COLOR_VERSIONS[_version] = partial(scale_light, factor=_factor)
+    COLOR_VERSIONS[_version] = partial(scale_brightness, factor=_factor)
 
 
 @dataclass(frozen=True)
@@ -249,9 +254,9 @@ class VersionReference:
             """Return the features of an episode's pictures, changed to a version."""
             exchanged_camera = version.removeprefix(EXCHANGED)
             if exchanged_camera != version:
-                pictures = _read_pictures(episode, exchanged_camera, height)
+                pictures = _get_resized_pictures(episode, exchanged_camera, height)
             else:
-                pictures = transforms[version](_read_pictures(episode, camera, height))
+                pictures = transforms[version](_get_resized_pictures(episode, camera, height))
             return _extract_features(kind, pictures)
 
         # Fit the model to every second episode.
@@ -281,7 +286,7 @@ class VersionReference:
 
     def compute_mean_log_likelihoods(self, episode: RecordedEpisode) -> dict[str, float]:
         """Return version → mean log likelihood of an episode's pictures by it, of all versions."""
-        pictures = _read_pictures(episode, self.camera, self.height)
+        pictures = _get_resized_pictures(episode, self.camera, self.height)
         features = _extract_features(self.kind, pictures)
         states = _extract_state_features(episode)
         return self.model.compute_mean_log_likelihoods(states, features, self.model.coefficients)
@@ -292,7 +297,7 @@ class VersionReference:
         return compute_odds(scores, self.plain_scores, self.changed_scores)
 
 
-def _read_pictures(episode: RecordedEpisode, camera: str, height: int) -> Array:
+def _get_resized_pictures(episode: RecordedEpisode, camera: str, height: int) -> Array:
     """Return the small pictures [T, height, w, 3] of a camera as float32."""
     pictures = episode.pictures[camera].small.astype(np.float32)
     if pictures.shape[1] == height:
@@ -390,7 +395,7 @@ class PictureComparison:
         then single pictures may show that nothing is turned.
         """
         by_content = find_likely_version(self.get_shape_odds(camera))
-        by_both = self._find_best_of_flow(camera)
+        by_both = self._find_best_mirror_or_turn(camera)
         if by_both is None:
             return by_content
         if by_content is not None and by_content.version not in FLOW_SIGNS:
@@ -399,13 +404,13 @@ class PictureComparison:
             return by_both if is_flow_surer else by_content
         return by_both if by_both.log_odds > 0 else None
 
-    def _find_best_of_flow(self, camera: str) -> VersionOdds | None:
+    def _find_best_mirror_or_turn(self, camera: str) -> VersionOdds | None:
         """Return the likeliest version of `FLOW_SIGNS`; None if nothing is known about the motion.
 
         The evidence of single pictures and of their motion adds up. A camera of which only the
         motion is known is judged by that.
         """
-        flow_odds = self.get_flow_odds(camera)
+        flow_odds = self.get_mirror_and_turn_odds_by_flow(camera)
         if flow_odds is None:
             return None
         content_ratios = {
@@ -447,7 +452,7 @@ class PictureComparison:
         for version in odds_by_camera[0]:
             odds = [of_camera[version] for of_camera in odds_by_camera]
             if all(entry.log_ratio >= MIN_COMMON_LOG_RATIO for entry in odds):
-                common.append(combine_odds(odds))
+                common.append(combine_odds_of_cameras(odds))
         return find_likely_version(sorted(common, key=lambda entry: -entry.log_odds))
 
     def get_shape_odds(self, camera: str) -> list[VersionOdds] | None:
@@ -462,7 +467,7 @@ class PictureComparison:
         """Return the odds of pictures that are some steps late; None without enough pictures."""
         return self._get_or_compute_odds(camera, "delay")
 
-    def get_flow_odds(self, camera: str) -> list[VersionOdds] | None:
+    def get_mirror_and_turn_odds_by_flow(self, camera: str) -> list[VersionOdds] | None:
         """Return the odds of mirrored and turned pictures, by how they move with the arm."""
         return self._get_or_compute_odds(camera, "flow")
 
@@ -487,7 +492,7 @@ class PictureComparison:
             return None if delays is None else compute_delay_odds(rollout, delays, camera)
         if kind == "flow":
             flows = self.references.get_flows(camera)
-            return None if flows is None else compute_flow_odds(rollout, flows, camera)
+            return None if flows is None else compute_mirror_and_turn_odds(rollout, flows, camera)
         versions = self.references.get_versions(camera, kind)
         return None if versions is None else versions.compute_odds(rollout)
 

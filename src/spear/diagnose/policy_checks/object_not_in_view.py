@@ -28,9 +28,10 @@ class ObjectNotInViewCheck(RolloutCheck):
             return Doubt("the policy's SPEAR-VLM knows no object of the instructions")
 
         object_sight = case.object_sight
-        log_odds = object_sight.log_odds
+        log_odds = object_sight.out_of_view_log_odds
         if log_odds <= 0:
             return None
+        num_missed = object_sight.num_episodes_with_missed_objects
         descriptions = []
         for index, missed_names in object_sight.missed.items():
             if missed_names:
@@ -38,8 +39,8 @@ class ObjectNotInViewCheck(RolloutCheck):
         return Finding(
             confidence=round(float(min(1 / (1 + np.exp(-log_odds)), 0.95)), 3),
             evidence=(
-                f"in {object_sight.num_missed} of {len(object_sight.missed)} episodes, the "
-                f"policy's SPEAR-VLM sees no {', no '.join(descriptions[:MAX_LISTED_EPISODES])}; "
+                f"in {num_missed} of {len(object_sight.missed)} episodes, the policy's SPEAR-VLM "
+                f"sees no {', no '.join(descriptions[:MAX_LISTED_EPISODES])}; "
                 f"in training it misses {case.sight.missed_share:.0%} of the objects"
             ),
             cure="put the objects of the instruction where the camera sees them",
@@ -51,7 +52,7 @@ class ObjectNotInViewCheck(RolloutCheck):
 
 def _explain_unable(case: PolicyCase) -> str | None:
     """Return why the policy cannot say what is in view; None if it can."""
-    if not case.can_see_objects:
+    if not case.can_tell_absent_objects:
         return (
             "nothing shows that the policy's SPEAR-VLM tells absent objects "
             "(spear evaluate vqa --calibrate)"

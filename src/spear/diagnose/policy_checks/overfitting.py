@@ -50,8 +50,10 @@ class OverfittingCheck(PolicyCheck):
         is_learned = np.array([fingerprint in learned_fingerprints for fingerprint in fingerprints])
         if min(is_learned.sum(), (~is_learned).sum()) < MIN_EPISODES:
             return Doubt("--episodes needs episodes that the policy has learned, and others")
-        learned_m = _measure_error_m(policy, store, np.flatnonzero(is_learned).tolist())
-        other_m = _measure_error_m(policy, store, np.flatnonzero(~is_learned).tolist())
+        learned_m = _measure_first_action_error_m(
+            policy, store, np.flatnonzero(is_learned).tolist()
+        )
+        other_m = _measure_first_action_error_m(policy, store, np.flatnonzero(~is_learned).tolist())
         ratio = other_m / max(learned_m, 1e-6)
         if ratio < MIN_ERROR_RATIO:
             return None
@@ -71,7 +73,9 @@ class OverfittingCheck(PolicyCheck):
         )
 
 
-def _measure_error_m(policy: Spear1Policy, store: EpisodeStore, indices: Sequence[int]) -> float:
+def _measure_first_action_error_m(
+    policy: Spear1Policy, store: EpisodeStore, indices: Sequence[int]
+) -> float:
     """Return the mean distance between predicted and recorded translations of some steps.
 
     Args:
