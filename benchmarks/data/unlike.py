@@ -32,7 +32,7 @@ from spear.models.processing import Processor
 from spear.monitor.distribution import TrainingDistribution
 from spear.monitor.drift import NUM_FIRST_OBSERVATIONS
 from spear.monitor.motion import MotionChecks
-from spear.monitor.observations import examine_first_state, examine_observations
+from spear.monitor.observations import examine_first_opening, examine_observations
 from spear.policy import Spear1Policy, locate
 from spear.sim.env import MAX_STEPS, TabletopEnv
 from spear.sim.scene import FAMILIES
@@ -125,11 +125,11 @@ def run_with_mistake(
         while not info["success"] and env.steps < MAX_STEPS:
             state = mistake.change_state(observation["observation/state"])
             if num_observations == 0:
-                state_notes = examine_first_state(distribution, state)
+                state_notes = examine_first_opening(distribution, float(state[7]))
                 is_noticed_first = any(state_notes) or any(
                     examine_observations(distribution, state[None], {})
                 )
-            if checks.examine(state):
+            if checks.examine_next_state(state):
                 return is_noticed_first, True
             num_observations += 1
             if num_observations > 4 * NUM_FIRST_OBSERVATIONS:  # not every chunk shows it

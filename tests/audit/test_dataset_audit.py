@@ -23,7 +23,7 @@ from spear.audit.dataset_audit import (
     audit_dataset,
     audit_recordings,
     list_layout_answers,
-    list_logged_units,
+    list_possible_logged_units,
     make_recording,
 )
 from spear.audit.describe import propose_layout
@@ -341,7 +341,7 @@ def test_a_unit_of_a_controller_that_the_layout_names_is_judged(
     recordings = make_partial_recordings("translation", Mistakes(translation_factor=1 / 0.05))
 
     report = audit_recordings(
-        recordings, list_layout_answers(layout), units=list_logged_units(layout)
+        recordings, list_layout_answers(layout), units=list_possible_logged_units(layout)
     )
 
     _, unit_verdict = find_verdict(report, "translation", "unit")
@@ -359,7 +359,7 @@ def test_a_unit_of_logged_rotations_that_the_layout_names_is_judged(
     recordings = make_partial_recordings("rotation", Mistakes(rotation_factor=1 / 0.5))
 
     report = audit_recordings(
-        recordings, list_layout_answers(layout), units=list_logged_units(layout)
+        recordings, list_layout_answers(layout), units=list_possible_logged_units(layout)
     )
 
     _, unit_verdict = find_verdict(report, "rotation", "unit")

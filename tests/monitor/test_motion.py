@@ -38,7 +38,7 @@ def test_only_a_gripper_that_does_the_opposite_is_found(
     for step, (opening, command) in enumerate(zip(openings, COMMANDS, strict=True)):
         x = step % 2 * distance_m
         state = np.array([x, *np.zeros(6), opening])
-        findings += checks.examine(state)
+        findings += checks.examine_next_state(state)
         chunk[:, 7] = command
         chunk[5 - num_late_commands :, 7] = 1 - command
         checks.set_chunk(chunk)
@@ -54,7 +54,8 @@ def test_a_state_that_no_longer_changes_is_found_once() -> None:
     findings = []
 
     for step in range(9):
-        findings += checks.examine(STATE + 1e-6 * min(step, 3))  # the same from step 3 on
+        state = STATE + 1e-6 * min(step, 3)  # the same from step 3 on
+        findings += checks.examine_next_state(state)
         checks.set_chunk(np.full((5, 8), 0.02))  # 2 cm along each axis per action
 
     assert [finding.key for finding in findings] == ["state"]
@@ -79,7 +80,7 @@ def test_an_arm_that_goes_along_other_axes_is_found(
     chunk = np.ones((5, 8))
 
     for step in range(80):
-        findings += checks.examine(state)
+        findings += checks.examine_next_state(state)
         # The actions of a chunk have nearly the same direction, with some noise.
         chunk[:, :3] = rng.normal(0, 0.02, 3) + rng.normal(0, 0.004, (5, 3))
         checks.set_chunk(chunk)

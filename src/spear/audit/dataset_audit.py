@@ -280,9 +280,9 @@ def _audit_numbers(path: str | Path, split: str, layout: DatasetLayout) -> Repor
         trusted_layout = replace(
             trusted_layout, logged_rotation_format="quat_wxyz", length_unit="m"
         )
-    report = audit_recordings(
-        recordings, list_layout_answers(trusted_layout), str(path), list_logged_units(layout)
-    )
+    answers = list_layout_answers(trusted_layout)
+    units = list_possible_logged_units(layout)
+    report = audit_recordings(recordings, answers, str(path), units)
     if layout.logged_rotation_format == "urdf_joints":
         report = _drop_format_findings(report)
 
@@ -442,7 +442,7 @@ def _summarize_camera(
     with contextlib.suppress(SpearError):
         images = read_encoded_images(steps, layout.images[camera], source)
         context = f"{source} camera {camera!r}"
-        return summarize_view(images, position, get_episode_rate_hz(steps, layout), context)
+        return summarize_view(images, position, get_stated_rate_hz(steps, layout), context)
     return None
 
 
@@ -559,7 +559,7 @@ def make_recording(steps: Steps, layout: DatasetLayout, source: str) -> Recordin
         translation=logged_translation,
         turn=logged_rotation,
         valid=is_valid,
-        rate_hz=get_episode_rate_hz(steps, layout),
+        rate_hz=get_stated_rate_hz(steps, layout),
         opening=opening,
         command=command,
     )
@@ -624,7 +624,7 @@ def _convert_if_trusted_format(
     return rotation
 
 
-def get_episode_rate_hz(steps: Steps, layout: DatasetLayout) -> float:
+def get_stated_rate_hz(steps: Steps, layout: DatasetLayout) -> float:
     """Return the steps per second of an episode: its own rate (in a store), or the layout's."""
     rate_hz = steps.get("rate_hz")
     if isinstance(rate_hz, float):
@@ -763,7 +763,7 @@ def list_layout_answers(layout: DatasetLayout) -> dict[str, dict[str, str | None
     }
 
 
-def list_logged_units(layout: DatasetLayout) -> LoggedUnits:
+def list_possible_logged_units(layout: DatasetLayout) -> LoggedUnits:
     """List the known units and those that the layout names for logged actions."""
     length_units = dict(LENGTH_UNITS)
     if layout.logged_translation_unit is not None:

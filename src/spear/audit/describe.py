@@ -201,7 +201,7 @@ def propose_layout(
     episodes = _read_first_episodes(folder, split, path)
     proposal = _Proposal()
 
-    proposal.fields["images"] = _find_cameras(folder.read_steps(split), proposal, rate_hz)
+    _propose_cameras(folder.read_steps(split), rate_hz, proposal)
     _propose_success(episodes, proposal)
     if isinstance(folder, LeRobotFolder):
         _propose_task_indices(episodes, folder.tasks, proposal)
@@ -428,16 +428,13 @@ def _are_encoded_images(values: Any) -> bool:
     return first.startswith(IMAGE_MAGIC_BYTES) and not is_depth_png(first)
 
 
-def _find_cameras(raw_episodes: RawEpisodes, proposal: _Proposal, rate_hz: float) -> dict[str, str]:
-    """Find the columns of images, and which of them is the wrist camera.
+def _propose_cameras(raw_episodes: RawEpisodes, rate_hz: float, proposal: _Proposal) -> None:
+    """Propose the columns of images, and which of them is the wrist camera.
 
     Args:
         raw_episodes: the episodes, with their images.
-        proposal: gets a fact about each camera.
         rate_hz: steps per second.
-
-    Returns:
-        Our camera name ("external" or "wrist") → column.
+        proposal: the proposal to be completed.
     """
     shares: dict[str, list[float]] = {}  # column → changing share of the pixels in each episode
     for source, steps in itertools.islice(raw_episodes, MAX_VIEWED_EPISODES):
@@ -464,7 +461,7 @@ def _find_cameras(raw_episodes: RawEpisodes, proposal: _Proposal, rate_hz: float
         facts.append(f"{name}: {share:.0%} of its pixels change in a step")
     facts += [f"{name} is blank" for name in shares if name not in median_shares]
     proposal.facts["images"] = "; ".join(facts)
-    return _choose_cameras(median_shares)
+    proposal.fields["images"] = _choose_cameras(median_shares)
 
 
 def _choose_cameras(changing_shares: Mapping[str, float]) -> dict[str, str]:
@@ -781,15 +778,15 @@ def _find_orientations_near(
             if find_joint_names(candidate.name(columns)):
                 continue
             values = np.concatenate(candidate.values(columns))
-            if size == 3 or _are_unit_vectors(values):
+            if size == 3 or _are_rotations(values):
                 orientations.append(candidate)
         if orientations:
             return orientations
     return []
 
 
-def _are_unit_vectors(values: Array) -> bool:
-    """Return whether numbers are unit quaternions, or perpendicular vectors of length 1.
+def _are_rotations(values: Array) -> bool:
+    """Return whether numbers are unit quaternions, or perpendicular axes of length 1.
 
     Args:
         values: [N, 4] quaternions, [N, 6] two vectors, or [N, 16] poses with a rotation matrix.

@@ -116,8 +116,8 @@ class Fit:
         return float(self.error.sum() / self.num_steps)
 
 
-def _compute_relative_errors(errors: Array, motions: Array) -> Array:
-    """Compute the relative errors [...] of many fits at once, see `Fit`.
+def _compute_pooled_relative_errors(errors: Array, motions: Array) -> Array:
+    """Compute the relative errors [...] of many fits, over all units of resampling, see `Fit`.
 
     Args:
         errors: [..., U] error of each fit in each unit of resampling.
@@ -148,7 +148,7 @@ class Stretches:
         episodes: list[int] = []  # the index of the stretch's episode
         first_row = 0  # of the current episode, in the concatenation of all episodes
         for number, recording in enumerate(recordings):
-            for run_first, run_end in _find_valid_runs(recording.valid):
+            for run_first, run_end in _find_runs_valid_for_all_delays(recording.valid):
                 for start in range(run_first, run_end, MAX_STRETCH_STEPS):
                     states = start + np.arange(MAX_STRETCH_STEPS + 1)
                     padded_states = np.minimum(states, run_end)
@@ -188,13 +188,13 @@ class Stretches:
         logged_by_stretch = logged[self.action_rows(delay=0)]  # [n, L, d]
         return logged_by_stretch[self.is_step]
 
-    def sum_per_unit(self, distances: Array) -> Array:
+    def sum_per_resampling_unit(self, distances: Array) -> Array:
         """Sum distances [..., n, L] over the real steps of each unit of resampling: [..., U]."""
         sum_per_stretch = np.where(self.is_step, distances, 0).sum(-1)  # [..., n]
         return sum_per_stretch @ self._membership
 
 
-def _find_valid_runs(valid: Array) -> Iterator[tuple[int, int]]:
+def _find_runs_valid_for_all_delays(valid: Array) -> Iterator[tuple[int, int]]:
     """Find the runs of steps in which the actions of all delays are valid.
 
     Args:
@@ -452,7 +452,7 @@ def fit_translations(
         # Displacements along the axes of the end effector, for every format of its orientations.
         for state_format in list_tested_state_formats(rotation):
             orientation = quaternions[state_format][stretches.rows[:, :-1]]  # [n, L, 4]
-            sums = _rotate_components(orientation, diagonal).cumsum(1)
+            sums = _rotate_into_columns(orientation, diagonal).cumsum(1)
             in_ee = _TranslationReading("ee", state_format, delay)
             fits += _fit_scales_and_signs(sums, origin, recorded, relative_scales, in_ee, stretches)
     return fits
@@ -475,7 +475,7 @@ def _arrange_recorded_positions(position: Array, stretches: Stretches) -> _Recor
     """Arrange recorded positions [N, 3] (m) by stretch."""
     start = position[stretches.rows[:, :1]]  # [n, 1, 3]
     displacement = position[stretches.rows[:, 1:]] - start  # [n, L, 3]
-    motion = stretches.sum_per_unit(np.linalg.norm(displacement, axis=-1))
+    motion = stretches.sum_per_resampling_unit(np.linalg.norm(displacement, axis=-1))
     return _RecordedTranslations(start, displacement, motion)
 
 
@@ -515,9 +515,9 @@ def _fit_scales_and_signs(
     predicted = components @ factors.T  # [n, L, 3, K]
     target = offset + recorded.displacement  # [n, L, 3]
     distances = np.linalg.norm(predicted - target[..., None], axis=-2)  # [n, L, K]
-    errors = stretches.sum_per_unit(np.moveaxis(distances, -1, 0))  # [K, U]
+    errors = stretches.sum_per_resampling_unit(np.moveaxis(distances, -1, 0))  # [K, U]
 
-    relative_errors = _compute_relative_errors(errors, recorded.motion).tolist()
+    relative_errors = _compute_pooled_relative_errors(errors, recorded.motion).tolist()
 
     num_steps = int(stretches.is_step.sum())
     cases = itertools.product(scales, SIGNS)
@@ -534,7 +534,7 @@ def _fit_scales_and_signs(
         yield Fit(hypothesis, error, recorded.motion, relative_error, num_steps, scale.factor)
 
 
-def _rotate_components(orientation: Array, diagonal: Array) -> Array:
+def _rotate_into_columns(orientation: Array, diagonal: Array) -> Array:
     """Rotate the components of actions, each on its own, from the end-effector to the base frame.
 
     Args:
@@ -610,7 +610,7 @@ def _summarize_recorded_rotations(rotation: Array, stretches: Stretches) -> _Rec
     motion_ee = quat_multiply(inverse_start, orientation[:, :, 1:])
     motion_base = quat_multiply(orientation[:, :, 1:], inverse_start)
     # The scalar part of a rotation's quaternion is its scalar product with "no rotation".
-    motion_size = stretches.sum_per_unit(_compute_angle_rad(motion_ee[..., 0].numpy()))
+    motion_size = stretches.sum_per_resampling_unit(_compute_angle_rad(motion_ee[..., 0].numpy()))
 
     single_steps = quat_multiply(quat_conjugate(orientation[:, :, :-1]), orientation[:, :, 1:])
     step_sizes = []  # one per format
@@ -661,12 +661,12 @@ def fit_rotations(
             indices: [K] which of `hypotheses` these are.
             delay: `Hypothesis.delay_steps` of the fits.
         """
-        # Scalar products of quaternions, each of which gives the angle between two rotations.
-        scalar_products = torch.einsum("knlc,snlc->sknl", predicted, observed).numpy()
-        errors = stretches.sum_per_unit(_compute_angle_rad(scalar_products))  # [S, K, U] rad
+        # The scalar product of two quaternions gives the angle between the rotations.
+        angles = _compute_angle_rad(torch.einsum("knlc,snlc->sknl", predicted, observed).numpy())
+        errors = stretches.sum_per_resampling_unit(angles)  # [S, K, U] rad
         for s, state_format in enumerate(recorded.formats):
             motion = recorded.motion_size[s]
-            relative_errors = _compute_relative_errors(errors[s], motion).tolist()
+            relative_errors = _compute_pooled_relative_errors(errors[s], motion).tolist()
             for k, index in enumerate(indices):
                 hypothesis = hypotheses[index]._replace(
                     frame=frame, delay_steps=delay, state_format=state_format
@@ -818,9 +818,9 @@ def _fit_added_angles(
     for name, orientation in zip(recorded.formats, recorded.orientation, strict=True):
         predicted = _to_quaternions(name, reached)  # [scales, 8, n, L, 4]
         scalar_products.append((predicted * orientation[:, 1:]).sum(-1))
-    all_products = torch.stack(scalar_products, 1)  # [scales, S, 8, n, L]
-    errors = stretches.sum_per_unit(_compute_angle_rad(all_products.numpy()))  # [scales, S, 8, U]
-    relative_errors = _compute_relative_errors(errors, recorded.motion_size[:, None])
+    angles_rad = _compute_angle_rad(torch.stack(scalar_products, 1).numpy())  # [scales, S, 8, n, L]
+    errors = stretches.sum_per_resampling_unit(angles_rad)  # [scales, S, 8, U]
+    relative_errors = _compute_pooled_relative_errors(errors, recorded.motion_size[:, None])
 
     num_steps = int(stretches.is_step.sum())
     cases = itertools.product(

@@ -128,7 +128,7 @@ class TrainingDistribution:
         max_mismatch: dict[str, dict[str, float]] = {}
         for camera in thumbnails:
             max_mismatch[camera] = {}
-            for match in match_transforms(thumbnails[camera], camera, mean_thumbnails):
+            for match in correlate_under_transforms(thumbnails[camera], camera, mean_thumbnails):
                 gain = match.correlation - match.plain_correlation  # [N]
                 max_mismatch[camera][match.transform] = float(gain.max())
 
@@ -197,7 +197,7 @@ def compute_thumbnails(brightness: Array) -> Array:
     return unit_vectors.view_as(centered).numpy()
 
 
-def match_transforms(
+def correlate_under_transforms(
     thumbnails: Array, camera: str, mean_thumbnails: Mapping[str, Any]
 ) -> Iterator[TransformMatch]:
     """Compare the thumbnails of one camera with mean thumbnails, under every possible mistake.

@@ -14,7 +14,7 @@ import torch
 from spear.errors import notice, to_sentence
 from spear.monitor.distribution import TrainingDistribution
 from spear.monitor.motion import MAX_OPPOSITE_SHARE, FrozenCameraCheck, MotionChecks
-from spear.monitor.observations import Finding, examine_first_state, examine_observations
+from spear.monitor.observations import Finding, examine_first_opening, examine_observations
 from spear.types import Array
 
 NUM_FIRST_OBSERVATIONS = 64  # first observations of each robot that are compared with training
@@ -52,12 +52,12 @@ class NoticeLimit:
         self._read_time_s = read_time_s
         self._times_s: deque[float] = deque()  # of the notices of the last period
 
-    def print_or_drop(self, message: str) -> bool:
+    def print_or_drop_unless_suppressed(self, message: str) -> bool:
         """Print a notice, or drop it if there were too many.
 
         Returns:
-            Whether the message is dealt with: printed or dropped. False if notices are suppressed,
-            so that the caller may try again later.
+            Whether it did either of them. False if notices are suppressed, so that the caller may
+            try again later.
         """
         now_s = self._read_time_s()
         while self._times_s and now_s - self._times_s[0] > NOTICE_PERIOD_S:
@@ -149,8 +149,10 @@ class DriftMonitor:
 
     def _report_finding(self, finding: Finding, monitor: RobotMonitor) -> None:
         """Print a finding, unless one with its key was printed for that robot before."""
-        is_new = finding.key not in monitor.reported_keys
-        if is_new and self._limit.print_or_drop(monitor.message_prefix + finding.message):
+        if finding.key in monitor.reported_keys:
+            return
+        message = monitor.message_prefix + finding.message
+        if self._limit.print_or_drop_unless_suppressed(message):
             monitor.reported_keys.add(finding.key)
 
     def _report_unlike_training(self, finding: Finding, monitor: RobotMonitor) -> None:
@@ -167,7 +169,7 @@ class DriftMonitor:
         was sent before.
         """
         if monitor.is_first_state and expected:
-            for finding in examine_first_state(expected, state):
+            for finding in examine_first_opening(expected, state[7]):
                 self._report_unlike_training(finding, monitor)
 
         # If the grippers in the training data often do the opposite of their commands, the robot's
@@ -176,9 +178,10 @@ class DriftMonitor:
             expected is not None and expected.opposite_gripper_share < MAX_OPPOSITE_SHARE / 2
         )
         # A motion check does not repeat its finding at every step, so each finding is reported.
-        for finding in monitor.motion.examine(state):
+        for finding in monitor.motion.examine_next_state(state):
             if finding.key != "gripper" or is_gripper_checked:
-                self._limit.print_or_drop(monitor.message_prefix + finding.message)
+                message = monitor.message_prefix + finding.message
+                self._limit.print_or_drop_unless_suppressed(message)
         monitor.is_first_state = False
 
     def _get_or_add_robot(self, robot: Hashable) -> RobotMonitor:

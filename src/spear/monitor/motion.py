@@ -194,7 +194,7 @@ class MotionChecks:
         """
         self._chunk = None if chunk is None else chunk.copy()
 
-    def examine(self, state: Array) -> list[Finding]:
+    def examine_next_state(self, state: Array) -> list[Finding]:
         """Compare how the robot moved to its new state [8] with the chunk that it was sent last.
 
         Then the state is remembered for the next comparison, and the chunk is forgotten. So there

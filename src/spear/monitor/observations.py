@@ -12,7 +12,7 @@ from spear.geometry import quat_distance
 from spear.monitor.distribution import (
     TrainingDistribution,
     compute_thumbnails,
-    match_transforms,
+    correlate_under_transforms,
 )
 from spear.types import Array
 
@@ -37,9 +37,8 @@ class Finding(NamedTuple):
     message: str
 
 
-def examine_first_state(expected: TrainingDistribution, state: Array) -> Iterator[Finding]:
-    """Compare the gripper opening of a robot's first state [8] with the first ones of training."""
-    opening = state[7]
+def examine_first_opening(expected: TrainingDistribution, opening: float) -> Iterator[Finding]:
+    """Compare the gripper opening of a robot's first state with the first ones of training."""
     mean_opening = expected.mean_initial_opening
     if are_opposite(opening, mean_opening):
         yield Finding(
@@ -62,8 +61,8 @@ def examine_observations(
     Yields:
         One finding for each thing that is unlike training.
     """
-    yield from examine_positions(expected, states[:, :3])
-    yield from examine_rotations(expected, states[:, 3:7])
+    yield from examine_ee_positions(expected, states[:, :3])
+    yield from examine_ee_rotations(expected, states[:, 3:7])
     for camera, pixels in images.items():
         yield from examine_color_order(expected, camera, pixels)
         if are_blank(np.moveaxis(pixels, 1, -1)).all():
@@ -73,7 +72,7 @@ def examine_observations(
             yield from examine_image_transform(expected, camera, pixels)
 
 
-def examine_positions(expected: TrainingDistribution, positions: Array) -> Iterator[Finding]:
+def examine_ee_positions(expected: TrainingDistribution, positions: Array) -> Iterator[Finding]:
     """Report each axis along which positions [B, 3] (m) lie far outside the range of training."""
     limits = np.array([expected.min_position_m, expected.max_position_m])  # [2, 3]
     distance_from_middle = np.abs(positions - limits.mean(0))  # [B, 3]
@@ -90,7 +89,7 @@ def examine_positions(expected: TrainingDistribution, positions: Array) -> Itera
         )
 
 
-def examine_rotations(expected: TrainingDistribution, rotations: Array) -> Iterator[Finding]:
+def examine_ee_rotations(expected: TrainingDistribution, rotations: Array) -> Iterator[Finding]:
     """Report orientations that are much farther from the mean orientation than any of training.
 
     rotations: [B, 4], of which only the farthest one is reported.
@@ -136,7 +135,7 @@ def examine_image_transform(
     brightness = pixels.mean(1, dtype=np.float32)  # [B, h, w]
     thumbnails = compute_thumbnails(brightness)
     candidates = []  # (correlation, transform) of each transform that explains the images
-    for match in match_transforms(thumbnails, camera, expected.mean_thumbnails):
+    for match in correlate_under_transforms(thumbnails, camera, expected.mean_thumbnails):
         gain = (match.correlation - match.plain_correlation).mean()
         # 2 is the largest gain that two correlations (-1 … 1) allow, so that a transform without an
         # entry is never reported.
