@@ -32,7 +32,7 @@ from spear.embodiments.actions import validate_chunk
 from spear.errors import SpearError, import_optional
 from spear.labels.inputs import list_images
 from spear.labels.options import WorkOptions
-from spear.labels.run import label_folder
+from spear.labels.run import label_into_folder
 from spear.models.weights.folders import BUNDLED_WEIGHTS
 from spear.serve import wire
 from spear.util.files import write_bytes
@@ -263,7 +263,9 @@ def label_with_other_settings() -> None:
     """Label two photos, and then again with another rate."""
     for rate in (None, 2):
         settings = {"inputs": ["photos"], "rate": rate}
-        label_folder(list_images("photos"), Path("labels"), make_engine(), settings, WorkOptions())
+        label_into_folder(
+            list_images("photos"), Path("labels"), make_engine(), settings, WorkOptions()
+        )
 
 
 def lock_twice() -> None:

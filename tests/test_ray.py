@@ -21,7 +21,7 @@ from spear.errors import SpearError
 from spear.labels.engine import run_ray
 from spear.labels.inputs import list_images
 from spear.labels.options import WorkOptions
-from spear.labels.run import label_folder
+from spear.labels.run import label_into_folder
 from spear.policy import Spear1Policy
 from train_tiny import read_log
 
@@ -61,12 +61,12 @@ def test_ray_finishes_what_the_local_engine_began_with_the_same_bytes(tmp_path: 
     """The local engine labels all photos. Two of the three shards are removed and made by Ray."""
     source = str(write_photos(tmp_path / "photos", NUM_PHOTOS))
     labels = tmp_path / "labels"
-    label_folder(list_images(source), labels, make_engine(), NO_SETTINGS, WORK)
+    label_into_folder(list_images(source), labels, make_engine(), NO_SETTINGS, WORK)
     expected = read_files(labels)
     for number in (0, 2):
         (labels / f"labels-{number:05d}.parquet").unlink()
 
-    done = label_folder(
+    done = label_into_folder(
         list_images(source), labels, partial(run_ray, make_factories(), WORK), NO_SETTINGS, WORK
     )
 
@@ -87,7 +87,7 @@ def test_an_error_in_a_ray_worker_is_one_line_and_leaves_no_folder(tmp_path: Pat
 
     refuses(
         "set ONE",
-        label_folder,
+        label_into_folder,
         list_images(source),
         out,
         partial(run_ray, makers, WORK),

@@ -21,7 +21,7 @@ from spear.cli import run_reporting_errors
 from spear.labels.engine import run_local
 from spear.labels.inputs import list_images
 from spear.labels.options import WorkOptions
-from spear.labels.run import label_folder
+from spear.labels.run import label_into_folder
 from stand_ins import StandIn, write_photos
 
 
@@ -92,7 +92,7 @@ def read_peak(pid: int) -> float:
 
 def run(folder: Path, workers: int) -> None:
     """Label, in this process."""
-    label_folder(
+    label_into_folder(
         list_images(str(folder / "photos")),
         folder / "labels",
         partial(run_local, (StandIn, StandIn, StandIn), workers),

@@ -34,7 +34,7 @@ from spear.labels.pipeline import (
     read_images,
     segment_and_add_masks,
 )
-from spear.labels.run import label_folder
+from spear.labels.run import label_into_folder
 from stand_ins import StandIn, write_photos
 
 
@@ -105,7 +105,7 @@ def time_labeling(source: Path, out: Path, seconds: float, batch_size: int, work
     factories = (lambda: model, lambda: model, lambda: model)
     engine = partial(run_local, factories, workers)
     work = WorkOptions(batch_size=batch_size)
-    progress = label_folder(list_images(str(source)), out, engine, {}, work)
+    progress = label_into_folder(list_images(str(source)), out, engine, {}, work)
     assert model.start_time is not None
     return (time.perf_counter() - model.start_time) / progress.num_done
 

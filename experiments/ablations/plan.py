@@ -25,7 +25,7 @@ from experiments.ablations.rows import (
 )
 from spear.data.store.episode_store import EpisodeStore
 from spear.errors import SpearError, check_known, format_count
-from spear.labels.store import count_labels
+from spear.labels.store import count_labeled_images
 from spear.models.presets import get_preset
 from spear.models.weights.folders import locate
 from spear.sim.scene import FAMILIES
@@ -138,7 +138,7 @@ def read_data(labels: Path, episodes: Path) -> Data:
     Raises `SpearError` if the first has no labeled images.
     """
     view = labels / "external"
-    num_images = count_labels(view if view.is_dir() else labels)
+    num_images = count_labeled_images(view if view.is_dir() else labels)
     key = ""
     if episodes.is_dir():
         key = hash_file_ends((labels, episodes), HASHED_FILES)[:KEY_LENGTH]

@@ -15,7 +15,7 @@ import pytest
 
 from labels_scenes import TRUTH, make_random_frame, render_blocks
 from refusals import refuses
-from spear.labels.engine import STAGES, LabeledBatch, fit_packed_boxes
+from spear.labels.engine import STAGES, LabeledBatch, fit_boxes_of_packed_images
 from spear.labels.fit.accuracy import compare_labels
 from spear.labels.fit.image import project, unproject
 from spear.labels.models.ground_truth import GroundTruth
@@ -180,7 +180,7 @@ def finish_alone(frame: Frame) -> LabeledBatch:
     image.encoded = b"JPEG"  # the stages do not look at it
     for stage, model in zip(STAGES, TRUTH, strict=True):
         stage([image], model)
-    return fit_packed_boxes([image])
+    return fit_boxes_of_packed_images([image])
 
 
 def test_a_pose_in_another_convention_is_ignored_with_a_notice(frames: list[Frame]) -> None:

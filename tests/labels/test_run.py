@@ -27,8 +27,8 @@ from refusals import refuses
 from spear.errors import Notice, SpearError
 from spear.labels.inputs import list_images
 from spear.labels.options import LabelOptions, WorkOptions
-from spear.labels.run import LabelingProgress, label_folder, prepare_run
-from spear.labels.store import count_labels, read_labels
+from spear.labels.run import LabelingProgress, label_into_folder, prepare_run
+from spear.labels.store import count_labeled_images, read_labels
 
 SETTINGS = {"inputs": ["photos"], "detector": "bright"}
 UNREACHED_FILES = ("00000.png", "00004.png", "00010.png", "00020.png")
@@ -64,7 +64,9 @@ def run(
             raise KeyboardInterrupt
 
     work = WorkOptions(shard_size=shard_size, batch_size=3)
-    return label_folder(list_images(str(source)), out, run_engine, SETTINGS, work, retry_skipped)
+    return label_into_folder(
+        list_images(str(source)), out, run_engine, SETTINGS, work, retry_skipped
+    )
 
 
 def read_files(folder: Path) -> dict[str, bytes]:
@@ -112,7 +114,7 @@ def test_every_good_image_is_labeled_in_order(source: Path, whole_run: Path) -> 
     good_numbers = [number for number in range(21) if number not in (3, 5, 7)]
     expected_sources = [str(source / f"{number:05d}.png") for number in good_numbers]
     assert [label.source for label in labels] == expected_sources
-    assert count_labels(whole_run) == 18
+    assert count_labeled_images(whole_run) == 18
     for label in labels:
         (block,) = label.objects
         assert block.box3d is not None
@@ -336,7 +338,7 @@ def get_refusal(
     """Start a run that must be refused; returns the message."""
     items = list_images(str(source))
     work = WorkOptions(shard_size=shard_size, batch_size=3)
-    return refuses("", label_folder, items, out, make_engine(), settings or SETTINGS, work)
+    return refuses("", label_into_folder, items, out, make_engine(), settings or SETTINGS, work)
 
 
 def test_a_finished_run_is_not_done_again(source: Path, whole_run: Path) -> None:
@@ -401,7 +403,7 @@ def test_replaced_annotations_and_weights_are_other_settings(
         settings = prepare_run(options).settings
         items = list_images(str(source))
         work = WorkOptions(shard_size=8)
-        return label_folder(items, tmp_path / "out", make_engine(0), settings, work)
+        return label_into_folder(items, tmp_path / "out", make_engine(0), settings, work)
 
     (folder / "one").write_text("first")
     label()
@@ -486,7 +488,13 @@ def test_without_images_there_is_no_run(tmp_path: Path) -> None:
     out = tmp_path / "labels"
 
     refuses(
-        "no image to label", label_folder, iter(()), out, make_engine(), SETTINGS, WorkOptions()
+        "no image to label",
+        label_into_folder,
+        iter(()),
+        out,
+        make_engine(),
+        SETTINGS,
+        WorkOptions(),
     )
 
     assert not out.exists()
@@ -506,10 +514,10 @@ def test_the_settings_of_a_run_that_labeled_nothing_do_not_bind(tmp_path: Path) 
     work = WorkOptions()
 
     items = list_images(str(source))
-    refuses("no API key", label_folder, items, out, run_without_key, settings, work)
-    label_folder(list_images(str(source)), out, make_engine(), other_settings, work)
+    refuses("no API key", label_into_folder, items, out, run_without_key, settings, work)
+    label_into_folder(list_images(str(source)), out, make_engine(), other_settings, work)
 
     assert json.loads((out / "run.json").read_text())["detector"] == "other"
     difference = 'detector is "other" there, "bright" here'
     items = list_images(str(source))
-    refuses(difference, label_folder, items, out, run_without_key, settings, work)
+    refuses(difference, label_into_folder, items, out, run_without_key, settings, work)

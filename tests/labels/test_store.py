@@ -15,7 +15,7 @@ from refusals import refuses
 from spear.labels.pipeline import label_with_ground_truth
 from spear.labels.store import (
     SCHEMA,
-    count_labels,
+    count_labeled_images,
     read_evenly_spread_labels,
     read_labels,
     write_labels,
@@ -55,12 +55,12 @@ def test_a_folder_gives_its_labels_back_in_order(
 ) -> None:
     assert sorted(tmp_path.iterdir()) == shards
     assert_equal(list(read_labels(tmp_path)), labels)
-    assert count_labels(tmp_path) == 23
+    assert count_labeled_images(tmp_path) == 23
 
 
 def test_a_shard_gives_its_labels_alone(labels: list[LabeledImage], shards: list[Path]) -> None:
     assert_equal(list(read_labels(shards[1])), labels[18:])
-    assert count_labels(shards[1]) == 5
+    assert count_labeled_images(shards[1]) == 5
 
 
 @pytest.mark.parametrize("max_images", [1, 4, 7, 23, 99])
@@ -94,7 +94,7 @@ def test_a_shard_that_is_cut_off_is_named(shards: list[Path], tmp_path: Path) ->
     content = shards[0].read_bytes()
     shards[0].write_bytes(content[: len(content) // 2])
 
-    refuses(r"labels-00000\.parquet is broken.*label it again", count_labels, tmp_path)
+    refuses(r"labels-00000\.parquet is broken.*label it again", count_labeled_images, tmp_path)
 
 
 def test_a_shard_with_overwritten_bytes_is_named(shards: list[Path]) -> None:
@@ -116,11 +116,11 @@ def test_a_label_that_makes_no_sense_is_refused(shards: list[Path], change: dict
 
 
 def test_a_folder_without_shards_is_named(tmp_path: Path) -> None:
-    refuses("no label shards", count_labels, tmp_path)
+    refuses("no label shards", count_labeled_images, tmp_path)
     refuses("no label shards", list, read_labels(tmp_path / "absent"))
 
 
 def test_another_parquet_file_is_refused(tmp_path: Path) -> None:
     pq.write_table(pa.table({"x": [1]}), tmp_path / "labels.parquet")
 
-    refuses("not a label shard, because it has no", count_labels, tmp_path)
+    refuses("not a label shard, because it has no", count_labeled_images, tmp_path)

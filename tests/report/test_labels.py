@@ -15,7 +15,7 @@ from refusals import Command, refuses
 from spear.labels.models.ground_truth import GroundTruth
 from spear.labels.pipeline import label_images
 from spear.labels.questions.store import generate_label_questions, read_questions, write_questions
-from spear.labels.store import count_labels, read_evenly_spread_labels, write_labels
+from spear.labels.store import count_labeled_images, read_evenly_spread_labels, write_labels
 from spear.question_types import QUESTION_TYPES, QUESTION_TYPES_2D
 from spear.report.labels import write_label_page, write_rerun_file
 from spear.types import Frame, LabeledImage
@@ -101,7 +101,7 @@ def test_questions_are_described_and_not_taken_for_labels(folder: Path) -> None:
     write_questions(folder)
 
     assert "config_name: questions" in (folder / "README.md").read_text()
-    assert count_labels(folder) == NUM_LABELS
+    assert count_labeled_images(folder) == NUM_LABELS
 
 
 def test_the_labels_on_the_page_are_spread_over_the_folder(folder: Path) -> None:

@@ -25,7 +25,7 @@ from spear.data.store.episode_store import EpisodeStore, WeightedStore
 from spear.embodiments import load
 from spear.errors import Notice
 from spear.flow import FlowConfig
-from spear.labels.store import write_images_with_depth, write_labels
+from spear.labels.store import write_images_with_coarse_depth, write_labels
 from spear.models.presets import build_vlm_config, get_preset
 from spear.models.processing import Processor
 from spear.models.vlm import SpearVLMForConditionalGeneration
@@ -381,7 +381,7 @@ def test_stage_0_may_begin_with_an_earlier_depth_encoder(tmp_path: Path) -> None
     depth_folder = tmp_path / "depth/external"
     depth_folder.mkdir(parents=True)
     images = [(make_labeled_image(0).image, np.ones((4, 4), np.float16))]
-    write_images_with_depth(images, depth_folder / "depth-00000.parquet")
+    write_images_with_coarse_depth(images, depth_folder / "depth-00000.parquet")
     recipe = get_recipe("nano-depth").with_changes(batch_size=2)
 
     model: Any

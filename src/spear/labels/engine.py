@@ -80,8 +80,8 @@ Engine = Callable[[Iterable[Sequence[Item]]], Generator[LabeledBatch, None, None
 """Batches of items → labeled batches, in order."""
 
 
-def predict_and_pack(images: list[PendingImage], point_map_model: PointMapModel) -> None:
-    """Predict point maps, and remove from the images what `fit_packed_boxes` does not need.
+def predict_and_pack_images(images: list[PendingImage], point_map_model: PointMapModel) -> None:
+    """Predict point maps, and remove from the images what box fitting does not need.
 
     The images are smaller then, and cheaper to send to another process. Pixels and ground truth are
     removed (the image is encoded already). Masks are packed, eight pixels to a byte.
@@ -94,15 +94,15 @@ def predict_and_pack(images: list[PendingImage], point_map_model: PointMapModel)
             image.masks = None
             image.point_map = None
         else:
-            no_pixels = image.frame.image[..., :0]  # [h, w, 0]: `fit_packed_boxes` needs the size
+            no_pixels = image.frame.image[..., :0]  # [h, w, 0]: box fitting needs the size
             image.frame = replace(
                 image.frame, image=no_pixels, depth=None, instances=None, boxes=None
             )
             image.masks = np.packbits(image.masks, axis=-1)  # [n, h, ⌈w / 8⌉]
 
 
-def fit_packed_boxes(images: Sequence[PendingImage]) -> LabeledBatch:
-    """Fit the boxes of a batch that `predict_and_pack` has packed.
+def fit_boxes_of_packed_images(images: Sequence[PendingImage]) -> LabeledBatch:
+    """Fit the boxes of a batch that `predict_and_pack_images` has packed.
 
     An unexpected exception in one image skips only that image: among millions of images, some
     break the code.
@@ -138,7 +138,7 @@ Stage = Callable[[list[PendingImage], Any], None]
 STAGES: Sequence[Stage] = (
     partial(detect_and_add_detections, skip_empty=True),
     segment_and_add_masks,
-    predict_and_pack,
+    predict_and_pack_images,
 )
 """The stages of detector, segmenter and point-map model. A stage calls its model with a batch and
 changes the batch's images."""
@@ -177,7 +177,7 @@ def run_local(
             pending = processes.map_in_order(pool, read_batch, batches, num_ahead)
             for stage, model in zip(STAGES, models, strict=True):
                 pending = _run_stage_on_all(stage, model, pending)
-            yield from processes.map_in_order(pool, fit_packed_boxes, pending, num_ahead)
+            yield from processes.map_in_order(pool, fit_boxes_of_packed_images, pending, num_ahead)
     finally:
         for model in models:
             _print_bill(model)
@@ -204,7 +204,7 @@ def _run_stage_on_all(
         yield _run_stage(stage, model, images)
 
 
-class _NetworkActor:
+class _StageActor:
     """A Ray actor that applies one stage to batches. It makes its model for the first batch."""
 
     def __init__(self, make_model: Callable[[], Any], stage: Stage) -> None:
@@ -212,7 +212,7 @@ class _NetworkActor:
         self.stage = stage
         self.model: Any = None
 
-    def call(self, images: list[PendingImage]) -> list[PendingImage]:
+    def run_stage(self, images: list[PendingImage]) -> list[PendingImage]:
         if self.model is None:
             self.model = self.make_model()
         return _run_stage(self.stage, self.model, images)
@@ -247,7 +247,7 @@ def run_ray(
     try:
         actors_of_stages = _start_actors(ray, factories, work)
         reader = ray.remote(read_images)
-        finisher = ray.remote(fit_packed_boxes)
+        finisher = ray.remote(fit_boxes_of_packed_images)
         # Keep all CPUs and actors busy (an actor has one batch in work and one waiting), and bound
         # the number of batches in memory.
         num_cpus = int(ray.cluster_resources().get("CPU", 1))
@@ -257,7 +257,7 @@ def run_ray(
             # `images` is a future. Ray passes it from stage to stage without waiting here.
             images = reader.remote(list(batch), max_side_px)
             for actors in actors_of_stages:
-                images = next(actors).call.remote(images)
+                images = next(actors).run_stage.remote(images)
             results.append(finisher.remote(images))
             if len(results) > max_ahead:
                 yield ray.get(results.popleft())
@@ -270,20 +270,20 @@ def run_ray(
             ray.shutdown()
 
 
-def _start_actors(ray: Any, factories: ModelFactories, work: WorkOptions) -> list[Iterator[Any]]:
-    """Start the actors of each stage.
+ActorCycle = Iterator[Any]
+"""The actors of one stage, in turn and without end."""
 
-    Returns:
-        For each stage an endless iterator over its actors, so that they are used in turn.
-    """
-    actors_of_stages: list[Iterator[Any]] = []
+
+def _start_actors(ray: Any, factories: ModelFactories, work: WorkOptions) -> list[ActorCycle]:
+    """Start the actors of each stage."""
+    actors_of_stages: list[ActorCycle] = []
     stages = zip(factories, STAGES, work.replicas, work.gpus, strict=True)
     for make_model, stage, num_replicas, num_gpus in stages:
         # Reserve no CPUs for the actors: three actors would leave a small machine none for tasks.
         # -1 restarts an actor, and repeats its call, as often as needed.
         actor_class = ray.remote(
             num_cpus=0, num_gpus=num_gpus, max_restarts=-1, max_task_retries=-1
-        )(_NetworkActor)
+        )(_StageActor)
         actors = [actor_class.remote(make_model, stage) for _ in range(num_replicas)]
         actors_of_stages.append(cycle(actors))
     return actors_of_stages

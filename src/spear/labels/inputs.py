@@ -103,7 +103,7 @@ def list_images(
     listing = _Listing(rate)
     if excluded_folder:
         listing.entered_folders.add(os.path.realpath(excluded_folder))
-    paths = [argument] if os.path.exists(argument) else _match_pattern(argument)
+    paths = [argument] if os.path.exists(argument) else _resolve_glob(argument)
 
     has_images = False
     for path in paths:
@@ -146,7 +146,7 @@ def _make_file_item(path: str) -> Item:
     return Item(path, read_image_file, path, stamp=stamp)
 
 
-def _match_pattern(pattern: str) -> list[str]:
+def _resolve_glob(pattern: str) -> list[str]:
     """The paths that match a glob, sorted; `SpearError` if none does or if it is no glob."""
     if not glob.has_magic(pattern):
         raise SpearError(f"{pattern} does not exist. Give an existing file or folder.")
@@ -223,12 +223,13 @@ class _Listing:
                 yield from self.list_path(os.path.join(path, name))
 
 
-def _find_color_videos_of_take(folder: str) -> list[str]:
+def _find_color_videos_of_take(take_video_folder: str) -> list[str]:
     """The videos of the color cameras of an EgoExo4D take (one recording by several cameras).
 
     They are the videos of full size, or their smaller copies if only these exist.
     """
-    for video_folder in (folder, os.path.join(folder, "downscaled", "448")):
+    smaller_copies = os.path.join(take_video_folder, "downscaled", "448")
+    for video_folder in (take_video_folder, smaller_copies):
         names = []
         for name in glob.glob("*.mp4", root_dir=video_folder):
             if not _NOT_COLOR_CAMERA.search(name):
@@ -414,12 +415,12 @@ def _measure_duration_s(container: Any, stream: Any) -> float:
     return float((end - start) * stream.time_base)
 
 
-def read_video_frames(path: str, times_s: Sequence[float]) -> Iterator[Array]:
+def read_video_frames(path: str, rising_times_s: Sequence[float]) -> Iterator[Array]:
     """Read the frames of a video that are shown at some times, each decoded once.
 
     Args:
         path: The video.
-        times_s: Times in seconds from the start of the video, in rising order.
+        rising_times_s: Times in seconds from the start of the video, in rising order.
 
     Yields:
         For each time, the frame [h, w, 3] uint8 RGB.
@@ -427,7 +428,7 @@ def read_video_frames(path: str, times_s: Sequence[float]) -> Iterator[Array]:
     Raises:
         SpearError: A time is after the last frame, or the video is broken there.
     """
-    remaining_times_s = list(times_s)
+    remaining_times_s = list(rising_times_s)
     with open_video(path) as (container, stream):
         start_s = float((stream.start_time or 0) * stream.time_base)
         half_frame_s = 0.5 / float(stream.average_rate or 1000)  # half a ms if the rate is unknown

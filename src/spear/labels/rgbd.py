@@ -55,6 +55,8 @@ image's size (our choice)."""
 
 Size = tuple[int, int]
 """Width and height of an image, in pixels."""
+WidthAndHeight = tuple[object, object]
+"""Width and height of an image as a file states them; (None, None) if it does not."""
 
 
 class RgbdScene:
@@ -224,29 +226,30 @@ def align_depth(depth: Array, k_depth: Array, k_image: Array, height: int, width
         [height, width]: for each pixel of the color image the value of the pixel of `depth` on its
         ray; 0 where the ray is outside the depth image.
     """
-    rows = _project_pixel_centers(height, k_image, k_depth, axis=1)  # [height]
-    columns = _project_pixel_centers(width, k_image, k_depth, axis=0)  # [width]
+    rows = _project_pixel_centers(height, k_image, k_depth, xy_index=1)  # [height]
+    columns = _project_pixel_centers(width, k_image, k_depth, xy_index=0)  # [width]
     rows = _replace_outside_by_minus_1(rows, depth.shape[0])
     columns = _replace_outside_by_minus_1(columns, depth.shape[1])
     padded = np.pad(depth, ((0, 1), (0, 1)))  # index -1 is the padding, which is 0
     return padded[np.ix_(rows, columns)]
 
 
-def _project_pixel_centers(size: int, k_image: Array, k_depth: Array, axis: int) -> Array:
-    """Map the columns (axis 0) or rows (axis 1) of a color image to those of a depth image.
+def _project_pixel_centers(size: int, k_image: Array, k_depth: Array, xy_index: int) -> Array:
+    """Map the columns or rows of a color image to those of a depth image.
 
     Args:
         size: Number of columns (or rows) of the color image.
         k_image: [3, 3] intrinsics of the color camera.
         k_depth: [3, 3] intrinsics of the depth camera.
-        axis: 0 for columns (x), 1 for rows (y).
+        xy_index: 0 for columns (x), 1 for rows (y).
 
     Returns:
         [size] column (or row) of the depth image that sees the center of each pixel.
     """
     pixel_centers = np.arange(size) + 0.5
-    at_depth_1 = (pixel_centers - k_image[axis, 2]) / k_image[axis, axis]  # camera frame
-    in_depth_image = at_depth_1 * k_depth[axis, axis] + k_depth[axis, 2]
+    i = xy_index
+    at_depth_1 = (pixel_centers - k_image[i, 2]) / k_image[i, i]  # camera frame
+    in_depth_image = at_depth_1 * k_depth[i, i] + k_depth[i, 2]
     return np.floor(in_depth_image).astype(np.intp)
 
 
@@ -294,7 +297,7 @@ def read_matrix(path: Path) -> Array:
     return matrix
 
 
-def read_intrinsics_and_size(path: Path) -> tuple[Array, tuple[object, object]]:
+def read_intrinsics_and_size(path: Path) -> tuple[Array, WidthAndHeight]:
     """Read the intrinsics of a camera, and the size of its images.
 
     In the file the first pixel's center is at 0. In the result it is at 0.5.
@@ -303,13 +306,12 @@ def read_intrinsics_and_size(path: Path) -> tuple[Array, tuple[object, object]]:
         path: A text file with a matrix, or JSON with fx, fy, cx and cy in pixels.
 
     Returns:
-        The intrinsics [3, 3]; and the width and height of the images, or (None, None) if the file
-        does not contain them.
+        The intrinsics [3, 3]; and the width and height of the images.
 
     Raises:
         SpearError: The intrinsics are missing or not in pixels.
     """
-    size: tuple[object, object] = (None, None)
+    size: WidthAndHeight = (None, None)
     if path.suffix == ".json":
         values = read_json(path, "give fx, fy, cx, cy in pixels")
         try:

@@ -50,7 +50,7 @@ from spear.labels.store import (
     SKIPPED_FILE,
     ParquetWriter,
     read_footer,
-    remove_outdated_questions,
+    remove_questions,
     remove_temporary_files,
 )
 from spear.util.files import check_not_foreign_folder
@@ -129,7 +129,7 @@ def label_photos(options: LabelOptions, list_scenes: ListScenes | None = None) -
         list_scenes: Lists the scenes of `sim:` arguments (`spear.labels.sources.list_items`).
 
     Raises:
-        SpearError: An option has no effect, or `label_folder` raises it.
+        SpearError: An option has no effect, or `label_into_folder` raises it.
     """
     run = prepare_run(options, list_scenes)
     work = options.work
@@ -146,7 +146,9 @@ def label_photos(options: LabelOptions, list_scenes: ListScenes | None = None) -
         raise SpearError(
             f"{unused_options[0]} has no effect with the {work.engine} engine. Leave it out."
         )
-    return label_folder(run.items, options.out, engine, run.settings, work, options.retry_skipped)
+    return label_into_folder(
+        run.items, options.out, engine, run.settings, work, options.retry_skipped
+    )
 
 
 def prepare_run(options: LabelOptions, list_scenes: ListScenes | None = None) -> PreparedRun:
@@ -219,7 +221,7 @@ def _collect_settings(options: LabelOptions, inputs: Sequence[str]) -> dict[str,
     return settings
 
 
-def label_folder(
+def label_into_folder(
     items: Iterable[Item],
     out: Path,
     engine: Engine,
@@ -262,7 +264,7 @@ def label_folder(
         remove_temporary_files(out)
         skipped_by_shard = _read_skipped_images_of_finished_shards(out, shards, retry_skipped)
         if len(skipped_by_shard) < len(shards):
-            remove_outdated_questions(out)
+            remove_questions(out)
 
         # Label the other shards. `open_shards` maps their numbers to their items in batches.
         num_total = sum(len(shard) for shard in shards)
@@ -280,7 +282,7 @@ def label_folder(
             # all shards are finished, no model is loaded.
             for number, shard_batches in open_shards.items():
                 shard_path = out / f"labels-{number:05d}.parquet"
-                skipped_by_shard[number] = _label_shard(
+                skipped_by_shard[number] = _write_shard(
                     shard_path, shards[number], shard_batches, results, monitor
                 )
 
@@ -318,7 +320,7 @@ class _RunMonitor:
         self.bar = ProgressBar("labeling", num_total, "images", num_before)
         self._failures = SkippedItems(MAX_FAILED_FRACTION, "images", patience=MIN_JUDGED_IMAGES)
 
-    def record(self, labeled: LabeledBatch, num_images: int) -> None:
+    def record_batch_and_check_failures(self, labeled: LabeledBatch, num_images: int) -> None:
         """Count the `num_images` images of a batch, and repeat the batch's notices.
 
         Raises:
@@ -337,9 +339,9 @@ class _RunMonitor:
         self._failures.check_limit(num_good, is_finished=self.bar.num_done == self.num_total)
 
 
-def _label_shard(
+def _write_shard(
     path: Path,
-    shard: Sequence[Item],
+    items: Sequence[Item],
     batches: Sequence[Sequence[Item]],
     results: Iterator[LabeledBatch],
     monitor: _RunMonitor,
@@ -348,7 +350,7 @@ def _label_shard(
 
     Args:
         path: The shard's file.
-        shard: The shard's items.
+        items: The shard's items.
         batches: The same items, in batches.
         results: The labeled batches of all shards; those of this shard come next.
         monitor: Counts the batches.
@@ -364,11 +366,11 @@ def _label_shard(
             writer.write(labeled.labels)
             skipped += labeled.skipped
             content_hashes += labeled.content_hashes
-            monitor.record(labeled, len(batch))
+            monitor.record_batch_and_check_failures(labeled, len(batch))
         footer = {
-            "keys": _hash_keys(shard),
+            "keys": _hash_keys(items),
             "skipped": skipped,
-            "stamps": [item.stamp for item in shard],
+            "stamps": [item.stamp for item in items],
             "digests": content_hashes,
         }
         writer.commit({FOOTER_KEY: json.dumps(footer)})

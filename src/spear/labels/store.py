@@ -143,8 +143,8 @@ def remove_temporary_files(folder: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def remove_outdated_questions(folder: Path) -> None:
-    """Remove the questions of a folder that is about to get new labels, with a notice."""
+def remove_questions(folder: Path) -> None:
+    """Remove the questions of a folder, which is about to get new labels, with a notice."""
     questions = folder / QUESTIONS_FILE
     if questions.is_file():
         questions.unlink()
@@ -204,8 +204,8 @@ def read_labels(path: str | Path, pixels: bool = True) -> Iterator[LabeledImage]
             yield from _read_group(shard, file, group, pixels=pixels)
 
 
-def count_labels(path: str | Path) -> int:
-    """The number of labels in a shard, or in all shards of a folder.
+def count_labeled_images(path: str | Path) -> int:
+    """The number of labeled images in a shard, or in all shards of a folder.
 
     Raises:
         SpearError: The folder contains no shard, or a shard is broken.
@@ -225,7 +225,7 @@ def read_evenly_spread_labels(path: str | Path, max_images: int) -> list[Labeled
     Raises:
         SpearError: The folder contains no shard, or a shard is broken.
     """
-    num_labels = count_labels(path)
+    num_labels = count_labeled_images(path)
     num_selected = min(max_images, num_labels)
     selected_rows = [i * num_labels // num_selected for i in range(num_selected)]
     labels: list[LabeledImage] = []
@@ -335,7 +335,7 @@ def _flatten(values: Any) -> Array:
     return np.array(values, np.float32).ravel()
 
 
-def _unflatten(values: Any, *shape: int) -> Array:
+def _unflatten_finite(values: Any, *shape: int) -> Array:
     """Make a float32 array of this shape from a flat list; `ValueError` if a number is missing."""
     array = np.array(values, np.float32).reshape(shape)
     if not np.isfinite(array).all():
@@ -394,15 +394,15 @@ def _object_from_row(row: dict[str, Any]) -> LabeledObject:
     if row["box3d"]:
         arrays = {}
         for name, values in row["box3d"].items():
-            arrays[name] = _unflatten(values, *_BOX_SHAPES[name])
+            arrays[name] = _unflatten_finite(values, *_BOX_SHAPES[name])
         box = Box3D(**arrays)
     keypoints = row["keypoints"] or {}
     return LabeledObject(
         name=row["name"],
-        box2d=_unflatten(row["box2d"], 4),
+        box2d=_unflatten_finite(row["box2d"], 4),
         mask_runs=row.get("mask", ()),
         box3d=box,
-        keypoints={name: _unflatten(point, 3) for name, point in keypoints.items()},
+        keypoints={name: _unflatten_finite(point, 3) for name, point in keypoints.items()},
         scores=parse_json(row["scores"]),
     )
 
@@ -412,7 +412,7 @@ DepthImages = list[tuple[bytes, Array]]
 meters."""
 
 
-def write_images_with_depth(images: Iterable[tuple[bytes, Array]], path: Path) -> None:
+def write_images_with_coarse_depth(images: Iterable[tuple[bytes, Array]], path: Path) -> None:
     """Write images with depth to a Parquet file. A small depth encoder is pretrained on such files.
 
     Of the depth, only every `DEPTH_STRIDE_PX`-th row and column is written.
@@ -438,8 +438,8 @@ def write_images_with_depth(images: Iterable[tuple[bytes, Array]], path: Path) -
         writer.commit()
 
 
-def read_images_with_depth(folder: Path) -> DepthImages:
-    """Read all images with depth of a folder, from files that `write_images_with_depth` wrote.
+def read_images_with_coarse_depth(folder: Path) -> DepthImages:
+    """Read all images of a folder, from files that `write_images_with_coarse_depth` wrote.
 
     Raises:
         SpearError: The folder contains no such file, or a file is broken.

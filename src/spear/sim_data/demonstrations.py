@@ -34,7 +34,7 @@ SETTINGS_FILE = ".recorded.json"
 the simulator's version and the intervening policy."""
 
 
-class _Progress(NamedTuple):
+class RecordingProgress(NamedTuple):
     """The progress of a recording.
 
     Attributes:
@@ -55,7 +55,7 @@ def record_demonstrations(  # noqa: PLR0913  the options of its command
     workers: int = 2,
     policy: InterveningPolicy | None = None,
     world: str = "default",
-) -> tuple[int, int]:
+) -> RecordingProgress:
     """Record demonstrations of task families with the scripted expert.
 
     The same call, or one with more episodes, continues after the last shard that was written.
@@ -70,9 +70,6 @@ def record_demonstrations(  # noqa: PLR0913  the options of its command
         policy: A policy that takes turns with the expert. The action mask excludes the policy's
             steps (`spear.sim.record`).
         world: The surroundings of the scenes (`spear.sim.worlds`).
-
-    Returns:
-        How many demonstrations succeeded, and how many were tried.
 
     Raises:
         SpearError: A task family is unknown, scenes are held out for testing, or the folder has
@@ -121,7 +118,7 @@ def record_successes(
     policy: InterveningPolicy | None,
     simulator_version: str,
     shard_size: int = 256,
-) -> tuple[int, int]:
+) -> RecordingProgress:
     """Record episodes, and write the successful ones to an episode store.
 
     Args:
@@ -134,14 +131,11 @@ def record_successes(
         simulator_version: A text that changes whenever the simulator renders other images.
         shard_size: How many episodes a shard contains. If the process is killed, the episodes of
             the unfinished shard are lost.
-
-    Returns:
-        How many demonstrations succeeded, and how many were tried.
     """
     check_not_foreign_folder(out, SHARD_GLOB, action="record")
     with acquire_run_lock(out, "recording into", SETTINGS_FILE):
         remove_unfinished_shards(out)
-        progress = _Progress(num_recorded=0, num_tried=0)
+        progress = RecordingProgress(num_recorded=0, num_tried=0)
         has_episodes = bool(list_shards(out))
         if has_episodes:
             progress = _read_progress(out, sources, image_sizes)
@@ -157,12 +151,12 @@ def record_successes(
         episodes = track_progress(record_from(progress.num_tried), bar)
         successes = (episode for episode in episodes if episode.success)
         num_written = append_episodes(successes, out, shard_size)
-        return progress.num_recorded + num_written, len(sources)
+        return RecordingProgress(progress.num_recorded + num_written, num_tried=len(sources))
 
 
 def _read_progress(
     out: Path, sources: Sequence[str], image_sizes: Mapping[str, ImageSize]
-) -> _Progress:
+) -> RecordingProgress:
     """Find out how many of the episodes `sources` were tried and how many are in the store.
 
     Raises:
@@ -185,7 +179,7 @@ def _read_progress(
 
     for camera, size in image_sizes.items():
         _check_image_size(store, out, camera, size)
-    return _Progress(num_recorded=len(store), num_tried=last_position + 1)
+    return RecordingProgress(num_recorded=len(store), num_tried=last_position + 1)
 
 
 def _check_image_size(store: EpisodeStore, out: Path, camera: str, size: ImageSize) -> None:

@@ -22,10 +22,10 @@ import spear
 from spear.labels.inputs import Content, Item
 from spear.labels.pipeline import label_with_ground_truth
 from spear.labels.store import (
-    count_labels,
-    remove_outdated_questions,
+    count_labeled_images,
+    remove_questions,
     remove_temporary_files,
-    write_images_with_depth,
+    write_images_with_coarse_depth,
     write_labels,
 )
 from spear.types import Frame, LabeledImage
@@ -52,6 +52,8 @@ folder of scene labels."""
 
 Size = tuple[int, int]
 """Width and height of an image, in pixels."""
+NumImages = int
+"""The number of labeled images in a folder, of all views, whichever call labeled them."""
 SceneJob = tuple[str, range]
 """The kind of a job's scenes (what kinds there are depends on the simulator), and their seeds."""
 RenderScenes = Callable[[SceneJob], Iterator[tuple[str, list[Frame]]]]
@@ -108,7 +110,7 @@ def label_scenes(  # noqa: PLR0913  the options of its command
     label_frames: LabelFrames = label_with_ground_truth,
     world: str = "default",
     shows_robot: bool = True,
-) -> int:
+) -> NumImages:
     """Label clutter scenes, one image per view.
 
     A later call with more scenes continues where this one ended.
@@ -122,9 +124,6 @@ def label_scenes(  # noqa: PLR0913  the options of its command
         label_frames: Labels frames.
         world: The surroundings of the scenes (`spear.sim.worlds`).
         shows_robot: Whether the images show the robot's arm.
-
-    Returns:
-        The number of images in the folder.
 
     Raises:
         SpearError: The world does not exist, or the folder has other files or labels of other
@@ -151,9 +150,10 @@ def label_scenes(  # noqa: PLR0913  the options of its command
     return label_scene_jobs(out, jobs, simulator, workers, label_frames)
 
 
-def split_into_jobs(kind: str, seeds: range, max_scenes: int) -> list[SceneJob]:
-    """Divide the scenes of one kind into jobs of at most `max_scenes` scenes."""
-    return [(kind, seeds[i : i + max_scenes]) for i in range(0, len(seeds), max_scenes)]
+def split_into_jobs(kind: str, seeds: range, max_scenes_per_job: int) -> list[SceneJob]:
+    """Divide the scenes of one kind into jobs of at most `max_scenes_per_job` scenes."""
+    step = max_scenes_per_job
+    return [(kind, seeds[i : i + step]) for i in range(0, len(seeds), step)]
 
 
 def make_task_settings(seeds: range, size: Size, simulator: str) -> dict[str, Any]:
@@ -179,7 +179,7 @@ def label_benchmark_tasks(
     settings: Mapping[str, Any],
     object_names: Iterable[str],
     workers: int,
-) -> int:
+) -> NumImages:
     """Label scenes of a benchmark's tasks, seen by the external camera (see `label_scene_jobs`).
 
     Args:
@@ -202,7 +202,7 @@ def label_scene_jobs(
     simulator: SceneSource,
     workers: int = 2,
     label_frames: LabelFrames = label_with_ground_truth,
-) -> int:
+) -> NumImages:
     """Label simulated scenes. If a run is interrupted, the next call makes only the missing jobs.
 
     Args:
@@ -211,9 +211,6 @@ def label_scene_jobs(
         simulator: The simulator of the scenes.
         workers: Number of processes that label; with fewer than two, this process labels.
         label_frames: Labels frames. The depth images contain ground truth in any case.
-
-    Returns:
-        The number of images in the folder.
 
     Raises:
         SpearError: The folder has other files or labels of other settings. Nothing is written then.
@@ -247,7 +244,7 @@ def label_scene_jobs(
         ]
         if open_jobs:
             for view in views:
-                remove_outdated_questions(out / view)
+                remove_questions(out / view)
 
         # Label the scenes of these jobs.
         num_finished = num_scenes - _count_scenes(job for _, job in open_jobs)
@@ -261,7 +258,7 @@ def label_scene_jobs(
             for num_labeled in processes.map_in_order(pool, label_job, open_jobs, workers):
                 bar.update(bar.num_done + num_labeled)
 
-    return sum(count_labels(out / view) for view in views)
+    return sum(count_labeled_images(out / view) for view in views)
 
 
 def collect_instructions() -> list[str]:
@@ -295,7 +292,7 @@ def _is_finished(out: Path, views: Sequence[str], index: int, job: SceneJob) -> 
     _, seeds = job
     for view in views:
         shard = _get_shard(out, view, index)
-        if not shard.is_file() or count_labels(shard) < len(seeds):
+        if not shard.is_file() or count_labeled_images(shard) < len(seeds):
             return False
     return True
 
@@ -321,7 +318,7 @@ def _label_job_and_count_scenes(
         for label, frame in zip(labels, frames, strict=True):
             assert frame.depth is not None  # the simulator renders it
             images_with_depth.append((label.image, frame.depth))
-        write_images_with_depth(
+        write_images_with_coarse_depth(
             images_with_depth, out / "depth" / view / f"depth-{index:05d}.parquet"
         )
         # Write the labels last, because a job with labels counts as finished.

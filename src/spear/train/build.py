@@ -32,7 +32,7 @@ from spear.data.store.episode_store import WeightedStore
 from spear.errors import SpearError, check_known, notice
 from spear.flow import FlowConfig
 from spear.labels.questions.generate import iterate_tokenizer_texts
-from spear.labels.store import DepthImages, list_label_shards, read_images_with_depth
+from spear.labels.store import DepthImages, list_label_shards, read_images_with_coarse_depth
 from spear.models.presets import Preset, build_spear1_config, build_vlm_config, get_preset
 from spear.models.processing import NUM_LOCATIONS, Processor
 from spear.models.spear1 import Spear1Config, Spear1ForActionPrediction, load_inner_vlm
@@ -352,7 +352,7 @@ def _build_depth(recipe: Recipe, preset: Preset, inputs: TrainingInputs, seed: i
     views: dict[str, DepthImages] = {}
     for folder in sorted(folders):
         view = folder.name
-        views[view] = [*views.get(view, []), *read_images_with_depth(folder)]
+        views[view] = [*views.get(view, []), *read_images_with_coarse_depth(folder)]
     if not views:
         searched = ", ".join(str(folder / "depth") for folder in inputs.labels)
         raise SpearError(

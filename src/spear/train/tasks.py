@@ -28,7 +28,12 @@ from spear.errors import SpearError, format_count, notice
 from spear.labels.fit.masks import decode_mask
 from spear.labels.inputs import hash_content
 from spear.labels.questions.generate import generate_questions
-from spear.labels.store import DepthImages, list_label_shards, read_images_with_depth, read_labels
+from spear.labels.store import (
+    DepthImages,
+    list_label_shards,
+    read_images_with_coarse_depth,
+    read_labels,
+)
 from spear.models.processing import Processor, compute_visible_window
 from spear.models.spear1 import Spear1ForActionPrediction
 from spear.models.stage0 import CELLS_PER_SIDE, MogeForDepth, PatchClassification
@@ -330,7 +335,7 @@ def load_depth(
         ]
         depth_images: Any = []
         for folder in folders_of_view:
-            depth_images.extend(read_images_with_depth(folder / "depth" / view))
+            depth_images.extend(read_images_with_coarse_depth(folder / "depth" / view))
 
         images = [image for image, _ in depth_images]
         if images != [label.image for label in labels_of_view]:

@@ -23,7 +23,11 @@ from spear.labels.questions.generate import (
 )
 from spear.labels.questions.templates import EVERYDAY_NAMES
 from spear.labels.questions.types import QUESTION_TYPE_BY_NAME
-from spear.labels.store import read_images_with_depth, write_images_with_depth, write_labels
+from spear.labels.store import (
+    read_images_with_coarse_depth,
+    write_images_with_coarse_depth,
+    write_labels,
+)
 from spear.models.processing import Processor
 from spear.policy import locate
 from spear.question_types import (
@@ -394,7 +398,9 @@ def test_the_answer_is_the_point_that_the_pixel_shows(
     assert frame.depth is not None
     image = encode_jpeg(frame.image)
     label = make_label(frame, image)
-    write_images_with_depth([(image, frame.depth)], tmp_path / "depth/external/depth-00000.parquet")
+    write_images_with_coarse_depth(
+        [(image, frame.depth)], tmp_path / "depth/external/depth-00000.parquet"
+    )
     ((_, depth),) = load_depth([tmp_path], {"external": [label]})["external"]
 
     questions = []
@@ -445,7 +451,7 @@ def two_folders(tmp_path: Path) -> tuple[list[Path], dict[tuple[str, int], bytes
         folder = tmp_path / f"{number}"
         label = make_label(frame, image, source=f"sim:{9_999 + number}")
         write_labels([label], folder / view / "labels-00000.parquet")
-        write_images_with_depth(
+        write_images_with_coarse_depth(
             [(image, frame.depth)], folder / "depth" / view / "depth-00000.parquet"
         )
     return [tmp_path / "0", tmp_path / "1"], images
@@ -478,7 +484,7 @@ def test_each_image_of_several_folders_has_its_own_depth(
     # The images of a view are in the order of the folders; the second folder has no wrist image.
     for view, depth_images in depths.items():
         for folder, (_, depth) in zip(folders, depth_images, strict=False):
-            ((_, stored_depth),) = read_images_with_depth(folder / "depth" / view)
+            ((_, stored_depth),) = read_images_with_coarse_depth(folder / "depth" / view)
             np.testing.assert_array_equal(depth, stored_depth)
 
 

@@ -32,8 +32,8 @@ class QuestionScene:
         objects_2d: The image's objects that 2D questions may be about.
         depth: [rows, columns] the image's depth in the label's unit, 0 or not finite where it is
             unknown. It has one value for each square of `DEPTH_STRIDE_PX` × `DEPTH_STRIDE_PX`
-            pixels, that of the square's middle pixel (`store.write_images_with_depth`). None if the
-            image has no depth.
+            pixels, that of the square's middle pixel (`store.write_images_with_coarse_depth`). None
+            if the image has no depth.
     """
 
     label: LabeledImage

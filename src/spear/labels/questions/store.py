@@ -23,7 +23,7 @@ from spear.labels.questions.types import QUESTION_TYPE_BY_NAME
 from spear.labels.store import (
     QUESTIONS_FILE,
     ParquetWriter,
-    count_labels,
+    count_labeled_images,
     read_labels,
     translate_read_errors,
 )
@@ -104,7 +104,7 @@ def write_questions(
         "question type about labels", (*QUESTION_TYPES, *QUESTION_TYPES_2D), *question_types
     )
     num_by_type: Counter[str] = Counter()
-    bar = ProgressBar("asking", count_labels(folder), "images")
+    bar = ProgressBar("asking", count_labeled_images(folder), "images")
     path = folder / QUESTIONS_FILE
     with ParquetWriter(path, _SCHEMA, rows_per_group=ROWS_PER_GROUP) as writer, bar:
         # Reading a label's pixels, its image and masks, is slow, and only masks may be needed here.
