@@ -27,6 +27,9 @@ from spear.util.files import check_new_folder
 # BridgeData's columns. These pictures are not squeezed to squares, as those of BridgeData are.
 LAYOUT = dataclasses.replace(REGISTRY["bridge_dataset"], image_aspect={})
 
+# What a recording raises that was interrupted, or lacks a file.
+UNREADABLE = (OSError, EOFError, KeyError, ValueError, pickle.UnpicklingError)
+
 
 def read_columns(folder: Path, instruction: str) -> Steps:
     """Read a recording of T actions and T + 1 observations as columns of T rows."""
@@ -52,13 +55,22 @@ def read_columns(folder: Path, instruction: str) -> Steps:
 
 
 def read_recordings(root: Path, instruction: str) -> Iterator[Episode]:
-    """Read all recordings below a folder."""
+    """Read the recordings below a folder; those that cannot be read are named and left out."""
     files = sorted(root.rglob("obs_dict.pkl"))
     if not files:
         raise SpearError(f"there is no obs_dict.pkl below {root}. Give a folder of recordings.")
+    num_read = 0
     for file in files:
         source = str(file.parent.relative_to(root))
-        yield build_episode(read_columns(file.parent, instruction), LAYOUT, source)
+        try:
+            columns = read_columns(file.parent, instruction)
+        except UNREADABLE as error:
+            print(f"left out: {source} ({type(error).__name__}: {error})")
+            continue
+        yield build_episode(columns, LAYOUT, source)
+        num_read += 1
+    if num_read == 0:
+        raise SpearError(f"none of the recordings below {root} can be read. See the list above.")
 
 
 def main() -> None:

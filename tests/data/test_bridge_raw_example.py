@@ -81,6 +81,33 @@ def test_actions_are_the_motions_of_the_states_with_the_commands_of_the_gripper(
     np.testing.assert_array_equal(episode.action[:, 7], [1] * 4 + [0] * 4)
 
 
+def test_an_interrupted_recording_is_named_and_left_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recordings = tmp_path / "recordings"
+    write_recording(recordings / "traj0")
+    write_recording(recordings / "traj1")
+    observations = recordings / "traj0" / "obs_dict.pkl"
+    observations.write_bytes(observations.read_bytes()[:100])
+    out = tmp_path / "store"
+
+    run_example(monkeypatch, str(recordings), "--out", str(out), "--instruction", "go")
+
+    assert "left out: traj0 (UnpicklingError" in capsys.readouterr().out
+    (episode,) = read_episodes(out)
+    assert episode.source.endswith("traj1")
+
+
+def test_recordings_of_which_none_can_be_read_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_recording(tmp_path / "recordings" / "traj0")
+    (tmp_path / "recordings" / "traj0" / "policy_out.pkl").unlink()
+
+    arguments = (str(tmp_path / "recordings"), "--out", str(tmp_path / "store"))
+    refuses("none of the recordings", run_example, monkeypatch, *arguments)
+
+
 def test_a_folder_without_recordings_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
