@@ -29,7 +29,7 @@ from spear.audit.hypotheses import (
     fit_rotations,
     fit_translations,
     guess_recorded_unit,
-    round_to_known_unit,
+    round_to_known_unit_if_near,
 )
 from spear.checks.cameras import summarize_view
 from spear.checks.gripper import (
@@ -671,7 +671,7 @@ def _propose_position(
     position_units_per_logged_unit = get_unit_factor(logged_unit, LENGTH_UNITS)
     if position_units_per_logged_unit != 1:
         meters_per_logged_unit = position_units_per_logged_unit * meters_per_position_unit
-        proposal.fields["logged_translation_unit"] = round_to_known_unit(
+        proposal.fields["logged_translation_unit"] = round_to_known_unit_if_near(
             meters_per_logged_unit, LENGTH_UNITS
         )
     fact = _explain_chosen_column(best.action_translation.name(columns), "position", fit)

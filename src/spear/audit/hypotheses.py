@@ -373,7 +373,7 @@ def _list_possible_scales(
     return scales
 
 
-def round_to_known_unit(factor: float, units: Mapping[str, float]) -> float:
+def round_to_known_unit_if_near(factor: float, units: Mapping[str, float]) -> float:
     """Return the known unit that is near a measured one; the measured one if none is.
 
     Args:

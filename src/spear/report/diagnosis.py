@@ -9,7 +9,7 @@ import numpy as np
 
 from spear.checks.rollout.case import Figure
 from spear.checks.rollout.episode import RecordedEpisode, ServedTimes
-from spear.checks.rollout.motion import CommandedMotion
+from spear.checks.rollout.motion import RolloutMotion
 from spear.data.store.episode_store import EpisodeStore
 from spear.diagnose.departures import Departures, measure_departures
 from spear.diagnose.diagnosis import Diagnosis
@@ -230,7 +230,7 @@ def _draw_motion(case: PolicyCase) -> list[str]:
     return charts
 
 
-def _draw_moves(motion: CommandedMotion) -> list[str]:
+def _draw_moves(motion: RolloutMotion) -> list[str]:
     """Draw commanded and achieved displacements over the moves, one chart per axis.
 
     A *move* is what the arm did between two observations.
@@ -240,7 +240,7 @@ def _draw_moves(motion: CommandedMotion) -> list[str]:
     charts = []
     for index, axis in enumerate("xyz"):
         lines = [
-            Line("commanded", moves, MM_PER_M * motion.command[:num_shown, index]),
+            Line("commanded", moves, MM_PER_M * motion.commanded_displacement[:num_shown, index]),
             Line("achieved", moves, MM_PER_M * motion.achieved[:num_shown, index]),
         ]
         charts.append(draw_chart(lines, Axis("move"), title=f"motion along {axis}, mm"))
@@ -256,7 +256,7 @@ def _draw_gripper(rollout: Sequence[RecordedEpisode]) -> str:
     return draw_chart(lines, Axis("step"), title="gripper, 1 is open")
 
 
-def _draw_times(motion: CommandedMotion, served: Sequence[ServedTimes]) -> list[str]:
+def _draw_times(motion: RolloutMotion, served: Sequence[ServedTimes]) -> list[str]:
     """Draw how long each answer took, and how long each move took.
 
     Args:

@@ -5,7 +5,7 @@ from typing import ClassVar
 import numpy as np
 
 from spear.checks.rollout.case import Finding, Result
-from spear.checks.rollout.motion import PLAIN, CommandedMotion
+from spear.checks.rollout.motion import PLAIN, RolloutMotion
 from spear.checks.rollout.motion_check import MotionCheck
 from spear.checks.rollout.motion_figures import (
     describe_reading,
@@ -23,7 +23,7 @@ class ActionFrameCheck(MotionCheck):
     title = "the robot moves along other axes than those of the base"
     causes: ClassVar[frozenset[str]] = frozenset({"controller-short"})
 
-    def examine_motion(self, motion: CommandedMotion) -> Result:
+    def examine_motion(self, motion: RolloutMotion) -> Result:
         motion = motion.with_likely_actions
         better = motion.better_reading
         if better is None or better.reading.frame == "base":
@@ -41,7 +41,7 @@ class ActionFrameCheck(MotionCheck):
             figure=draw_reading_errors(motion),
         )
 
-    def _examine_rotations(self, motion: CommandedMotion) -> Result:
+    def _examine_rotations(self, motion: RolloutMotion) -> Result:
         """Look for rotations about the axes of the base."""
         if motion.better_turn_reading != "about the base":
             return None

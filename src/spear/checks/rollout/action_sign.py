@@ -6,7 +6,7 @@ import numpy as np
 
 from spear.checks.rollout.action_frame import ROBOT_FILE
 from spear.checks.rollout.case import Finding, Result
-from spear.checks.rollout.motion import PLAIN, SIGNS, CommandedMotion
+from spear.checks.rollout.motion import PLAIN, SIGNS, RolloutMotion
 from spear.checks.rollout.motion_check import MotionCheck
 from spear.checks.rollout.motion_figures import draw_reading_errors, draw_turn_reading_errors
 
@@ -18,7 +18,7 @@ class ActionSignCheck(MotionCheck):
     title = "the robot moves against the actions along some axis"
     causes: ClassVar[frozenset[str]] = frozenset({"controller-short"})
 
-    def examine_motion(self, motion: CommandedMotion) -> Result:
+    def examine_motion(self, motion: RolloutMotion) -> Result:
         motion = motion.with_likely_actions
         better = motion.better_reading
         if better is None:
@@ -39,7 +39,7 @@ class ActionSignCheck(MotionCheck):
             figure=draw_reading_errors(motion),
         )
 
-    def _examine_rotations(self, motion: CommandedMotion) -> Result:
+    def _examine_rotations(self, motion: RolloutMotion) -> Result:
         """Look for rotations that are reversed about some axis."""
         signs = motion.better_turn_reading
         if signs not in SIGNS:

@@ -8,7 +8,7 @@ from spear.checks.rollout.case import (
     Result,
     compute_confidence_of_margin,
 )
-from spear.checks.rollout.motion import CommandedMotion
+from spear.checks.rollout.motion import RolloutMotion
 from spear.checks.rollout.motion_check import MotionCheck
 from spear.checks.rollout.motion_figures import draw_move_gains
 from spear.types import Array
@@ -30,7 +30,7 @@ class ActionsDroppedCheck(MotionCheck):
     title = "some actions are not executed"
     causes: ClassVar[frozenset[str]] = frozenset({"controller-short", "gripper-late"})
 
-    def examine_motion(self, motion: CommandedMotion) -> Result:
+    def examine_motion(self, motion: RolloutMotion) -> Result:
         if motion.typical_num_executed > 1:
             return Doubt("the robot executes several actions per observation")
         gains = motion.move_gains
@@ -38,9 +38,9 @@ class ActionsDroppedCheck(MotionCheck):
         is_full = gains > FULL_GAIN
         # An arm that drops actions stops and goes on again and again. A blocked one stops once.
         num_stops = _count_stops_between_full_moves(is_full, is_dropped, motion.episode)
-        share = num_stops / motion.num_moving
-        full_share = is_full.sum() / motion.num_moving
-        partial_share = 1 - full_share - is_dropped.sum() / motion.num_moving
+        share = num_stops / motion.num_commanded_to_move
+        full_share = is_full.sum() / motion.num_commanded_to_move
+        partial_share = 1 - full_share - is_dropped.sum() / motion.num_commanded_to_move
         if share < MIN_DROPPED_SHARE or full_share < MIN_FULL_SHARE:
             return None
         if partial_share > MAX_PARTIAL_SHARE:
@@ -50,9 +50,9 @@ class ActionsDroppedCheck(MotionCheck):
                 share, MIN_DROPPED_SHARE, CERTAIN_DROPPED_SHARE
             ),
             evidence=(
-                f"in {is_dropped.sum()} of {motion.num_moving} moves the arm stands still, and in "
-                f"{full_share:.0%} it achieves the whole command; it stops and goes on "
-                f"{num_stops} times"
+                f"in {is_dropped.sum()} of {motion.num_commanded_to_move} moves the arm stands "
+                f"still, and in {full_share:.0%} it achieves the whole command; it stops and "
+                f"goes on {num_stops} times"
             ),
             cure="find where commands are lost: a full queue, a timeout, or two clients at once",
             file="the control loop of your robot",

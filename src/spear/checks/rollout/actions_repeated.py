@@ -10,7 +10,7 @@ from spear.checks.rollout.case import (
     Result,
     compute_confidence_of_margin,
 )
-from spear.checks.rollout.motion import CommandedMotion
+from spear.checks.rollout.motion import RolloutMotion
 from spear.checks.rollout.motion_check import MotionCheck
 from spear.checks.rollout.motion_figures import draw_move_gains
 
@@ -33,7 +33,7 @@ class ActionsRepeatedCheck(MotionCheck):
     title = "actions are executed twice"
     causes: ClassVar[frozenset[str]] = frozenset({"seam-jumps", "gripper-late"})
 
-    def examine_motion(self, motion: CommandedMotion) -> Result:
+    def examine_motion(self, motion: RolloutMotion) -> Result:
         by_times = self._examine_two_action_moves(motion)
         if by_times is not None:
             return by_times
@@ -43,7 +43,7 @@ class ActionsRepeatedCheck(MotionCheck):
             return None
         if motion.gain_of_short_commands > MAX_TWICE_GAIN:
             return None  # another unit, whose longer moves the robot cuts
-        gains = motion.move_gains[motion.is_moving]
+        gains = motion.move_gains[motion.is_commanded_to_move]
         repeated_share = np.mean((gains > MIN_TWICE_GAIN) & (gains < MAX_TWICE_GAIN))
         once_share = np.mean((gains > MIN_ONCE_GAIN) & (gains < MAX_ONCE_GAIN))
         if repeated_share < MIN_REPEATED_SHARE:
@@ -68,7 +68,7 @@ class ActionsRepeatedCheck(MotionCheck):
         )
 
     @staticmethod
-    def _examine_two_action_moves(motion: CommandedMotion) -> Finding | None:
+    def _examine_two_action_moves(motion: RolloutMotion) -> Finding | None:
         """Look for moves of two actions' time in which the arm executes the first action twice."""
         fit = motion.repeated_fit
         if fit is None:

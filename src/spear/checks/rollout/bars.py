@@ -13,7 +13,7 @@ MAX_BAR_LEVEL = 12  # gray levels of 255; a border that is nowhere brighter, in 
 MIN_EXTRA_SHARE = 0.06  # share of a side that bars take, beyond those of training
 
 
-def collect_pictures(episodes: Sequence[RecordedEpisode], camera: str) -> list[Array]:
+def collect_small_pictures(episodes: Sequence[RecordedEpisode], camera: str) -> list[Array]:
     """Return the small pictures [T, h, w, 3] of each episode that has the camera."""
     return [episode.pictures[camera].small for episode in episodes if camera in episode.pictures]
 
@@ -36,8 +36,8 @@ def find_extra_bars(case: Case, camera: str) -> BarShares | None:
         By how much the shares of the bars exceed those of training; None if there are no such bars,
         or no pictures to compare.
     """
-    rollout_pictures = collect_pictures(case.rollout, camera)
-    training_pictures = collect_pictures(case.demonstrations, camera)
+    rollout_pictures = collect_small_pictures(case.rollout, camera)
+    training_pictures = collect_small_pictures(case.demonstrations, camera)
     if not rollout_pictures or not training_pictures:
         return None
     pictures = np.concatenate(rollout_pictures)
@@ -60,7 +60,7 @@ def is_exchange_refuted(case: Case, camera: str, other_camera: str) -> bool:
     bars, or neither has.
     """
     cameras = (camera, other_camera)
-    if not all(collect_pictures(case.rollout, name) for name in cameras):
+    if not all(collect_small_pictures(case.rollout, name) for name in cameras):
         return False
     num_with_bars = sum(find_extra_bars(case, name) is not None for name in cameras)
     return num_with_bars == 1

@@ -7,8 +7,8 @@ import numpy as np
 
 from spear.checks.rollout.camera_checks import (
     CAMERA_FILE,
+    draw_pictures,
     examine_picture_versions,
-    show_pictures,
 )
 from spear.checks.rollout.case import Case, Finding, Material, Result, RolloutCheck
 from spear.checks.rollout.color_relations import ColorRelation, relate_colors
@@ -66,7 +66,7 @@ class CameraBgrCheck(RolloutCheck):
             ),
             cure=CURE,
             file=CAMERA_FILE,
-            figure=show_pictures(case, camera),
+            figure=draw_pictures(case, camera),
         )
 
     def _choose_camera(self, case: Case, relation: ColorRelation) -> str:
@@ -99,7 +99,7 @@ class CameraBgrCheck(RolloutCheck):
             ),
             cure=CURE,
             file=CAMERA_FILE,
-            figure=show_pictures(case, next(iter(odds_by_camera))),
+            figure=draw_pictures(case, next(iter(odds_by_camera))),
         )
 
     def _examine_objects(self, case: Case) -> Finding | None:
@@ -122,7 +122,7 @@ class CameraBgrCheck(RolloutCheck):
             ),
             cure=CURE,
             file=CAMERA_FILE,
-            figure=show_pictures(case, "external"),
+            figure=draw_pictures(case, "external"),
         )
 
     @staticmethod

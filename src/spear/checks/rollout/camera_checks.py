@@ -48,7 +48,7 @@ def examine_picture_versions(
             evidence=f"camera {camera} {words}: {_describe_odds(best, is_by_flow)}",
             cure=cure,
             file=CAMERA_FILE,
-            figure=show_pictures(case, camera),
+            figure=draw_pictures(case, camera),
             camera=None if best.version.startswith(EXCHANGED) else camera,
         )
     if suspicion:
@@ -82,8 +82,8 @@ def _describe_odds(best: VersionOdds, is_by_flow: bool) -> str:
     )
 
 
-def show_pictures(case: Case, camera: str) -> Figure:
-    """Show pictures of the rollout, and the training pictures of the nearest arm positions."""
+def draw_pictures(case: Case, camera: str) -> Figure:
+    """Draw pictures of the rollout, and the training pictures of the nearest arm positions."""
     pictures: list[tuple[str, Array]] = []
     training = [episode for episode in case.demonstrations if camera in episode.pictures]
     training_positions = None

@@ -5,7 +5,7 @@ from typing import ClassVar
 import numpy as np
 
 from spear.checks.frozen import mark_frozen_steps
-from spear.checks.rollout.camera_checks import CAMERA_FILE, show_pictures
+from spear.checks.rollout.camera_checks import CAMERA_FILE, draw_pictures
 from spear.checks.rollout.case import (
     Case,
     Finding,
@@ -56,7 +56,7 @@ class CameraFrozenCheck(RolloutCheck):
                     ),
                     cure="restart the camera, and read a new picture for every observation",
                     file=CAMERA_FILE,
-                    figure=show_pictures(case, camera),
+                    figure=draw_pictures(case, camera),
                     camera=camera,
                 )
         return None

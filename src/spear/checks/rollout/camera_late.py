@@ -8,7 +8,7 @@ from spear.checks.rollout.camera_checks import (
     CAMERA_FILE,
     MIN_CONFIDENCE_LOG_ODDS,
     TOO_FEW_PICTURES,
-    show_pictures,
+    draw_pictures,
 )
 from spear.checks.rollout.case import Case, Doubt, Finding, Material, Result, RolloutCheck
 
@@ -44,7 +44,7 @@ class CameraLateCheck(RolloutCheck):
                 ),
                 cure="read the newest picture: empty the camera's buffer before each observation",
                 file=CAMERA_FILE,
-                figure=show_pictures(case, camera),
+                figure=draw_pictures(case, camera),
                 camera=camera,
             )
         return None if num_compared else Doubt(TOO_FEW_PICTURES)

@@ -10,7 +10,7 @@ import numpy as np
 from spear.checks.rollout.episode import RecordedEpisode
 from spear.checks.rollout.gripper import GripperUse
 from spear.checks.rollout.meant_states import correct_orientations_and_openings
-from spear.checks.rollout.motion import CommandedMotion
+from spear.checks.rollout.motion import RolloutMotion
 from spear.checks.rollout.pictures import PictureComparison, PictureReferences
 from spear.types import Array
 
@@ -42,9 +42,9 @@ class Case:
         return list(dict.fromkeys(episode.instruction for episode in self.demonstrations))
 
     @cached_property
-    def motion(self) -> CommandedMotion:
+    def motion(self) -> RolloutMotion:
         """The commanded and the achieved motion of the rollout."""
-        return CommandedMotion.from_episodes(self.rollout)
+        return RolloutMotion.from_episodes(self.rollout)
 
     @cached_property
     def gripper(self) -> GripperUse:

@@ -5,7 +5,7 @@ from typing import ClassVar
 import numpy as np
 
 from spear.checks.rollout.case import Curve, Doubt, Figure, Finding, Result
-from spear.checks.rollout.motion import CommandedMotion
+from spear.checks.rollout.motion import RolloutMotion
 from spear.checks.rollout.motion_check import MotionCheck
 from spear.types import CONTROL_RATE_HZ
 
@@ -19,7 +19,7 @@ class ControlRateCheck(MotionCheck):
         {"actions-repeated", "controller-short", "gripper-late"}
     )
 
-    def examine_motion(self, motion: CommandedMotion) -> Result:
+    def examine_motion(self, motion: RolloutMotion) -> Result:
         if not np.isfinite(motion.seconds).all():
             return Doubt("the rollout has no times")
         rate = motion.other_rate

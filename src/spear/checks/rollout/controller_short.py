@@ -9,7 +9,7 @@ from spear.checks.rollout.case import (
     Result,
     compute_confidence_of_margin,
 )
-from spear.checks.rollout.motion import CommandedMotion
+from spear.checks.rollout.motion import RolloutMotion
 from spear.checks.rollout.motion_check import MotionCheck
 from spear.checks.rollout.motion_figures import draw_move_gains
 from spear.checks.rollout.translation_unit import MAX_UNIT_GAIN
@@ -30,8 +30,8 @@ class ControllerShortCheck(MotionCheck):
     fault = "controller-short"
     title = "the controller does not reach what it is commanded"
 
-    def examine_motion(self, motion: CommandedMotion) -> Result:
-        gains = motion.move_gains[motion.is_moving]
+    def examine_motion(self, motion: RolloutMotion) -> Result:
+        gains = motion.move_gains[motion.is_commanded_to_move]
         gain = float(np.median(gains))
         if motion.better_reading is not None or gain > MAX_DOUBTFUL_GAIN or gain < MAX_UNIT_GAIN:
             return None

@@ -16,7 +16,7 @@ from spear.checks.rollout.case import (
     compute_confidence_of_margin,
 )
 from spear.checks.rollout.episode import ServedTimes
-from spear.checks.rollout.motion import CommandedMotion
+from spear.checks.rollout.motion import RolloutMotion
 from spear.checks.rollout.motion_figures import draw_unexplained
 from spear.types import CONTROL_RATE_HZ
 
@@ -91,7 +91,7 @@ class LatencyCheck(RolloutCheck):
         )
 
     @staticmethod
-    def _examine_moves(motion: CommandedMotion) -> Finding | None:
+    def _examine_moves(motion: RolloutMotion) -> Finding | None:
         """Look for an arm that executes fast answers late: the network or its program is slow."""
         late_fit = motion.late_fit
         if late_fit is None:

@@ -12,7 +12,7 @@ import numpy as np
 
 from spear.checks.rollout.episode import RecordedEpisode
 from spear.checks.rollout.gripper import GripperUse
-from spear.checks.rollout.motion import STATES, CommandedMotion
+from spear.checks.rollout.motion import STATES, RolloutMotion
 from spear.checks.rollout.orientation import (
     EULER_VARIANTS,
     QUATERNION_VARIANTS,
@@ -25,7 +25,7 @@ from spear.checks.rollout.orientation import (
 def correct_orientations_and_openings(
     rollout: Sequence[RecordedEpisode],
     demonstrations: Sequence[RecordedEpisode],
-    motion: CommandedMotion,
+    motion: RolloutMotion,
     gripper: GripperUse,
 ) -> list[RecordedEpisode]:
     """Return the episodes of a rollout with the states that are meant."""
@@ -47,7 +47,7 @@ def correct_orientations_and_openings(
 def _find_orientation_variant(
     rollout: Sequence[RecordedEpisode],
     demonstrations: Sequence[RecordedEpisode],
-    motion: CommandedMotion,
+    motion: RolloutMotion,
 ) -> str | None:
     """Return the variant in which orientations are sent; None if they are sent as they are meant.
 

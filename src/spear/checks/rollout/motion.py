@@ -147,8 +147,8 @@ class TimingFit(NamedTuple):
 
 
 @dataclass(frozen=True)
-class CommandedMotion:
-    """All N moves of a rollout.
+class RolloutMotion:
+    """The commanded and the achieved motion of a rollout, in N moves.
 
     achieved     [N, 3] displacement between two observations, base frame, m.
     commanded    [N, H, 3] displacement of the first 1, 2, … H actions, base frame, m.
@@ -172,7 +172,7 @@ class CommandedMotion:
     episode: Array
 
     @staticmethod
-    def from_episodes(episodes: Sequence[RecordedEpisode]) -> "CommandedMotion":
+    def from_episodes(episodes: Sequence[RecordedEpisode]) -> "RolloutMotion":
         """Collect the moves of some episodes."""
         horizon = min((_get_horizon(episode) for episode in episodes), default=1)
         moves_of_episodes = []
@@ -182,7 +182,7 @@ class CommandedMotion:
                     _collect_commanded_and_achieved_moves(episode, number, horizon)
                 )
         if not moves_of_episodes:
-            return CommandedMotion(
+            return RolloutMotion(
                 achieved=np.zeros((0, 3)),
                 commanded=np.zeros((0, 1, 3)),
                 orientation=np.zeros((0, 4)),
@@ -194,9 +194,9 @@ class CommandedMotion:
                 episode=np.zeros(0, int),
             )
         joined = {}
-        for name in CommandedMotion.__dataclass_fields__:
+        for name in RolloutMotion.__dataclass_fields__:
             joined[name] = np.concatenate([getattr(moves, name) for moves in moves_of_episodes])
-        return CommandedMotion(**joined)
+        return RolloutMotion(**joined)
 
     @cached_property
     def typical_num_executed(self) -> int:
@@ -204,7 +204,7 @@ class CommandedMotion:
         return int(np.median(self.num_executed)) if len(self.num_executed) else 1
 
     @cached_property
-    def command(self) -> Array:
+    def commanded_displacement(self) -> Array:
         """[N, 3] commanded displacement of the actions that were executed, m."""
         return self.commanded[:, self._assumed_num_executed - 1]
 
@@ -214,14 +214,14 @@ class CommandedMotion:
         return self.num_executed_by_motion or self.typical_num_executed
 
     @cached_property
-    def is_moving(self) -> Array:
+    def is_commanded_to_move(self) -> Array:
         """[N] whether a displacement was commanded that is long enough to judge."""
-        return np.linalg.norm(self.command, axis=1) > MIN_COMMAND_M
+        return np.linalg.norm(self.commanded_displacement, axis=1) > MIN_COMMAND_M
 
     @property
-    def num_moving(self) -> int:
+    def num_commanded_to_move(self) -> int:
         """How many moves can be judged."""
-        return int(self.is_moving.sum())
+        return int(self.is_commanded_to_move.sum())
 
     @cached_property
     def is_free(self) -> Array:
@@ -231,19 +231,19 @@ class CommandedMotion:
         says nothing about the axes of its commands.
         """
         lengths = np.linalg.norm(self.achieved, axis=1)
-        ratios = lengths / np.maximum(np.linalg.norm(self.command, axis=1), 1e-9)
-        if not self.is_moving.any():
-            return self.is_moving
-        usual_ratio = np.quantile(ratios[self.is_moving], FREE_QUANTILE)
-        return self.is_moving & (ratios > MIN_FREE_SHARE * usual_ratio)
+        ratios = lengths / np.maximum(np.linalg.norm(self.commanded_displacement, axis=1), 1e-9)
+        if not self.is_commanded_to_move.any():
+            return self.is_commanded_to_move
+        usual_ratio = np.quantile(ratios[self.is_commanded_to_move], FREE_QUANTILE)
+        return self.is_commanded_to_move & (ratios > MIN_FREE_SHARE * usual_ratio)
 
     @cached_property
     def fits(self) -> list[ReadingFit]:
         """The fit of every reading, the best one first."""
         fits = []
         for reading in self._displacements_by_reading:
-            achieved, predicted = self._select_free(reading)
-            gain = _fit_median_gain(achieved, predicted)
+            achieved, predicted = self._select_free_achieved_and_predicted(reading)
+            gain = _fit_nonnegative_median_gain(achieved, predicted)
             error = _measure_unexplained(achieved, gain * predicted).mean() / _measure_mean_length(
                 achieved
             )
@@ -267,8 +267,8 @@ class CommandedMotion:
         if best.reading == PLAIN or best.error > MAX_READING_ERROR:
             return None
         plain_fit = self.fit_of(PLAIN)
-        achieved, plain_predicted = self._select_free(PLAIN)
-        _, best_predicted = self._select_free(best.reading)
+        achieved, plain_predicted = self._select_free_achieved_and_predicted(PLAIN)
+        _, best_predicted = self._select_free_achieved_and_predicted(best.reading)
         plain_error = _measure_unexplained(achieved, plain_fit.gain * plain_predicted)
         best_error = _measure_unexplained(achieved, best.gain * best_predicted)
         lengths = np.linalg.norm(achieved, axis=1)
@@ -283,7 +283,7 @@ class CommandedMotion:
         return self.better_reading or self.fit_of(PLAIN)
 
     @cached_property
-    def with_late_actions(self) -> "CommandedMotion":
+    def with_late_actions(self) -> "RolloutMotion":
         """The moves with the actions of the answer before the last one.
 
         So the arm moves if an answer arrives only after the next observation.
@@ -294,7 +294,7 @@ class CommandedMotion:
         return replace(later, commanded=earlier.commanded, turn_quats=earlier.turn_quats)
 
     @cached_property
-    def with_repeated_actions(self) -> "CommandedMotion":
+    def with_repeated_actions(self) -> "RolloutMotion":
         """The moves with the first action of each answer, executed as often as there was time."""
         first_turns = torch.as_tensor(self.turn_quats[:, 0])
         repeats = torch.as_tensor(self.num_executed)[:, None]
@@ -326,7 +326,7 @@ class CommandedMotion:
         )
 
     @cached_property
-    def with_likely_actions(self) -> "CommandedMotion":
+    def with_likely_actions(self) -> "RolloutMotion":
         """The moves with the actions that explain them: late or repeated ones, if these do."""
         if self.late_fit is not None:
             return self.with_late_actions
@@ -342,10 +342,10 @@ class CommandedMotion:
         if it measures its orientation so.
         """
         command = torch.as_tensor(
-            self.turn_quats[:, self._assumed_num_executed - 1][self.is_turning]
+            self.turn_quats[:, self._assumed_num_executed - 1][self.is_commanded_to_turn]
         )
-        orientation = torch.as_tensor(self.orientation[self.is_turning])
-        achieved = quat_exp(torch.as_tensor(self.turn[self.is_turning]))
+        orientation = torch.as_tensor(self.orientation[self.is_commanded_to_turn])
+        achieved = quat_exp(torch.as_tensor(self.turn[self.is_commanded_to_turn]))
         next_orientation = quat_multiply(orientation, achieved)
         about_base = quat_multiply(quat_conjugate(orientation), quat_multiply(command, orientation))
         readings = {
@@ -370,11 +370,11 @@ class CommandedMotion:
     @cached_property
     def better_turn_reading(self) -> str | None:
         """The reading of the rotations that surely fits better than the plain one, if any."""
-        if self.is_turning.sum() < MIN_MOVES:
+        if self.is_commanded_to_turn.sum() < MIN_MOVES:
             return None
         errors = self.turn_errors_rad
         best = min(errors, key=lambda name: errors[name].mean())
-        lengths = np.linalg.norm(self.turn[self.is_turning], axis=1)
+        lengths = np.linalg.norm(self.turn[self.is_commanded_to_turn], axis=1)
         if self.executes_quaternions_as_xyzw:
             return "x y z w"
         if best == "plain" or errors[best].mean() > MAX_READING_ERROR * lengths.mean():
@@ -390,9 +390,9 @@ class CommandedMotion:
         about the axes that it was commanded.
         """
         command = torch.as_tensor(
-            self.turn_quats[:, self._assumed_num_executed - 1][self.is_turning]
+            self.turn_quats[:, self._assumed_num_executed - 1][self.is_commanded_to_turn]
         )
-        achieved = self.turn[self.is_turning]
+        achieved = self.turn[self.is_commanded_to_turn]
         achieved_lengths = np.linalg.norm(achieved, axis=1)
         errors = {}
         for name, quats in {"plain": command, "x y z w": command.roll(1, dims=-1)}.items():
@@ -405,7 +405,7 @@ class CommandedMotion:
     @property
     def executes_quaternions_as_xyzw(self) -> bool:
         """Whether the arm rotates about axes of commands that are read as x y z w."""
-        achieved = np.linalg.norm(self.turn[self.is_turning], axis=1)
+        achieved = np.linalg.norm(self.turn[self.is_commanded_to_turn], axis=1)
         if len(achieved) < MIN_MOVES or np.median(achieved) < MIN_COMMAND_RAD:
             return False
         errors = self.turn_axis_errors_rad
@@ -415,8 +415,8 @@ class CommandedMotion:
     @cached_property
     def turn_gain(self) -> float:
         """The median achieved rotation along the command, per commanded rotation."""
-        command = self.command_turn[self.is_turning]
-        return _fit_median_gain(self.turn[self.is_turning], command)
+        command = self.commanded_turn[self.is_commanded_to_turn]
+        return _fit_nonnegative_median_gain(self.turn[self.is_commanded_to_turn], command)
 
     @cached_property
     def move_gains(self) -> Array:
@@ -427,7 +427,7 @@ class CommandedMotion:
         command = self._displacements_by_reading[self.likely_reading.reading]
         squared_length = (command**2).sum(1)
         gains = (self.achieved * command).sum(1) / np.maximum(squared_length, 1e-12)
-        return np.where(self.is_moving, gains, np.nan)
+        return np.where(self.is_commanded_to_move, gains, np.nan)
 
     @cached_property
     def num_executed_by_motion(self) -> int | None:
@@ -444,7 +444,7 @@ class CommandedMotion:
         gains = {}
         for count in range(1, self.commanded.shape[1] + 1):
             predicted = self.commanded[is_moving, count - 1]
-            gains[count] = _fit_median_gain(achieved, predicted)
+            gains[count] = _fit_nonnegative_median_gain(achieved, predicted)
             unexplained = _measure_unexplained(achieved, gains[count] * predicted)
             errors[count] = unexplained.mean() / _measure_mean_length(achieved)
         candidates = [
@@ -490,7 +490,8 @@ class CommandedMotion:
         low, median, high = np.quantile(self.seconds, [0.25, 0.5, 0.75])
         if median <= 0 or (high - low) / median > MAX_SECONDS_SPREAD:
             return None
-        speed_m_s = np.median(np.linalg.norm(self.achieved[self.is_moving], axis=1)) / median
+        achieved_m = np.linalg.norm(self.achieved[self.is_commanded_to_move], axis=1)
+        speed_m_s = np.median(achieved_m) / median
         if speed_m_s > MAX_PLAUSIBLE_SPEED_M_S:
             return None
         rate_hz = count / median
@@ -504,29 +505,29 @@ class CommandedMotion:
     @cached_property
     def gain_of_short_commands(self) -> float:
         """The gain of the shorter commands, which a robot's limits cut least (upper quartile)."""
-        lengths = np.linalg.norm(self.command, axis=1)
+        lengths = np.linalg.norm(self.commanded_displacement, axis=1)
         limit = np.quantile(lengths[self.is_free], SMALL_COMMAND_QUANTILE)
         is_small = self.is_free & (lengths <= limit)
         return float(np.quantile(self.move_gains[is_small], 0.75))
 
     @cached_property
-    def command_turn(self) -> Array:
+    def commanded_turn(self) -> Array:
         """[N, 3] commanded rotation vector of the executed actions, end-effector frame, rad."""
         quats = torch.as_tensor(self.turn_quats[:, self._assumed_num_executed - 1])
         return quat_log(quat_canonical(quats)).numpy()
 
     @cached_property
-    def is_turning(self) -> Array:
+    def is_commanded_to_turn(self) -> Array:
         """[N] whether a rotation was commanded that is large enough to judge."""
-        return np.linalg.norm(self.command_turn, axis=1) > MIN_COMMAND_RAD
+        return np.linalg.norm(self.commanded_turn, axis=1) > MIN_COMMAND_RAD
 
     @cached_property
     def _displacements_by_reading(self) -> dict[Reading, Array]:
         """Reading → [N, 3] the displacement that it makes of the commands, before the gain."""
         orientation = torch.as_tensor(self.orientation)
-        command = torch.as_tensor(self.command)
+        command = torch.as_tensor(self.commanded_displacement)
         in_frames = {
-            "base": self.command,
+            "base": self.commanded_displacement,
             "tool": quat_rotate(orientation, command).numpy(),
             "inverse tool": quat_rotate(quat_conjugate(orientation), command).numpy(),
         }
@@ -535,7 +536,7 @@ class CommandedMotion:
         if abs(angle_rad) > MIN_BASE_ANGLE_RAD:
             cos = np.cos(angle_rad)
             sin = np.sin(angle_rad)
-            turned = self.command @ np.array([[cos, sin, 0], [-sin, cos, 0], [0, 0, 1]])
+            turned = command.numpy() @ np.array([[cos, sin, 0], [-sin, cos, 0], [0, 0, 1]])
             frame = f"base turned by {np.degrees(angle_rad):.0f}°"
             predictions[Reading(frame, PLAIN.signs)] = turned
         for frame, displacement in in_frames.items():
@@ -547,18 +548,18 @@ class CommandedMotion:
     @property
     def _base_angle_rad(self) -> float:
         """The angle about the vertical axis that turns commands best into free moves, rad."""
-        x, y = self.command[self.is_free, :2].T
+        x, y = self.commanded_displacement[self.is_free, :2].T
         moved_x, moved_y = self.achieved[self.is_free, :2].T
         cosine_sum = (x * moved_x + y * moved_y).sum()
         sine_sum = (x * moved_y - y * moved_x).sum()
         return float(np.arctan2(sine_sum, cosine_sum))
 
-    def _select(self, indices: Array) -> "CommandedMotion":
+    def _select(self, indices: Array) -> "RolloutMotion":
         """Return only some of the moves."""
         selected = {name: getattr(self, name)[indices] for name in self.__dataclass_fields__}
-        return CommandedMotion(**selected)
+        return RolloutMotion(**selected)
 
-    def _select_free(self, reading: Reading) -> tuple[Array, Array]:
+    def _select_free_achieved_and_predicted(self, reading: Reading) -> tuple[Array, Array]:
         """Return achieved and predicted displacements of the free moves."""
         return self.achieved[self.is_free], self._displacements_by_reading[reading][self.is_free]
 
@@ -582,13 +583,13 @@ def is_surely_better(
     return bool(np.quantile(advantages, SMALL_QUANTILE) > min_advantage)
 
 
-def _compare_timing(plain: CommandedMotion, other: CommandedMotion) -> TimingFit | None:
+def _compare_timing(plain: RolloutMotion, other: RolloutMotion) -> TimingFit | None:
     """Compare the actions that should be executed with others, both in their best reading.
 
     Returns:
         The fit of the others; None unless they surely explain the same moves better.
     """
-    is_compared = plain.is_moving & other.is_moving
+    is_compared = plain.is_commanded_to_move & other.is_commanded_to_move
     if is_compared.sum() < MIN_MOVES:
         return None
     achieved = plain.achieved[is_compared]
@@ -598,7 +599,7 @@ def _compare_timing(plain: CommandedMotion, other: CommandedMotion) -> TimingFit
         errors = []
         for displacements in motion._displacements_by_reading.values():
             predicted = displacements[is_compared]
-            gain = _fit_median_gain(achieved, predicted)
+            gain = _fit_nonnegative_median_gain(achieved, predicted)
             errors.append(_measure_unexplained(achieved, gain * predicted))
         best_errors.append(min(errors, key=lambda error: float(error.mean())))
     other_error, plain_error = best_errors
@@ -649,7 +650,7 @@ def _get_horizon(episode: RecordedEpisode) -> int:
 
 def _collect_commanded_and_achieved_moves(
     episode: RecordedEpisode, number: int, horizon: int
-) -> CommandedMotion:
+) -> RolloutMotion:
     """Collect the moves of one episode of at least two steps."""
     orientation = torch.as_tensor(np.asarray(episode.rotation, np.float64))
     turn_quats = quat_multiply(quat_conjugate(orientation[:-1]), orientation[1:])
@@ -666,7 +667,7 @@ def _collect_commanded_and_achieved_moves(
     for step in range(1, chunks.shape[1]):
         rotations.append(quat_multiply(rotations[-1], torch.as_tensor(chunks[:, step, 3:7])))
     is_known = episode.is_known[:-1]
-    return CommandedMotion(
+    return RolloutMotion(
         achieved=np.diff(np.asarray(episode.position, np.float64), axis=0)[is_known],
         commanded=chunks[:, :, :3].cumsum(1)[is_known],
         orientation=orientation[:-1].numpy()[is_known],
@@ -679,7 +680,7 @@ def _collect_commanded_and_achieved_moves(
     )
 
 
-def _fit_median_gain(achieved: Array, predicted: Array) -> float:
+def _fit_nonnegative_median_gain(achieved: Array, predicted: Array) -> float:
     """Fit the factor from predicted to achieved displacements [N, 3]: the median over moves.
 
     The median is used because a few moves are stopped by contacts. A negative factor becomes 0:

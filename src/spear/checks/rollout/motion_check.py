@@ -1,7 +1,7 @@
 """`MotionCheck`: what the checks of commanded and achieved motion share."""
 
 from spear.checks.rollout.case import Case, Doubt, Result, RolloutCheck
-from spear.checks.rollout.motion import MIN_COMMAND_M, MIN_MOVES, CommandedMotion
+from spear.checks.rollout.motion import MIN_COMMAND_M, MIN_MOVES, RolloutMotion
 
 
 class MotionCheck(RolloutCheck):
@@ -9,13 +9,13 @@ class MotionCheck(RolloutCheck):
 
     def examine(self, case: Case) -> Result:
         motion = case.motion
-        if motion.num_moving < MIN_MOVES:
+        if motion.num_commanded_to_move < MIN_MOVES:
             return Doubt(
-                f"only {motion.num_moving} moves were commanded to be longer than "
+                f"only {motion.num_commanded_to_move} moves were commanded to be longer than "
                 f"{1000 * MIN_COMMAND_M:.0f} mm; {MIN_MOVES} are needed"
             )
         return self.examine_motion(motion)
 
-    def examine_motion(self, motion: CommandedMotion) -> Result:
+    def examine_motion(self, motion: RolloutMotion) -> Result:
         """Look for the fault in enough moves."""
         raise NotImplementedError

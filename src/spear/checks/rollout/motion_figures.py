@@ -5,7 +5,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from spear.checks.rollout.case import Curve, Figure
-from spear.checks.rollout.motion import PLAIN, CommandedMotion, Reading
+from spear.checks.rollout.motion import PLAIN, Reading, RolloutMotion
 
 MAX_CURVE_MOVES = 120  # moves that a figure shows
 FRAME_NAMES = {"base": "base frame", "tool": "tool's frame", "inverse tool": "inverted tool frame"}
@@ -19,7 +19,7 @@ def describe_reading(reading: Reading) -> str:
     return f"{name} with signs {reading.signs}"
 
 
-def draw_reading_errors(motion: CommandedMotion) -> Figure:
+def draw_reading_errors(motion: RolloutMotion) -> Figure:
     """Draw the share of the motion that the best readings, and the plain one, do not explain."""
     bars = []
     for fit in motion.fits[:6]:
@@ -36,9 +36,9 @@ def draw_unexplained(errors: Mapping[str, float]) -> Figure:
     return Figure("motion that stays unexplained", bars=bars)
 
 
-def draw_move_gains(motion: CommandedMotion) -> Figure:
+def draw_move_gains(motion: RolloutMotion) -> Figure:
     """Draw how much of each commanded displacement was achieved."""
-    gains = motion.move_gains[motion.is_moving][:MAX_CURVE_MOVES]
+    gains = motion.move_gains[motion.is_commanded_to_move][:MAX_CURVE_MOVES]
     moves = np.arange(len(gains))
     return Figure(
         "achieved per commanded displacement",
@@ -47,7 +47,7 @@ def draw_move_gains(motion: CommandedMotion) -> Figure:
     )
 
 
-def draw_turn_reading_errors(motion: CommandedMotion) -> Figure:
+def draw_turn_reading_errors(motion: RolloutMotion) -> Figure:
     """Draw how far the rotations are off by each reading, the nearest first."""
     means = {name: float(np.degrees(e.mean())) for name, e in motion.turn_errors_rad.items()}
     nearest = sorted(means, key=lambda name: means[name])[:6]

@@ -2,8 +2,8 @@
 
 from typing import ClassVar
 
-from spear.checks.rollout.bars import BarShares, collect_pictures, find_extra_bars
-from spear.checks.rollout.camera_checks import CAMERA_FILE, show_pictures
+from spear.checks.rollout.bars import BarShares, collect_small_pictures, find_extra_bars
+from spear.checks.rollout.camera_checks import CAMERA_FILE, draw_pictures
 from spear.checks.rollout.case import Case, Doubt, Finding, Material, Result, RolloutCheck
 
 
@@ -21,7 +21,7 @@ class PaddingBarsCheck(RolloutCheck):
         num_compared = 0
         extra_by_camera: dict[str, BarShares] = {}
         for camera in case.rollout_cameras:
-            if collect_pictures(case.rollout, camera) and collect_pictures(
+            if collect_small_pictures(case.rollout, camera) and collect_small_pictures(
                 case.demonstrations, camera
             ):
                 num_compared += 1
@@ -43,6 +43,6 @@ class PaddingBarsCheck(RolloutCheck):
             ),
             cure="send pictures without bars, in the aspect of training",
             file=CAMERA_FILE,
-            figure=show_pictures(case, camera),
+            figure=draw_pictures(case, camera),
             camera=camera if len(extra_by_camera) == 1 else None,
         )

@@ -336,7 +336,7 @@ class PictureReferences:
         min_episodes = 0.95 * len(self.demonstrations)
         return [camera for camera, number in num_episodes.items() if number > min_episodes]
 
-    def get_versions(self, camera: str, kind: str) -> VersionReference | None:
+    def get_version_reference(self, camera: str, kind: str) -> VersionReference | None:
         """Return a model of a camera's pictures and their versions, fitted to the demonstrations.
 
         Args:
@@ -357,13 +357,13 @@ class PictureReferences:
             )
         return self._versions[key]
 
-    def get_delays(self, camera: str) -> DelayReference | None:
+    def get_delay_reference(self, camera: str) -> DelayReference | None:
         """Return what the demonstrations say about late pictures; None with too few of them."""
         if camera not in self._delays:
             self._delays[camera] = DelayReference.fit(self.demonstrations, camera)
         return self._delays[camera]
 
-    def get_flows(self, camera: str) -> FlowReference | None:
+    def get_flow_reference(self, camera: str) -> FlowReference | None:
         """Return how the demonstrations' pictures move with the arm; None with too few of them."""
         if camera not in self._flows:
             self._flows[camera] = FlowReference.fit(self.demonstrations, camera)
@@ -488,12 +488,12 @@ class PictureComparison:
         if not rollout:
             return None
         if kind == "delay":
-            delays = self.references.get_delays(camera)
+            delays = self.references.get_delay_reference(camera)
             return None if delays is None else compute_delay_odds(rollout, delays, camera)
         if kind == "flow":
-            flows = self.references.get_flows(camera)
+            flows = self.references.get_flow_reference(camera)
             return None if flows is None else compute_mirror_and_turn_odds(rollout, flows, camera)
-        versions = self.references.get_versions(camera, kind)
+        versions = self.references.get_version_reference(camera, kind)
         return None if versions is None else versions.compute_odds(rollout)
 
 

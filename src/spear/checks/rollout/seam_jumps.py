@@ -15,7 +15,7 @@ from spear.checks.rollout.case import (
     RolloutCheck,
     compute_confidence_of_margin,
 )
-from spear.checks.rollout.motion import MIN_MOVES, CommandedMotion, is_surely_better
+from spear.checks.rollout.motion import MIN_MOVES, RolloutMotion, is_surely_better
 from spear.checks.rollout.motion_figures import draw_unexplained
 from spear.types import Array
 
@@ -45,11 +45,11 @@ class SeamJumpsCheck(RolloutCheck):
     def examine(self, case: Case) -> Result:
         return self._examine_returns(case.motion) or self._examine_plans(case)
 
-    def _examine_returns(self, motion: CommandedMotion) -> Finding | None:
+    def _examine_returns(self, motion: RolloutMotion) -> Finding | None:
         """Look for an arm that goes back at the beginning of each chunk."""
         # If the arm follows another reading of the commands, `action_frame` or `translation_unit`
         # names that fault, and a fit of the right reading would mean nothing.
-        if motion.num_moving < MIN_MOVES or motion.better_reading is not None:
+        if motion.num_commanded_to_move < MIN_MOVES or motion.better_reading is not None:
             return None
         best_return = find_return_at_seams(motion)
         if best_return is None:
@@ -127,7 +127,7 @@ class ReturnFit(NamedTuple):
     plain_error: float
 
 
-def find_return_at_seams(motion: CommandedMotion) -> ReturnFit | None:
+def find_return_at_seams(motion: RolloutMotion) -> ReturnFit | None:
     """Find how the arm goes back at the beginning of each chunk; None if it surely does not.
 
     A return must explain the moves surely better than the chunks alone.

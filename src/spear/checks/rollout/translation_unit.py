@@ -7,7 +7,7 @@ import numpy as np
 
 from spear.checks.rollout.action_frame import ROBOT_FILE
 from spear.checks.rollout.case import Case, Finding, Result
-from spear.checks.rollout.motion import MAX_READING_ERROR, CommandedMotion
+from spear.checks.rollout.motion import MAX_READING_ERROR, RolloutMotion
 from spear.checks.rollout.motion_check import MotionCheck
 from spear.checks.rollout.motion_figures import draw_move_gains
 from spear.checks.states import explain_implausible_positions
@@ -47,12 +47,14 @@ class TranslationUnitCheck(MotionCheck):
             file=f"observe in your robot's file, and {ROBOT_FILE}",
         )
 
-    def examine_motion(self, motion: CommandedMotion) -> Result:
+    def examine_motion(self, motion: RolloutMotion) -> Result:
         motion = motion.with_likely_actions
         # Does the arm hardly move, both along its commands and in any direction?
         is_too_near = np.nanquantile(motion.move_gains, UPPER_QUANTILE) < MAX_UNIT_GAIN
-        achieved_m = np.linalg.norm(motion.achieved[motion.is_moving], axis=1)
-        commanded_m = np.linalg.norm(motion.command[motion.is_moving], axis=1)
+        achieved_m = np.linalg.norm(motion.achieved[motion.is_commanded_to_move], axis=1)
+        commanded_m = np.linalg.norm(
+            motion.commanded_displacement[motion.is_commanded_to_move], axis=1
+        )
         is_still = np.quantile(achieved_m / commanded_m, UPPER_QUANTILE) < MAX_UNIT_GAIN
 
         # Or does it move too far? Limits cut moves, but another unit still makes most of them too
@@ -69,7 +71,7 @@ class TranslationUnitCheck(MotionCheck):
             confidence=0.95 if is_too_far else 0.85,
             evidence=(
                 f"the arm moves {gain:.3g} times as far as commanded (median of "
-                f"{motion.num_moving} moves)"
+                f"{motion.num_commanded_to_move} moves)"
             ),
             cure="convert meters to the unit of the robot's controller, and nothing else",
             file=ROBOT_FILE,
