@@ -2,7 +2,7 @@
 
 import pytest
 
-from spear.checks.instructions import explain_doubtful_instruction, looks_like_identifier
+from spear.checks.instructions import explain_identifier_as_instruction, looks_like_identifier
 
 
 @pytest.mark.parametrize("text", ["PickCube-v1", "turn_on_stove", "pick-place-v2", "PnPCanToBin"])
@@ -18,7 +18,7 @@ def test_sentences_do_not_look_like_identifiers(text: str) -> None:
 
 
 def test_one_name_for_all_episodes_is_doubtful() -> None:
-    doubt = explain_doubtful_instruction(["open_drawer"] * 3)
+    doubt = explain_identifier_as_instruction(["open_drawer"] * 3)
 
     assert doubt is not None
     assert "open_drawer" in doubt
@@ -26,4 +26,4 @@ def test_one_name_for_all_episodes_is_doubtful() -> None:
 
 @pytest.mark.parametrize("instructions", [[], ["open_drawer", "lift_cube"], ["lift the cube"] * 2])
 def test_several_names_and_sentences_are_not_doubtful(instructions: list[str]) -> None:
-    assert explain_doubtful_instruction(instructions) is None
+    assert explain_identifier_as_instruction(instructions) is None

@@ -850,14 +850,15 @@ def _judge_layout(
     return "agrees"
 
 
-def _sample_bootstrap_counts(num_units: int) -> Array:
+def _sample_bootstrap_counts(num_resampling_units: int) -> Array:
     """Draw, for each resample of the bootstrap, how often it contains each unit of resampling.
 
     Returns:
-        [NUM_RESAMPLES, num_units] counts, the same in every run.
+        [NUM_RESAMPLES, num_resampling_units] counts, the same in every run.
     """
     rng = np.random.default_rng(0)
-    counts = rng.multinomial(num_units, np.full(num_units, 1 / num_units), NUM_RESAMPLES)
+    probabilities = np.full(num_resampling_units, 1 / num_resampling_units)
+    counts = rng.multinomial(num_resampling_units, probabilities, NUM_RESAMPLES)
     return counts.astype(float)
 
 

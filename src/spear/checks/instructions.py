@@ -19,7 +19,7 @@ def looks_like_identifier(text: str) -> bool:
     return _IDENTIFIER.fullmatch(text.strip()) is not None
 
 
-def explain_doubtful_instruction(instructions: Sequence[str]) -> str | None:
+def explain_identifier_as_instruction(instructions: Sequence[str]) -> str | None:
     """Return an error text if all instructions are the same identifier, and None otherwise."""
     distinct_texts: Collection[str] = set(instructions)
     if len(distinct_texts) != 1:

@@ -64,14 +64,14 @@ def measure_departures(
     distances: dict[str, Array] = {}
     limits: dict[str, float] = {}
     first: list[Departure] = []
-    for quantity, source in quantities.items():
-        vectors = [_extract_vectors(episode, source) for episode in demonstrations]
-        limits[quantity] = _measure_limit_between_halves(vectors, source)
+    for quantity, part_or_camera in quantities.items():
+        vectors = [_extract_vectors(episode, part_or_camera) for episode in demonstrations]
+        limits[quantity] = _measure_limit_between_halves(vectors, part_or_camera)
         references = _thin_out(np.concatenate(vectors))
         values = []
         for number, episode in enumerate(rollout):
             distance = _measure_nearest_distances(
-                _extract_vectors(episode, source), references, source
+                _extract_vectors(episode, part_or_camera), references, part_or_camera
             )
             values.append(distance)
             is_outside = distance > limits[quantity]
@@ -85,18 +85,18 @@ def measure_departures(
     return Departures(distances, limits, first)
 
 
-def _extract_vectors(episode: RecordedEpisode, source: str) -> Array:
+def _extract_vectors(episode: RecordedEpisode, part_or_camera: str) -> Array:
     """Return what is compared, [T, D]: positions, orientations, or small pictures of a camera."""
-    if source == "position":
+    if part_or_camera == "position":
         return np.asarray(episode.position, np.float32)
-    if source == "rotation":
+    if part_or_camera == "rotation":
         return np.asarray(episode.rotation, np.float32)
     # Every second row and column is enough.
-    pictures = episode.pictures[source].small[:, ::2, ::2].astype(np.float32)
+    pictures = episode.pictures[part_or_camera].small[:, ::2, ::2].astype(np.float32)
     return pictures.reshape(len(episode), -1)
 
 
-def _measure_limit_between_halves(vectors: Sequence[Array], source: str) -> float:
+def _measure_limit_between_halves(vectors: Sequence[Array], part_or_camera: str) -> float:
     """Return the largest distance of a state in one half of training to the nearest in the other.
 
     A single episode is compared with itself, so its limit is 0.
@@ -104,7 +104,7 @@ def _measure_limit_between_halves(vectors: Sequence[Array], source: str) -> floa
     first_half = _thin_out(np.concatenate(vectors[::2]))
     other_episodes = vectors[1::2] if len(vectors) > 1 else vectors
     second_half = _thin_out(np.concatenate(other_episodes))
-    return float(_measure_nearest_distances(second_half, first_half, source).max())
+    return float(_measure_nearest_distances(second_half, first_half, part_or_camera).max())
 
 
 def _thin_out(vectors: Array) -> Array:
@@ -113,19 +113,19 @@ def _thin_out(vectors: Array) -> Array:
     return vectors[::stride]
 
 
-def _measure_nearest_distances(vectors: Array, references: Array, source: str) -> Array:
+def _measure_nearest_distances(vectors: Array, references: Array, part_or_camera: str) -> Array:
     """Return the distance from each vector [T, D] to the nearest reference [N, D].
 
     Distances are in meters for positions, in degrees for orientations, and for pictures in gray
     levels (root mean square over the pixels).
     """
-    if source == "rotation":
+    if part_or_camera == "rotation":
         cosines = np.abs(vectors @ references.T).max(1)
         return np.degrees(2 * np.arccos(np.minimum(cosines, 1.0)))
     # |v - r|² = |v|² + |r|² - 2 v r, for every pair: [T, N]
     squares = (vectors**2).sum(1)[:, None] + (references**2).sum(1) - 2 * vectors @ references.T
     distances = np.sqrt(np.maximum(squares.min(1), 0.0))
-    if source == "position":
+    if part_or_camera == "position":
         return distances
     return distances / np.sqrt(vectors.shape[1])  # per pixel
 

@@ -145,15 +145,15 @@ def _rank(
     findings = []
     secondary = []
     for rank, entry in enumerate(ranked):
-        explanation = _find_explanation(rank, ranked)
-        if explanation is None:
+        explaining_fault = _find_explaining_fault(rank, ranked)
+        if explaining_fault is None:
             findings.append(entry)
         else:
-            secondary.append((entry, explanation))
+            secondary.append((entry, explaining_fault))
     return findings, secondary
 
 
-def _find_explanation(rank: int, ranked: Sequence[RankedFinding]) -> str | None:
+def _find_explaining_fault(rank: int, ranked: Sequence[RankedFinding]) -> str | None:
     """Return the fault that explains the finding of a rank, if one does.
 
     A finding does not explain a surer one, nor what happens to another camera's pictures. Of two

@@ -151,7 +151,7 @@ def load_policy_case(
     demonstrations: list[RecordedEpisode] = []
     instructions: list[str] = []
     if episodes is not None:
-        training = _open_training(episodes)
+        training = _open_demonstrations(episodes)
         demonstrations = sample_demonstrations(training, policy.image_sizes)
         indices = range(len(training))
         texts = [training.without_images(index).instruction for index in indices]
@@ -186,8 +186,8 @@ def _read_session(store: EpisodeStore) -> Mapping[str, Any]:
     return {} if served is None else served.session
 
 
-def _open_training(path: Path) -> EpisodeStore:
-    """Open a store of training episodes, or the only store in the folder `data` of a run.
+def _open_demonstrations(path: Path) -> EpisodeStore:
+    """Open the demonstrations of a store, or of the only store in the folder `data` of a run.
 
     Raises:
         SpearError: the folder contains several stores, or episodes in another format than ours.

@@ -13,7 +13,7 @@ from typing import TypeGuard
 import numpy as np
 
 from spear.checks.rollout.bars import MAX_BAR_LEVEL, find_extra_bars
-from spear.checks.rollout.camera_checks import MIN_CONFIDENCE_LOG_ODDS, find_best_shape
+from spear.checks.rollout.camera_checks import MIN_CONFIDENCE_LOG_ODDS, find_unrefuted_shape_version
 from spear.checks.rollout.case import Case
 from spear.checks.rollout.odds import VersionOdds
 from spear.checks.rollout.pictures import EXCHANGED, EXPOSURE_FACTORS, scale_brightness
@@ -75,8 +75,8 @@ def choose_picture_repair(case: Case) -> PictureRepair:
     exchanged_camera = _find_exchanged_camera(case)
     if exchanged_camera is not None:
         return PictureRepair(exchanged_camera)
-    best_shape = find_best_shape(case, CAMERA)
-    best_color = case.comparison.find_best_color(CAMERA)
+    best_shape = find_unrefuted_shape_version(case, CAMERA)
+    best_color = case.comparison.find_best_color_version(CAMERA)
     changes: list[PictureChange] = []
     if _is_sure(best_shape) and best_shape.version in _UNDOING:
         changes.append(_UNDOING[best_shape.version])
@@ -98,7 +98,7 @@ def _find_exchanged_camera(case: Case) -> str | None:
         if camera == CAMERA or any(camera not in episode.pictures for episode in case.rollout):
             continue
         for first, second in ((CAMERA, camera), (camera, CAMERA)):
-            best = find_best_shape(case, first)
+            best = find_unrefuted_shape_version(case, first)
             if _is_sure(best) and best.version == f"{EXCHANGED}{second}":
                 return camera
     return None

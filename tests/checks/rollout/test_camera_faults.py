@@ -222,7 +222,7 @@ def test_colors_may_be_exchanged_in_both_cameras(
         {("external", "color"): make_odds(of_external), ("wrist", "color"): make_odds(of_wrist)},
     )
 
-    best = comparison.find_best_color("external")
+    best = comparison.find_best_color_version("external")
 
     assert (best is not None) == is_likely
     if best is not None:
@@ -251,7 +251,7 @@ def test_single_pictures_and_their_motion_both_count_for_a_turned_camera(
         },
     )
 
-    best = comparison.find_best_shape("wrist")
+    best = comparison.find_best_shape_version("wrist")
 
     assert (best is not None) == is_likely
 
@@ -269,7 +269,7 @@ def test_motion_tells_a_mirrored_camera_from_a_turned_one() -> None:
         },
     )
 
-    best = comparison.find_best_shape("wrist")
+    best = comparison.find_best_shape_version("wrist")
 
     assert best is not None
     assert best.version == mirrored

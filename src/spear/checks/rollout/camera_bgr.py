@@ -35,7 +35,7 @@ class CameraBgrCheck(RolloutCheck):
         if isinstance(single_result, Finding):
             return single_result
         for camera in case.rollout_cameras:
-            best = case.comparison.find_best_color(camera)
+            best = case.comparison.find_best_color_version(camera)
             if best is not None and best.version != VERSION:
                 return single_result  # another exposure changes colors, too, where it clips them
         return (

@@ -36,7 +36,10 @@ def examine_picture_versions(
         if odds is None:
             continue
         num_compared += 1
-        best = comparison.find_best_color(camera) if is_color else find_best_shape(case, camera)
+        if is_color:
+            best = comparison.find_best_color_version(camera)
+        else:
+            best = find_unrefuted_shape_version(case, camera)
         if best is None or not best.version.startswith(tuple(versions)):
             continue
         if best.log_odds < MIN_CONFIDENCE_LOG_ODDS:
@@ -58,12 +61,12 @@ def examine_picture_versions(
     return None
 
 
-def find_best_shape(case: Case, camera: str) -> VersionOdds | None:
+def find_unrefuted_shape_version(case: Case, camera: str) -> VersionOdds | None:
     """Return the version of a camera's pictures that fits best, if one is likely.
 
     An exchange of cameras that the bars of their pictures refute is none.
     """
-    best = case.comparison.find_best_shape(camera)
+    best = case.comparison.find_best_shape_version(camera)
     if best is None or not best.version.startswith(EXCHANGED):
         return best
     other_camera = best.version.removeprefix(EXCHANGED)

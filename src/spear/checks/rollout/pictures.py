@@ -387,7 +387,7 @@ class PictureComparison:
         """The cameras that nearly all demonstrations have."""
         return self.references.training_cameras
 
-    def find_best_shape(self, camera: str) -> VersionOdds | None:
+    def find_best_shape_version(self, camera: str) -> VersionOdds | None:
         """Return the version that fits best by single pictures and their motion, if one is likely.
 
         The motion tells mirrored pictures from turned ones, because single pictures may be nearly
@@ -422,20 +422,20 @@ class PictureComparison:
             by_both.append(odds._replace(log_odds=odds.log_odds + content_ratio))
         return max(by_both, key=lambda odds: odds.log_odds)
 
-    def find_best_color(self, camera: str) -> VersionOdds | None:
+    def find_best_color_version(self, camera: str) -> VersionOdds | None:
         """Return the version of the colors that fits best, if it is likelier than plain.
 
         A program mostly converts the pictures of all its cameras in the same way. So a version that
         each camera speaks for may be likely although one camera alone does not show it surely.
         """
         best = find_likely_version(self.get_color_odds(camera))
-        common = self.common_color
+        common = self.common_color_version
         if common is not None and (best is None or common.log_odds > best.log_odds):
             return common
         return best
 
     @cached_property
-    def common_color(self) -> VersionOdds | None:
+    def common_color_version(self) -> VersionOdds | None:
         """The likeliest version of the colors of all cameras together, if it is likely.
 
         The evidence of the cameras adds up, and the small prior probability of a version counts

@@ -31,7 +31,7 @@ from spear.checks.gripper import (
     examine_range,
     judge_gripper,
 )
-from spear.checks.instructions import explain_doubtful_instruction
+from spear.checks.instructions import explain_identifier_as_instruction
 from spear.checks.recording import Recording
 from spear.checks.result import Check
 from spear.checks.states import find_state_problems
@@ -405,7 +405,7 @@ def _notice_implausible_values(store: EpisodeStore, path: Path) -> None:
     episodes = _read_first_episodes_without_images(store)
     for remark in find_state_problems(episodes):
         notice(f"In {path}, {remark}.")
-    doubt = explain_doubtful_instruction([episode.instruction for episode in episodes])
+    doubt = explain_identifier_as_instruction([episode.instruction for episode in episodes])
     if doubt:
         notice(f"In {path}, {doubt}")
 
