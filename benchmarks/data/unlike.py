@@ -134,7 +134,9 @@ def run_with_mistake(
             num_observations += 1
             if num_observations > 4 * NUM_FIRST_OBSERVATIONS:  # not every chunk shows it
                 return is_noticed_first, False
-            chunk = agent.act([env], [{**observation, "observation/state": state}])[0]
+            chunk = agent.choose_action_chunks(
+                [env], [{**observation, "observation/state": state}]
+            )[0]
             checks.set_chunk(chunk)
             action = mistake.change_action(chunk[0])
             observation, _, _, _, info = env.step(action.astype(np.float32))

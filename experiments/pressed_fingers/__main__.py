@@ -34,7 +34,7 @@ def count_blocked_steps(agent: Agent, family: str, seed: int) -> tuple[bool, int
     observation, info = env.reset(seed=seed)
     num_blocked = 0
     while env.steps < MAX_STEPS and not info["success"]:
-        action = agent.act([env], [observation])[0][0]
+        action = agent.choose_action_chunks([env], [observation])[0][0]
         position, *_ = env.world.servo.measure_pose()
         is_pressed = position[2] < PRESSED_HEIGHT_M
         observation, *_, info = env.step(action)

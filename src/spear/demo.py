@@ -230,7 +230,7 @@ def fine_tune(out: Path, data: Path | None) -> Values:
         "before fine-tuning", original_policy, held_out
     )
     scores = [fine_tuned_errors, mean_action_errors, last_action_errors, original_errors]
-    summaries = [score.average_over_steps() for score in scores]
+    summaries = [score.estimate_mean_errors() for score in scores]
     rows = []
     for name, (description, number_format) in ERROR_NAMES.items():
         cells = [summary[name].to_text(number_format) for summary in summaries]

@@ -76,7 +76,7 @@ def make_policy_case(
     num_demonstrations: int = 8,
 ) -> PolicyCase:
     """Make a case whose rollout and training episodes have pictures of some gray levels."""
-    monkeypatch.setattr("spear.diagnose.sight.ask_what_is_at_points", name_by_brightness)
+    monkeypatch.setattr("spear.diagnose.sight.point_at_objects_and_name_them", name_by_brightness)
     folder = tmp_path / "policy"
     folder.mkdir()
     Trust("made images", {}, names_present=0.95, names_absent=names_absent).save(folder)

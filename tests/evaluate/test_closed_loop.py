@@ -38,7 +38,8 @@ class HalfExpert(ExpertAgent):
     """The expert in even scenes, and idle in odd scenes.
 
     Args:
-        max_calls: Number of calls of `act` after which the evaluation is interrupted.
+        max_calls: Number of calls of `choose_action_chunks` after which the evaluation is
+            interrupted.
 
     scenes  the seeds of the scenes in which it has acted.
     """
@@ -49,14 +50,14 @@ class HalfExpert(ExpertAgent):
         self.num_calls_left = max_calls
         self.scenes: set[int] = set()
 
-    def act(
+    def choose_action_chunks(
         self, envs: Sequence[Any], observations: Sequence[Mapping[str, Any]]
     ) -> Sequence[Array]:
         self.num_calls_left -= 1
         if self.num_calls_left < 0:
             raise KeyboardInterrupt
         chunks = []
-        for env, chunk in zip(envs, super().act(envs, observations), strict=True):
+        for env, chunk in zip(envs, super().choose_action_chunks(envs, observations), strict=True):
             seed = env.world.spec.seed
             self.scenes.add(seed)
             chunks.append(chunk if seed % 2 == 0 else IDLE_ACTION[None])  # [1, 8]
@@ -204,12 +205,12 @@ class CrowdedExpert(HalfExpert):
     Its process is killed instead of being interrupted.
     """
 
-    def act(
+    def choose_action_chunks(
         self, envs: Sequence[Any], observations: Sequence[Mapping[str, Any]]
     ) -> Sequence[Array]:
         if self.num_calls_left == 0:
             os.kill(os.getpid(), signal.SIGKILL)
-        chunks = super().act(envs, observations)
+        chunks = super().choose_action_chunks(envs, observations)
         return chunks if len(envs) > 1 else [IDLE_ACTION[None]]
 
 
@@ -260,10 +261,13 @@ class RepeatingExpert(ExpertAgent):
     With several actions, there is something to execute during inference.
     """
 
-    def act(
+    def choose_action_chunks(
         self, envs: Sequence[Any], observations: Sequence[Mapping[str, Any]]
     ) -> Sequence[Array]:
-        return [np.repeat(chunk, 5, axis=0) for chunk in super().act(envs, observations)]
+        return [
+            np.repeat(chunk, 5, axis=0)
+            for chunk in super().choose_action_chunks(envs, observations)
+        ]
 
 
 def test_latency_costs_steps() -> None:

@@ -86,7 +86,7 @@ def test_a_known_mistake_is_measured(
 ) -> None:
     policy = ReplayPolicy(held_out, error_m)
 
-    summary = measure_policy_errors("replay", policy, held_out).average_over_steps()
+    summary = measure_policy_errors("replay", policy, held_out).estimate_mean_errors()
 
     error_mm = 1000 * error_m
     chunk_end_mm = 5 * error_mm  # the errors of the five actions of a chunk add up
@@ -148,11 +148,11 @@ def test_the_mean_action_is_that_of_the_training_episodes(
     first_prediction = baseline.predicted[0][0]
     np.testing.assert_allclose(first_prediction[:3], mean_translation, rtol=1e-5)
     # Steps have a standard deviation of 10 mm along each axis, so no constant comes near them all.
-    assert baseline.average_over_steps()["translation_mm"].value > 5
+    assert baseline.estimate_mean_errors()["translation_mm"].value > 5
 
 
 def test_two_episodes_have_no_interval(stores: tuple[EpisodeStore, EpisodeStore]) -> None:
-    summary = measure_mean_action_errors(*stores).average_over_steps()
+    summary = measure_mean_action_errors(*stores).estimate_mean_errors()
 
     assert np.isnan(summary["rotation_deg"].low)
 

@@ -43,7 +43,7 @@ def write_journal(folder: Path, seeds: range, shard: tuple[int, int] = (1, 1)) -
     """
     journal = Journal(folder, "me", SETTINGS, shard, {"a": seeds})
     for seed in seeds:
-        journal.add(make_outcome(seed, success=seed < 3), seconds=9.0, wall=1.5)
+        journal.add(make_outcome(seed, success=seed < 3), episode_s=9.0, since_last_end_s=1.5)
     return journal
 
 
@@ -111,7 +111,7 @@ def test_a_line_cut_short_is_run_again_and_the_others_are_kept(tmp_path: Path) -
         path.write_bytes(complete[:-num_missing_bytes])
         journal = write_journal(tmp_path, range(0))
         assert sorted(seed for _, seed in journal.outcomes) == [0, 1]
-    journal.add(make_outcome(2), seconds=9.0, wall=1.5)
+    journal.add(make_outcome(2), episode_s=9.0, since_last_end_s=1.5)
 
     assert path.read_bytes() == complete
     assert load_results(tmp_path).outcomes == [make_outcome(seed) for seed in range(3)]

@@ -491,7 +491,9 @@ def write_scores(plan: Plan, out: Path, rates: dict[str, float], **settings: Any
         for family in FAMILIES:
             for scene in range(plan.scenes + 1):  # the plan does not ask for the last scene
                 success = bool(rng.random() < rates[row])
-                journal.add(make_outcome(family, scene, success), seconds=0.1, wall=0.1)
+                journal.add(
+                    make_outcome(family, scene, success), episode_s=0.1, since_last_end_s=0.1
+                )
 
 
 @pytest.fixture

@@ -21,7 +21,7 @@ def write_evaluation(runs: Path, key: str, successes: list[bool], seams_mm: list
     seeds = list(range(len(successes)))
     journal = Journal(folder, key, {"replan": 1}, shard=(1, 1), scenes={"put_on": seeds})
     for seed, success in zip(seeds, successes, strict=True):
-        journal.add(make_outcome("put_on", seed, success), seconds=0.25, wall=0.5)
+        journal.add(make_outcome("put_on", seed, success), episode_s=0.25, since_last_end_s=0.5)
     (folder / "seams.txt").write_text("".join(f"{seam}\n" for seam in seams_mm))
 
 

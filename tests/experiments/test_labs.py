@@ -15,7 +15,7 @@ def write_score(runs: Path, key: str, successes: list[bool]) -> None:
         runs / "scores" / key, key, {"replan": 1}, shard=(1, 1), scenes={"put_on": seeds}
     )
     for seed, success in zip(seeds, successes, strict=True):
-        journal.add(make_outcome("put_on", seed, success), seconds=0.25, wall=0.5)
+        journal.add(make_outcome("put_on", seed, success), episode_s=0.25, since_last_end_s=0.5)
 
 
 def test_cells_are_compared_over_the_seeds_that_both_rows_have(tmp_path: Path) -> None:

@@ -87,7 +87,9 @@ def write_journal(folder: Path, seeds: list[int], num_ended: int) -> None:
     """
     journal = Journal(folder, "policy", {"replan": 1}, shard=(1, 1), scenes={"put_on": seeds})
     for seed in seeds[:num_ended]:
-        journal.add(make_outcome("put_on", seed, success=True), seconds=0.25, wall=0.5)
+        journal.add(
+            make_outcome("put_on", seed, success=True), episode_s=0.25, since_last_end_s=0.5
+        )
 
 
 def test_a_finished_score_is_read_back_as_its_journal_says(tmp_path: Path) -> None:

@@ -37,7 +37,7 @@ def write_results(
     journal = Journal(folder, folder.name, settings or {}, shard=(1, 1), scenes={family: scenes})
     for seed in scenes:
         outcome = make_outcome(family, seed, success=seed < num_successes)
-        journal.add(outcome, seconds=1.0, wall=1.0)
+        journal.add(outcome, episode_s=1.0, since_last_end_s=1.0)
     return folder
 
 

@@ -592,12 +592,12 @@ def evaluated_chunks(
     inference_of_step = {}
 
     def act_and_record(envs: Any, observations: Any) -> Any:
-        chunks = PolicyAgent.act(agent, envs, observations)
+        chunks = PolicyAgent.choose_action_chunks(agent, envs, observations)
         [env] = envs
         inference_of_step[env.steps] = (observations[0]["observation/state"], chunks[0])
         return chunks
 
-    monkeypatch.setattr(agent, "act", act_and_record)
+    monkeypatch.setattr(agent, "choose_action_chunks", act_and_record)
     options = TabletopOptions(
         num_scenes=1,
         tasks=("stack_cube",),

@@ -34,7 +34,7 @@ from spear.util.files import DISK_FULL_ERRNOS, DISK_FULL_MESSAGE
 COMMANDS: dict[str, str] = {
     "label": "label:label",
     "label show": "label:show",
-    "questions": "label:ask_about",
+    "questions": "label:make_questions",
     "ask": "basics:ask",
     "record": "basics:record",
     "record simpler": "basics:record_simpler",

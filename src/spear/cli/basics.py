@@ -324,7 +324,7 @@ def doctor(options: DoctorOptions) -> None:
         spear doctor --checkpoint ./spear1-franka
     """
     if options.checkpoint is not None:
-        _compare_checkpoint(options.checkpoint)
+        _print_settings_comparison(options.checkpoint)
         return
     from spear.doctor import COLUMNS, DisagreementError, list_machine_facts, measure_implementations
     from spear.models.devices import prepare_device
@@ -368,7 +368,7 @@ def doctor(options: DoctorOptions) -> None:
     print(f"\neverything agrees{page_advice}")
 
 
-def _compare_checkpoint(folder: Path) -> None:
+def _print_settings_comparison(folder: Path) -> None:
     """Print how the settings of a checkpoint compare with ours."""
     from spear.models.weights.foreign_settings import COLUMNS, compare_settings, summarize_verdicts
 

@@ -144,10 +144,10 @@ def evaluate_simpler(options: EvaluateSimplerOptions) -> None:
     agent = run.OracleAgent() if is_plain_oracle else load_agent(**vars(options.agent))
     if options.loop.shift == "all":
         from spear.evaluate.shift_suite import evaluate_shifts
-        from spear.evaluate.simpler.shifts import SIMPLER_AXES, select_tasks
+        from spear.evaluate.simpler.shifts import SIMPLER_AXES, resolve_tasks
 
         # The same tasks with every shift, so that their mean success can be compared.
-        tasks = select_tasks(options.loop.tasks, "all")
+        tasks = resolve_tasks(options.loop.tasks, "all")
         shift_results = evaluate_shifts(
             lambda shifted: run.evaluate_simpler(agent, shifted)[0],
             replace(options.loop, tasks=tasks),
@@ -345,7 +345,7 @@ def _read_learned_fingerprints(model: str) -> set[str]:
 
 def _print_open_loop_errors(scores: "Sequence[OpenLoopErrors]", num_episodes: int) -> None:
     """Print a table: a row per kind of error, a column per policy."""
-    summaries = [score.average_over_steps() for score in scores]
+    summaries = [score.estimate_mean_errors() for score in scores]
     # A column has 28 characters. Long names are paths of policies, which differ at their ends.
     names = [score.name[-26:] for score in scores]
     rows = [(format_count(num_episodes, "held-out episodes"), names)]

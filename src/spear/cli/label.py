@@ -60,7 +60,7 @@ def label(options: LabelOptions) -> None:
     else:
         _label_simulated_scenes(options)
     if options.questions and not options.dry_run:
-        ask_about(QuestionOptions(options.out, options.seed))
+        make_questions(QuestionOptions(options.out, options.seed))
 
 
 def _check_label_options(options: LabelOptions, is_benchmark: bool) -> None:
@@ -204,7 +204,9 @@ def _print_plan(options: LabelOptions) -> None:
     networks: list[Resources] = []
     for option in MODEL_OPTIONS:
         _, _, description = getattr(options, option).rpartition("+")  # OTHER of FILE+OTHER
-        line, resources = _plan_model(description, settings["vocabulary"], num_images, options)
+        line, resources = _estimate_model_cost(
+            description, settings["vocabulary"], num_images, options
+        )
         print(f"  {line}")
         if resources is not None:
             networks.append(resources)
@@ -212,7 +214,7 @@ def _print_plan(options: LabelOptions) -> None:
         _print_estimated_cost(networks, num_images, device)
 
 
-def _plan_model(
+def _estimate_model_cost(
     description: str, vocabulary: Sequence[str], num_images: int, options: LabelOptions
 ) -> "tuple[str, Resources | None]":
     """Return a line about what a model costs, and its resources.
@@ -273,7 +275,7 @@ def _print_estimated_cost(networks: "Sequence[Resources]", num_images: int, devi
     )
 
 
-def ask_about(options: QuestionOptions) -> None:
+def make_questions(options: QuestionOptions) -> None:
     """Ask 3D questions about labeled images, and answer them from the labels.
 
     Writes LABELS/questions.parquet. No questions are asked about objects that occur twice in an

@@ -150,7 +150,7 @@ def estimate_memory(options: EstimateMemoryOptions) -> None:
     usable_bytes = memory.estimate_usable_bytes(options.gpu)
     changes = parse_key_values(options.set, preset=options.preset, batch_size=options.batch_size)
     if options.recipe == "inference":
-        _print_inference_estimate(options, usable_bytes)
+        _print_inference_estimate_and_check_fit(options, usable_bytes)
         return
 
     recipe = get_recipe(options.recipe, **changes)
@@ -177,7 +177,9 @@ def estimate_memory(options: EstimateMemoryOptions) -> None:
     )
 
 
-def _print_inference_estimate(options: EstimateMemoryOptions, usable_bytes: float) -> None:
+def _print_inference_estimate_and_check_fit(
+    options: EstimateMemoryOptions, usable_bytes: float
+) -> None:
     """Print whether inference with a policy of the preset fits on the GPU, in each precision."""
     import torch
 

@@ -13,7 +13,7 @@ import numpy as np
 
 from spear.data.store.episode_store import EpisodeStore
 from spear.diagnose.picture_repair import CAMERA, NO_REPAIR, PictureRepair
-from spear.evaluate.vqa.ask import ask_what_is_at_points
+from spear.evaluate.vqa.ask import point_at_objects_and_name_them
 from spear.labels.questions.templates import is_a
 from spear.policy import VlmBundle
 from spear.types import Array
@@ -75,7 +75,7 @@ def are_names_missed(
         rows = [row for row, missed in enumerate(is_missed) if missed]
         images = [_read_picture(*episode_of_each[row], time_share, repair) for row in rows]
         tried_names = [names[row] for row in rows]
-        seen_names = ask_what_is_at_points(model, images, tried_names, CAMERA)
+        seen_names = point_at_objects_and_name_them(model, images, tried_names, CAMERA)
         for row, seen_name in zip(rows, seen_names, strict=True):
             name = names[row]
             is_missed[row] = not is_a(seen_name, name) and not is_a(name, seen_name)

@@ -34,7 +34,7 @@ class Agent(Protocol):
     name           the name under which its results are saved and shown.
     weights        identity of the trained weights (`Spear1Policy.identity`); None for a baseline,
                    or if a server does not send the identity.
-    needs_images   whether `act` uses the cameras; if not, no images are rendered for it.
+    needs_images   whether it sees the cameras; if not, no images are rendered for it.
     image_sizes    camera → (width, height) of its images in the embedded simulator, px.
     max_committed  longest committed prefix, the actions of the running chunk with which the agent's
                    next chunk can begin.
@@ -46,7 +46,7 @@ class Agent(Protocol):
     image_sizes: Mapping[str, tuple[int, int]] = DEFAULT_IMAGE_SIZES
     max_committed: int = 0
 
-    def act(
+    def choose_action_chunks(
         self, envs: Sequence[Any], observations: Sequence[Mapping[str, Any]]
     ) -> Sequence[Array]:
         """Choose one chunk of actions for each of the running scenes.
@@ -77,7 +77,7 @@ class PolicyAgent(Agent):
         self.image_sizes = get_rendered_sizes(policy)
         self.max_committed = getattr(policy, "committed", 0)
 
-    def act(
+    def choose_action_chunks(
         self, envs: Sequence[Any], observations: Sequence[Mapping[str, Any]]
     ) -> Sequence[Array]:
         policy_observations = []
@@ -113,7 +113,7 @@ def predict_first_action(
     """
     agent = _load_agent_on_one_thread(folder)
     env = SimpleNamespace(seed=seed, steps=step)
-    (chunk,) = agent.act([env], [observation])
+    (chunk,) = agent.choose_action_chunks([env], [observation])
     return chunk[0]
 
 
@@ -125,7 +125,7 @@ class ExpertAgent(Agent):
 
     name = "expert"
 
-    def act(
+    def choose_action_chunks(
         self, envs: Sequence[Any], observations: Sequence[Mapping[str, Any]]
     ) -> Sequence[Array]:
         from spear.sim import expert
@@ -138,7 +138,7 @@ class IdleAgent(Agent):
 
     name = "nothing"
 
-    def act(
+    def choose_action_chunks(
         self, envs: Sequence[Any], observations: Sequence[Mapping[str, Any]]
     ) -> Sequence[Array]:
         return [IDLE_ACTION[None]] * len(envs)

@@ -141,7 +141,7 @@ class _Tabletop:
                 images_and_state = self._observe(scene.env) if agent.needs_images else {}
                 committed_prefix = scene.executor.committed_actions()  # {"committed": …} or {}
                 observations.append({**images_and_state, **committed_prefix})
-            chunks = agent.act([scene.env for scene in scenes], observations)
+            chunks = agent.choose_action_chunks([scene.env for scene in scenes], observations)
 
             # Execute the chunks.
             running = []

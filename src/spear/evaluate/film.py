@@ -58,9 +58,9 @@ def compose_frame(
     Returns:
         [h, w, 3] uint8 with even height and width, as H.264 requires.
     """
-    views = [_scale_to_height(external)]
+    views = [_scale_to_film_height(external)]
     if wrist is not None:
-        views.append(_scale_to_height(wrist))
+        views.append(_scale_to_film_height(wrist))
     image = np.concatenate(views, axis=1)
     width = image.shape[1]
     even_width = width + width % 2
@@ -115,7 +115,7 @@ def encode_film(frames: Iterable[Array], rate_hz: float) -> bytes:
     return buffer.getvalue()
 
 
-def _scale_to_height(image: Array) -> Array:
+def _scale_to_film_height(image: Array) -> Array:
     """Scale an image [h, w, 3] to the height `HEIGHT_PX`, with the same aspect ratio."""
     width = round(image.shape[1] * HEIGHT_PX / image.shape[0])
     return np.asarray(Image.fromarray(image).resize((width, HEIGHT_PX), Image.Resampling.LANCZOS))

@@ -62,15 +62,17 @@ def degrade_image(
     return decode_image(encode_jpeg(pixels, quality=level.jpeg_quality))
 
 
-def degrade_picture(image: NDArray[np.uint8], level: NoiseLevel, seed: int) -> NDArray[np.uint8]:
+def degrade_scene_image(
+    image: NDArray[np.uint8], level: NoiseLevel, scene_seed: int
+) -> NDArray[np.uint8]:
     """Degrade the only image of a scene, [h, w, 3] uint8 RGB; a seed always gives the same noise.
 
     Args:
         image: The image.
         level: How bad the camera is.
-        seed: The scene's seed.
+        scene_seed: The scene's seed.
     """
-    return degrade_image(image, level, np.random.default_rng([_STREAM, seed]))
+    return degrade_image(image, level, np.random.default_rng([_STREAM, scene_seed]))
 
 
 def degrade_observation(

@@ -43,7 +43,7 @@ class OpenLoopErrors:
     predicted: Sequence[Array]
     truth: Sequence[Array]
 
-    def average_over_steps(self) -> dict[str, Estimate]:
+    def estimate_mean_errors(self) -> dict[str, Estimate]:
         """Average each error over all steps.
 
         The intervals come from a bootstrap over whole episodes, because the steps of one episode
@@ -152,13 +152,13 @@ def measure_mean_action_errors(
         horizon: Length of the policy's chunks, so that the errors are comparable.
     """
     known_actions = []
-    for episode in _read_without_images(train):
+    for episode in _read_resampled_without_images(train):
         actions, is_known = get_or_derive_actions(episode)
         known_actions.append(actions[is_known])
     mean_action = compute_mean_action(np.concatenate(known_actions))
 
     predictions = []
-    for episode in _read_without_images(held_out):
+    for episode in _read_resampled_without_images(held_out):
         chunks = np.tile(mean_action, (len(episode), horizon, 1))  # [T, H, 8]
         predictions.append((episode, chunks))
     return _measure_prediction_errors("mean action", predictions)
@@ -175,7 +175,7 @@ def measure_last_action_errors(held_out: EpisodeStore, horizon: int = HORIZON) -
         horizon: Length of the policy's chunks, so that the errors are comparable.
     """
     predictions = []
-    for episode in _read_without_images(held_out):
+    for episode in _read_resampled_without_images(held_out):
         gripper = binarize_gripper(episode.gripper[:1])[0]
         idle_action = np.array([[0, 0, 0, 1, 0, 0, 0, gripper]], np.float32)
         actions, _ = get_or_derive_actions(episode)
@@ -185,7 +185,7 @@ def measure_last_action_errors(held_out: EpisodeStore, horizon: int = HORIZON) -
     return _measure_prediction_errors("last action", predictions)
 
 
-def _read_without_images(store: EpisodeStore) -> list[Episode]:
+def _read_resampled_without_images(store: EpisodeStore) -> list[Episode]:
     """Read all episodes of a store at 5 Hz, without their images."""
     return [resample_episode(store.without_images(index)) for index in range(len(store))]
 

@@ -13,7 +13,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from pydantic import NonNegativeInt
@@ -298,7 +298,9 @@ def merge_results(shards: Sequence[Results]) -> Results:
     first = shards[0]
     outcomes: dict[SceneId, Outcome] = {}
     for shard in shards:
-        difference = describe_difference(_to_header(first), _to_header(shard))
+        difference = describe_difference(
+            _get_policy_and_settings(first), _get_policy_and_settings(shard)
+        )
         if difference:
             raise SpearError(
                 f"the results of {shard.policy} are of several evaluations ({difference}). "
@@ -324,25 +326,33 @@ def merge_results(shards: Sequence[Results]) -> Results:
     return Results(first.policy, first.settings, sorted_outcomes, seconds, wanted)
 
 
-def _to_header(results: Results) -> dict[str, Any]:
+def _get_policy_and_settings(results: Results) -> dict[str, Any]:
     """Return the policy and the settings, which all parts of one evaluation have in common."""
     return {"policy": results.policy, **results.settings}
 
 
-def parse_shard(text: str) -> tuple[int, int]:
-    """Parse a part of an evaluation: "2/5", the second of five parts, as (2, 5).
+class Shard(NamedTuple):
+    """A part of an evaluation: every count-th scene from the number-th on.
 
-    Part k of n consists of every n-th scene from the k-th on.
+    number  number of the part, from 1 on.
+    count   how many parts there are.
+    """
+
+    number: int
+    count: int
+
+
+def parse_shard(text: str) -> Shard:
+    """Parse a part of an evaluation: "2/5" is the second of five parts.
 
     Raises:
-        SpearError: The text has another form, or not 1 ≤ k ≤ n.
+        SpearError: The text has another form, or not 1 ≤ number ≤ count.
     """
-    index_text, _, count_text = text.partition("/")
-    if index_text.isdecimal() and count_text.isdecimal():
-        index = int(index_text)
-        count = int(count_text)
-        if 1 <= index <= count:
-            return index, count
+    number_text, _, count_text = text.partition("/")
+    if number_text.isdecimal() and count_text.isdecimal():
+        shard = Shard(int(number_text), int(count_text))
+        if 1 <= shard.number <= shard.count:
+            return shard
     raise SpearError(f"--shard {text} is no part. Write 2/5 for the second of five.")
 
 
@@ -357,7 +367,7 @@ class Journal:
         folder: Path,
         policy: str,
         settings: Mapping[str, Any],
-        shard: tuple[int, int],
+        shard: Shard,
         scenes: ScenesByFamily,
     ) -> None:
         """Open a new journal, or continue an existing one.
@@ -366,7 +376,7 @@ class Journal:
             folder: The folder of results.
             policy: The name of the policy.
             settings: The settings of the evaluation.
-            shard: (k, n) for part k of n.
+            shard: The part.
             scenes: The scenes of this part.
 
         Raises:
@@ -387,7 +397,9 @@ class Journal:
             unannounced |= {(family, seed) for seed in seeds}
         for path in journals:
             results = read_journal(path)
-            difference = describe_difference(_to_header(results), {"policy": policy, **settings})
+            difference = describe_difference(
+                _get_policy_and_settings(results), {"policy": policy, **settings}
+            )
             if difference:
                 raise SpearError(
                     f"{folder} contains other results ({difference}). Give another --out, or "
@@ -396,7 +408,8 @@ class Journal:
             self.outcomes |= {outcome.scene: outcome for outcome in results.outcomes}
             unannounced -= results.wanted
 
-        self._path = folder / f"episodes-{shard[0]}-of-{shard[1]}.jsonl"
+        number, count = shard
+        self._path = folder / f"episodes-{number}-of-{count}.jsonl"
         if self._path.is_file():
             _cut_off_incomplete_line(self._path)
 
@@ -409,21 +422,21 @@ class Journal:
             all_scenes = {family: list(seeds) for family, seeds in scenes.items()}
             self._header_lines.append({"scenes": all_scenes})
 
-    def add(self, outcome: Outcome, seconds: float, wall: float) -> None:
+    def add(self, outcome: Outcome, episode_s: float, since_last_end_s: float) -> None:
         """Append the outcome of an episode. The outcome is on disk when this method returns.
 
         Args:
             outcome: The outcome.
-            seconds: How long the episode ran.
-            wall: Wall time since the end of the previous episode. Several episodes run at once, so
-                only these times add up to the time of the evaluation.
+            episode_s: How long the episode ran.
+            since_last_end_s: Wall time since the end of the previous episode. Several episodes run
+                at once, so only these times add up to the time of the evaluation.
         """
         with report_write_errors(self._path), self._path.open("a", encoding="utf-8") as file:
             lines = list(self._header_lines)
             is_continued = file.tell() > 0  # an existing journal has its first line already
             if lines and is_continued:
                 del lines[0]
-            lines.append({**asdict(outcome), "seconds": seconds, "wall": wall})
+            lines.append({**asdict(outcome), "seconds": episode_s, "wall": since_last_end_s})
             file.writelines(json.dumps(line) + "\n" for line in lines)
             file.flush()
             os.fsync(file.fileno())

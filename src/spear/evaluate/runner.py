@@ -15,7 +15,7 @@ from spear.errors import SpearError, format_count
 from spear.evaluate import film
 from spear.evaluate.agents import Agent
 from spear.evaluate.options import EpisodeOptions
-from spear.evaluate.results import Journal, Outcome, Results, ScenesByFamily, parse_shard
+from spear.evaluate.results import Journal, Outcome, Results, ScenesByFamily, Shard, parse_shard
 from spear.types import CONTROL_RATE_HZ, Array
 from spear.util.files import write_bytes
 from spear.util.progress import ProgressBar
@@ -121,24 +121,24 @@ def run_evaluation(
     return results, evaluation.films
 
 
-def select_shard(scenes: ScenesByFamily, shard: tuple[int, int]) -> dict[str, Sequence[int]]:
-    """Select the scenes of one part: every n-th scene from the k-th on.
+def select_shard(scenes: ScenesByFamily, shard: Shard) -> dict[str, Sequence[int]]:
+    """Select the scenes of one part.
 
     Args:
         scenes: The scenes of the whole evaluation.
-        shard: (k, n) for part k of n.
+        shard: The part.
 
     Raises:
         SpearError: The part has no scenes.
     """
-    index, count = shard
+    number, count = shard
     max_scenes = max(map(len, scenes.values()), default=0)
-    if max_scenes < index:
+    if max_scenes < number:
         raise SpearError(
-            f"--shard {index}/{count} contains no scene. Make at most "
+            f"--shard {number}/{count} contains no scene. Make at most "
             f"{format_count(max_scenes, 'parts')}."
         )
-    return {family: seeds[index - 1 :: count] for family, seeds in scenes.items()}
+    return {family: seeds[number - 1 :: count] for family, seeds in scenes.items()}
 
 
 @contextlib.contextmanager
@@ -146,15 +146,15 @@ def open_journal(
     options: EpisodeOptions,
     policy: str,
     settings: Mapping[str, Any],
-    shard: tuple[int, int],
+    shard: Shard,
     shard_scenes: ScenesByFamily,
 ) -> Iterator[Journal]:
     """Open the journal of a part in `options.out`, locked so that no other process writes to it."""
     assert options.out is not None
-    index, count = shard
+    number, count = shard
     check_holds_no_input(options.out, "evaluate")
-    lock_name = f".episodes-{index}-of-{count}.lock"
-    with acquire_run_lock(options.out, f"running part {index}/{count} in", name=lock_name):
+    lock_name = f".episodes-{number}-of-{count}.lock"
+    with acquire_run_lock(options.out, f"running part {number}/{count} in", name=lock_name):
         yield Journal(options.out, policy, settings, shard, shard_scenes)
 
 

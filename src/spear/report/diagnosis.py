@@ -290,11 +290,11 @@ def _tabulate_open_loop_errors(case: PolicyCase) -> list[tuple[str, str, str]]:
         with suppress_notices():
             policy_errors = measure_policy_errors(
                 "policy", case.policy, sample
-            ).average_over_steps()
+            ).estimate_mean_errors()
             horizon = int(case.policy.model.config.horizon)
             baseline_errors = measure_mean_action_errors(
                 case.training, sample, horizon
-            ).average_over_steps()
+            ).estimate_mean_errors()
     except SpearError:  # no episode is as long as a chunk
         return []
     rows = []

@@ -31,7 +31,7 @@ def load_worker(path: str) -> Any:
 
 def run_episode(task: Any, step: Callable[[np.ndarray], Any]) -> np.ndarray:
     """Execute the commands with a step function. Returns the states [commands, values]."""
-    task.reset(0, num_resets=1)
+    task.reset(0, num_resets_since_seeding=1)
     rng = np.random.default_rng(0)
     states = []
     for index in range(NUM_COMMANDS):

@@ -81,7 +81,7 @@ def test_masks_and_depth_show_where_objects_are() -> None:
         LiberoProcess("libero_object", 0, PROTOCOL.seed, fast_rendering=True)
     ) as process:
         frame = render_labeled_frame(process, "libero_object-0", SEEDS[0], (168, 126))
-        moment = process.run(np.zeros((0, 7)), max_steps=1)
+        moment = process.run(np.zeros((0, 7)), max_episode_steps=1)
 
     assert frame.depth is not None
     assert frame.instances is not None

@@ -270,7 +270,7 @@ def process() -> Iterator[LiberoProcess]:
 class TestLibero:
     def test_a_reset_gives_the_same_again(self, process: LiberoProcess) -> None:
         first_moment = process.reset(3)
-        process.run(np.array([[0.03, 0, 0, 0, 0, 0, 1.0]] * 3), max_steps=100)
+        process.run(np.array([[0.03, 0, 0, 0, 0, 0, 1.0]] * 3), max_episode_steps=100)
 
         second_moment = process.reset(3)
 
@@ -300,9 +300,9 @@ class TestLibero:
         with contextlib.closing(
             LiberoProcess("libero_goal", 1, PROTOCOLS["openpi"].seed, fast_rendering=True)
         ) as process:
-            second = process.reset(1, num_resets=2).objects["wooden_cabinet_1"]
-            first = process.reset(0, num_resets=1).objects["wooden_cabinet_1"]
-            second_again = process.reset(1, num_resets=2).objects["wooden_cabinet_1"]
+            second = process.reset(1, num_resets_since_seeding=2).objects["wooden_cabinet_1"]
+            first = process.reset(0, num_resets_since_seeding=1).objects["wooden_cabinet_1"]
+            second_again = process.reset(1, num_resets_since_seeding=2).objects["wooden_cabinet_1"]
 
         np.testing.assert_array_equal(second_again.pose, second.pose)
         assert np.linalg.norm(first.pose[:3] - second.pose[:3]) > 1e-4
@@ -319,7 +319,7 @@ class TestLibero:
         assert state[7] == pytest.approx(moment.opening, abs=1e-5)
 
     def test_official_positions_are_those_that_a_reset_sets(self, process: LiberoProcess) -> None:
-        official = process.list_official_positions()
+        official = process.list_official_object_positions()
 
         moment = process.reset(3)
 
@@ -334,7 +334,7 @@ class TestLibero:
     ) -> None:
         moment = begin_at_resting_start(process, 10_000)
 
-        official = process.list_official_positions()
+        official = process.list_official_object_positions()
         names = sorted(official)
         places = np.stack([moment.objects[name].pose[:2] + moment.base[:2] for name in names])
         all_official = np.stack([official[name][:, :2] for name in names], axis=1)

@@ -46,9 +46,9 @@ class KinematicProcess:
         self,
         state_index: int,
         changes: Mapping[str, Any] | None = None,
-        num_resets: int | None = None,
+        num_resets_since_seeding: int | None = None,
     ) -> LiberoMoment:
-        self.resets.append((state_index, num_resets))
+        self.resets.append((state_index, num_resets_since_seeding))
         bowl_position = (0.5, 0.1 * state_index, 0.0)
         bowl = Box(
             pose=np.array([*bowl_position, *UPRIGHT]),
@@ -78,8 +78,8 @@ class KinematicProcess:
         )
         return self._moment
 
-    def run(self, rows: Array, max_steps: int) -> LiberoMoment:
-        for row in rows:
+    def run(self, pose_steps: Array, max_episode_steps: int) -> LiberoMoment:
+        for row in pose_steps:
             self._move(row.astype(np.float64))
         return self._moment
 

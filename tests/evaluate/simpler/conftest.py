@@ -21,7 +21,7 @@ def simpler(shared: Path) -> Iterator[Simpler]:
         pytest.skip(f"SIMPLER's assets not found at {assets}")
     simulator = Simpler(SimplerOptions(batch_size=1, assets=assets))
     try:
-        simulator.open(CUBE_TASK, 1)[0].reset(0, image=True)
+        simulator.ensure_processes(CUBE_TASK, 1)[0].reset(0, image=True)
     except NoRenderer as error:
         pytest.skip(str(error))
     yield simulator
@@ -31,4 +31,4 @@ def simpler(shared: Path) -> Iterator[Simpler]:
 @pytest.fixture
 def process(simpler: Simpler) -> SimplerProcess:
     """The process of the simulator, for the task with the cubes."""
-    return simpler.open(CUBE_TASK, 1)[0]
+    return simpler.ensure_processes(CUBE_TASK, 1)[0]

@@ -22,10 +22,10 @@ from spear.evaluate.simpler.tasks import (
     TASKS,
     Start,
     Truth,
-    is_official,
+    is_near_official_start,
     sample_off_grid_start,
 )
-from spear.evaluate.simpler.world import _to_ee_pose, compute_opening, is_at_rest, to_base_frame
+from spear.evaluate.simpler.world import _to_ee_pose, compute_opening, is_arm_at_rest, to_base_frame
 from spear.types import Array
 
 # Orientation of ManiSkill's gripper link when the gripper points down.
@@ -254,7 +254,7 @@ def test_rest_is_judged_by_the_pose_and_the_opening(
     truth = robot.truth()
     measured = truth.measured + np.array([moved_m, 0, 0, 0, 0, 0, 0])
 
-    assert is_at_rest(truth, measured, truth.opening + opening_change) == at_rest
+    assert is_arm_at_rest(truth, measured, truth.opening + opening_change) == at_rest
 
 
 # ---- Starts off the grid. The official starts are ManiSkill's of the carrot: carrot and plate lie
@@ -304,7 +304,7 @@ def test_a_start_close_to_an_official_one_is_official(starts: list[Start]) -> No
     for start in starts:
         close_positions = POSITIONS[3] + 0.5 * MIN_START_OFFSET_M  # along each axis
         close = dataclasses.replace(start, positions=close_positions, orientations=ORIENTATIONS[1])
-        assert is_official(close, POSITIONS, ORIENTATIONS)
+        assert is_near_official_start(close, POSITIONS, ORIENTATIONS)
 
 
 def test_a_start_follows_from_its_seed(starts: list[Start]) -> None:

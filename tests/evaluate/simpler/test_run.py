@@ -228,7 +228,7 @@ def test_a_demonstration_starts_off_the_grid(process: SimplerProcess) -> None:
 @pytest.fixture
 def labeled_frames(process: SimplerProcess) -> list[Frame]:
     """Frames of six scenes for labeling."""
-    return [process.render_scene(seed, (384, 256)) for seed in range(10_000, 10_006)]
+    return [process.build_and_render_scene(seed, (384, 256)) for seed in range(10_000, 10_006)]
 
 
 def test_scenes_for_labels_leave_those_of_evaluations_as_they_were(
@@ -236,9 +236,9 @@ def test_scenes_for_labels_leave_those_of_evaluations_as_they_were(
 ) -> None:
     """The scene with the most objects is looked at last, so that its clutter would be seen."""
     image_before = process.reset(3, image=True).observation["observation/image"]
-    frames = [process.render_scene(seed, (384, 256)) for seed in range(10_000, 10_006)]
+    frames = [process.build_and_render_scene(seed, (384, 256)) for seed in range(10_000, 10_006)]
     num_objects = [len(frame.names) for frame in frames]
-    process.render_scene(10_000 + int(np.argmax(num_objects)), (384, 256))
+    process.build_and_render_scene(10_000 + int(np.argmax(num_objects)), (384, 256))
 
     image_after = process.reset(3, image=True).observation["observation/image"]
 

@@ -25,9 +25,9 @@ from spear.evaluate.vqa.calibration import (
     Calibration,
     Certainty,
     ScoredAnswer,
-    calibrate,
     compute_spread,
     compute_spread_factor,
+    measure_calibration,
 )
 from spear.evaluate.vqa.measures import (
     guess_constants,
@@ -418,7 +418,7 @@ def simulate_calibration(overconfidence: float) -> Calibration:
         relative_error_percent = float(100 * certainty.relative_error.mean())
         answers.append(ScoredAnswer(image, certainty, relative_error_percent))
     factor = compute_spread_factor([answer.certainty for answer in answers[:150]])
-    return calibrate(answers, factor)
+    return measure_calibration(answers, factor)
 
 
 # The overconfidence, and the fraction of true numbers in intervals of 80 %. These reach to 1.2816
@@ -436,7 +436,7 @@ def test_intervals_contain_as_many_truths_as_they_should(
     assert estimate.value == pytest.approx(coverage, abs=0.05)
     assert estimate.low < coverage < estimate.high + 0.05
     is_calibrated = overconfidence == 1
-    assert (calibration.miss < 0.05) == is_calibrated
+    assert (calibration.expected_calibration_error < 0.05) == is_calibrated
 
 
 @CASES

@@ -168,14 +168,14 @@ class Outline:
         outside = np.maximum(self._measure_excess_m(points), 0)
         return np.linalg.norm(outside, axis=-1)
 
-    def measure_distances_to_sides_m(self, points: Array) -> Array:
+    def measure_inward_distances_m(self, points: Array) -> Array:
         """The horizontal distances [n] of points [n, 2] inside the box from its nearest side;
         negative outside."""
         return -self._measure_excess_m(points).max(axis=-1)
 
     def measure_signed_distances_m(self, points: Array) -> Array:
         """The horizontal distances [n] of points [n, 2]; inside negative, to the nearest side."""
-        inside = np.minimum(-self.measure_distances_to_sides_m(points), 0)
+        inside = np.minimum(-self.measure_inward_distances_m(points), 0)
         return self.measure_distances_m(points) + inside
 
     def compute_exit_direction(self, point: Array) -> Array:
@@ -228,14 +228,14 @@ def pursue(condition: Sequence[str], moment: LiberoMoment) -> ActionArray:
     """Choose the next action towards a condition that is not fulfilled."""
     predicate, name, *place_names = condition
     if predicate == "turnon":
-        return _turn_on(name, moment)
+        return _turn_on_stove(name, moment)
     if predicate == "open":
         return _open_drawer(name, moment)
     if predicate not in ("on", "in"):
         return _wait(moment, is_open=True)  # the oracle knows no other conditions
     place_name = place_names[0]
     if name.startswith("plate"):
-        return _push(name, moment.regions[place_name], moment)
+        return _push_plate(name, moment.regions[place_name], moment)
     if _is_drawer(place_name, moment):
         opening_action = _prepare_drawer(place_name, moment)
         if opening_action is not None:
@@ -270,14 +270,14 @@ def _pick_and_place(name: str, place_name: str, moment: LiberoMoment) -> ActionA
     Fingers that have closed without holding the object open again.
     """
     if moment.is_commanded_open:
-        return _approach(name, moment)
+        return _approach_and_grasp(name, moment)
     are_fingers_moving = moment.finger_speed >= STILL_FINGER_SPEED_M_S
     if are_fingers_moving:
         return _wait(moment, is_open=False)
     if name not in moment.gripped_objects:
         return _wait(moment, is_open=True)
     target_position = compute_rest_position(moment.objects[name], place_name, moment)
-    return _carry(name, target_position, moment)
+    return _carry_and_release(name, target_position, moment)
 
 
 def compute_rest_position(source: Box, place_name: str, moment: LiberoMoment) -> Array:
@@ -349,25 +349,27 @@ def _list_rim_grasps(name: str, moment: LiberoMoment) -> list[Grasp]:
         grasps.append(grasp)
         rooms.append(_measure_room_m(grasp, center[:2], obstacles))
     if max(rooms) < 0 and _list_open_drawers(moment):
-        return [_choose_leaning_grasp(grasps, center[:2], moment)]
+        return [_make_leaning_grasp(grasps, center[:2], moment)]
     enough = min(ENOUGH_ROOM_M, max(rooms))  # compared with a margin for rounding errors
     return [grasp for grasp, room in zip(grasps, rooms, strict=True) if room >= enough - 1e-9]
 
 
-def _choose_leaning_grasp(grasps: Sequence[Grasp], center: Array, moment: LiberoMoment) -> Grasp:
-    """Find the grasp of a bowl's rim at which the hand is farthest from any open drawer.
+def _make_leaning_grasp(
+    upright_grasps: Sequence[Grasp], center: Array, moment: LiberoMoment
+) -> Grasp:
+    """Lean the grasp of a bowl's rim at which the hand is then farthest from any open drawer.
 
     The bowl stands partly under a drawer, so the hand leans outward, away from the bowl's middle.
 
     Args:
-        grasps: Upright grasps around the rim.
+        upright_grasps: Grasps around the rim.
         center: [2] the bowl's middle.
         moment: The true state, with at least one open drawer.
     """
     covers = _list_open_drawers(moment)
-    best_grasp = grasps[0]
+    best_grasp = upright_grasps[0]
     best_room = -math.inf
-    for grasp in grasps:
+    for grasp in upright_grasps:
         point = grasp.position[:2]
         outward = (point - center) / np.linalg.norm(point - center)
         across = np.array([-outward[1], outward[0]])
@@ -405,7 +407,7 @@ def _measure_room_m(grasp: Grasp, center: Array, obstacles: Sequence[Outline]) -
                 obstacle.bottom < grasp.position[2] and obstacle.measure_distances_m(center) == 0
             )
             if is_around:
-                distance = obstacle.measure_distances_to_sides_m(outer_finger) - DRAWER_WALL_M
+                distance = obstacle.measure_inward_distances_m(outer_finger) - DRAWER_WALL_M
             else:
                 distance = obstacle.measure_distances_m(outer_finger)
             room = min(room, float(distance))
@@ -415,7 +417,7 @@ def _measure_room_m(grasp: Grasp, center: Array, obstacles: Sequence[Outline]) -
     return room
 
 
-def _approach(name: str, moment: LiberoMoment) -> ActionArray:
+def _approach_and_grasp(name: str, moment: LiberoMoment) -> ActionArray:
     """Move above the object first, then down to it, then close the gripper."""
     current_yaw = _measure_yaw_rad(moment.commanded)
 
@@ -470,7 +472,7 @@ def _compute_rotation_facing_grasp(grasp: Grasp, moment: LiberoMoment) -> Array:
     )
 
 
-def _carry(name: str, target_position: Array, moment: LiberoMoment) -> ActionArray:
+def _carry_and_release(name: str, target_position: Array, moment: LiberoMoment) -> ActionArray:
     """Carry the object up, across and down, then open the gripper."""
     box = moment.objects[name]
     facing = _compute_rotation_facing_down(_measure_yaw_rad(moment.commanded))
@@ -511,7 +513,7 @@ def _compute_move_from_under_drawer(box: Box, moment: LiberoMoment) -> Array | N
     return None
 
 
-def _push(name: str, region: Region, moment: LiberoMoment) -> ActionArray:
+def _push_plate(name: str, region: Region, moment: LiberoMoment) -> ActionArray:
     """Push a plate along the table to a region, with closed fingers inside its rim."""
     center = _compute_corners(moment.objects[name]).mean(axis=0)
     displacement = region.pose[:2] - center[:2]
@@ -535,7 +537,7 @@ def _push(name: str, region: Region, moment: LiberoMoment) -> ActionArray:
     return _move_posed(moment, np.array([*goal, push_height]), facing, is_open=False)
 
 
-def _turn_on(name: str, moment: LiberoMoment) -> ActionArray:
+def _turn_on_stove(name: str, moment: LiberoMoment) -> ActionArray:
     """Turn a stove's knob: move beside the end of the knob's handle, then down, then push it round.
 
     The position of the knob's joint is the angle of its handle.
@@ -562,7 +564,7 @@ def _open_drawer(region: str, moment: LiberoMoment, target_m: float = math.inf) 
     joint, cabinet = _get_joint_and_cabinet_names(region)
     outward = _compute_outward_direction(moment.objects[cabinet])
     handle = _compute_handle_position(region, moment)
-    facing = _compute_rotation_facing_sideways(math.atan2(outward[1], outward[0]), moment)
+    facing = _compute_rotation_facing_cabinet(math.atan2(outward[1], outward[0]), moment)
     present_goal = moment.commanded[:3]
     outward_goal = present_goal + DRAWER_STEP_M * outward  # away from the cabinet
 
@@ -634,13 +636,15 @@ def _get_joint_and_cabinet_names(drawer_region: str) -> tuple[str, str]:
     return f"{drawer}_level", cabinet
 
 
-def _compute_rotation_facing_sideways(yaw: float, moment: LiberoMoment) -> Array:
-    """Return the orientation [4] of a gripper that points level, against the direction `yaw`.
+def _compute_rotation_facing_cabinet(outward_yaw: float, moment: LiberoMoment) -> Array:
+    """Return the orientation [4] of a gripper that points level, at a cabinet's front.
+
+    `outward_yaw` is the direction in which the cabinet's drawers open, rad.
 
     Its fingers are one above the other. There are two such orientations, of which the one nearer to
     the commanded one is returned.
     """
-    turned = quat_exp(torch.tensor([0.0, 0.0, yaw], dtype=torch.float64))
+    turned = quat_exp(torch.tensor([0.0, 0.0, outward_yaw], dtype=torch.float64))
     # A quarter turn about y tips a gripper that points down so that it points along -x. Before it,
     # a quarter turn about the vertical, either way, brings the axis of the fingers upright.
     tipped = quat_exp(torch.tensor([0.0, math.pi / 2, 0.0], dtype=torch.float64))

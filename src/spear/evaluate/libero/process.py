@@ -139,27 +139,30 @@ class LiberoProcess:
         self.num_states = int(description["num_states"])
         self.goal: list[list[str]] = description["goal"]
 
-    def list_official_positions(self) -> dict[str, Array]:
+    def list_official_object_positions(self) -> dict[str, Array]:
         """Loose object → [states, 3], where it is in each official state, world frame, m."""
-        positions: dict[str, Array] = self._call("list_official_positions")
+        positions: dict[str, Array] = self._call("list_official_object_positions")
         return positions
 
     def reset(
         self,
         state_index: int,
         changes: Mapping[str, Any] | None = None,
-        num_resets: int | None = None,
+        num_resets_since_seeding: int | None = None,
     ) -> LiberoMoment:
         """Begin an episode from an official state (see `LiberoTask.reset` in worker.py)."""
-        return _read_moment(self._call("reset", state_index, changes, num_resets))
+        return _read_moment(self._call("reset", state_index, changes, num_resets_since_seeding))
 
-    def run(self, rows: Array, max_steps: int) -> LiberoMoment:
-        """Execute rows [n, 7] of the control "pose_steps"."""
-        return _read_moment(self._call("run", rows, max_steps))
+    def run(self, pose_steps: Array, max_episode_steps: int) -> LiberoMoment:
+        """Execute rows [n, 7] of the control "pose_steps", unless the episode reaches its limit.
 
-    def run_controller(self, commands: Array, max_steps: int) -> LiberoMoment:
+        The limit is in controller steps (20 Hz), and steps of earlier calls count, too.
+        """
+        return _read_moment(self._call("run", pose_steps, max_episode_steps))
+
+    def run_controller(self, commands: Array, max_episode_steps: int) -> LiberoMoment:
         """Execute rows [n, 7] of the control "osc_pose"."""
-        return _read_moment(self._call("run_controller", commands, max_steps))
+        return _read_moment(self._call("run_controller", commands, max_episode_steps))
 
     def render(self, size: int = IMAGE_SIZE_PX) -> dict[str, Array]:
         """Render both cameras: view → uint8 [size, size, 3], upright."""

@@ -188,7 +188,7 @@ def begin_at_resting_start(process: LiberoProcess, seed: int) -> LiberoMoment:
     `MAX_STARTS` starts rests, the last one is used. Whether it can be solved then shows when the
     oracle tries.
     """
-    official = process.list_official_positions()
+    official = process.list_official_object_positions()
     for attempt in range(MAX_STARTS):
         start = sample_start(official, seed, attempt)
         unchanged = process.reset(start.state_index)

@@ -158,7 +158,7 @@ class OracleAgent(Agent):
 
     name = "oracle"
 
-    def act(
+    def choose_action_chunks(
         self, envs: Sequence[LiberoScene], observations: Sequence[Mapping[str, Any]]
     ) -> Sequence[Array]:
         return [oracle.choose_action(env.process.goal, env.moment)[None] for env in envs]
@@ -205,7 +205,7 @@ class Libero:
 
                 # One inference for all scenes, then its actions in all of them at once.
                 observations = [self._observe(scene) for scene in scenes]
-                chunks = agent.act(scenes, observations)
+                chunks = agent.choose_action_chunks(scenes, observations)
                 moving = []
                 for scene, chunk, observation in zip(scenes, chunks, observations, strict=True):
                     moving.append(
@@ -269,7 +269,7 @@ class Libero:
         state_index = seed % process.num_states
         # Other projects go through the states in their order, with one reset before each. That
         # number fixes where cabinet and stove stand, also in an evaluation that was continued.
-        moment = process.reset(state_index, num_resets=state_index + 1)
+        moment = process.reset(state_index, num_resets_since_seeding=state_index + 1)
         pictures = process.render() if needs_pictures else make_blank_pictures()
         return LiberoScene(
             task,

@@ -47,19 +47,19 @@ class Start:
     changes: Mapping[str, Any]
 
 
-def sample_start(official: Mapping[str, Array], seed: int, attempt: int = 0) -> Start:
+def sample_start(official_positions: Mapping[str, Array], seed: int, attempt: int = 0) -> Start:
     """Draw a start.
 
     Args:
-        official: loose object → [S, 3], its position in each official state, m.
+        official_positions: loose object → [S, 3], its position in each official state, m.
         seed: of the start. It also chooses the official state.
         attempt: number of the draw; each number gives another start of the same official state.
 
     Raises:
         SpearError: no start was found that keeps the margin and the gaps.
     """
-    names = sorted(official)
-    positions = np.stack([official[name] for name in names], axis=1)  # [S, objects, 3]
+    names = sorted(official_positions)
+    positions = np.stack([official_positions[name] for name in names], axis=1)  # [S, objects, 3]
     state_index = seed % len(positions)
     old_positions = positions[state_index]
     group_of_object = _assign_group_numbers(old_positions)

@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 
 Array = np.ndarray
+IsTaskFulfilled = bool
 
 CONTROLLER_STEPS_PER_ACTION = 4
 """LIBERO's controller takes 20 commands a second, the policy 5 actions."""
@@ -108,7 +109,7 @@ class LiberoTask:
             "goal": [list(condition) for condition in problem["goal_state"]],
         }
 
-    def list_official_positions(self) -> dict[str, Array]:
+    def list_official_object_positions(self) -> dict[str, Array]:
         """Where each loose object is in each official state: name → [states, 3], world frame, m.
 
         Loose objects are those that are not part of the room's furniture.
@@ -126,26 +127,29 @@ class LiberoTask:
         return positions
 
     def reset(
-        self, state_index: int, changes: dict[str, Any] | None = None, num_resets: int | None = None
+        self,
+        state_index: int,
+        changes: dict[str, Any] | None = None,
+        num_resets_since_seeding: int | None = None,
     ) -> dict[str, Any]:
         """Begin an episode from an official state, as openpi's and OpenVLA-OFT's scripts do.
 
         Args:
             state_index: number of the official state.
             changes: what of that state is changed, see `_change_state`. None changes nothing.
-            num_resets: how many resets there have been since the environment was seeded, this one
-                included. Each reset draws anew where cabinet and stove stand. None stands for one
-                more than before.
+            num_resets_since_seeding: how many resets there have been since the environment was
+                seeded, this one included. Each reset draws anew where cabinet and stove stand. None
+                stands for one more than before.
 
         Returns:
             The moment, see `_make_moment`.
         """
-        if num_resets is None:
-            num_resets = self._num_resets + 1
-        if num_resets <= self._num_resets:
+        if num_resets_since_seeding is None:
+            num_resets_since_seeding = self._num_resets + 1
+        if num_resets_since_seeding <= self._num_resets:
             self._env.seed(self._seed)
             self._num_resets = 0
-        while self._num_resets < num_resets:
+        while self._num_resets < num_resets_since_seeding:
             self._soft_reset_environment()
         self._env.set_init_state(self._states[state_index])
         if changes is not None:
@@ -159,29 +163,29 @@ class LiberoTask:
         self._is_commanded_open = True
         return self._make_moment()
 
-    def run(self, rows: Array, max_steps: int) -> dict[str, Any]:
+    def run(self, pose_steps: Array, max_episode_steps: int) -> dict[str, Any]:
         """Execute actions, four controller steps for each, until the task is fulfilled.
 
         Args:
-            rows: [n, 7] as `spear.embodiments.libero` makes them: translation (m) and rotation
-                vector (rad) of the commanded pose, about the axes of the base, and the gripper's
-                command, -1 (open) to 1 (closed).
-            max_steps: controller steps after which an episode ends.
+            pose_steps: [n, 7] as `spear.embodiments.libero` makes them: translation (m) and
+                rotation vector (rad) of the commanded pose, about the axes of the base, and the
+                gripper's command, -1 (open) to 1 (closed).
+            max_episode_steps: controller steps after which an episode ends.
         """
-        for row in np.asarray(rows, np.float64):
-            self._move_commanded_pose(row)
-            self._is_commanded_open = bool(row[6] < 0)
+        for pose_step in np.asarray(pose_steps, np.float64):
+            self._move_commanded_pose(pose_step)
+            self._is_commanded_open = bool(pose_step[6] < 0)
             for _ in range(CONTROLLER_STEPS_PER_ACTION):
-                if self._has_succeeded or self._num_steps >= max_steps:
+                if self._has_succeeded or self._num_steps >= max_episode_steps:
                     return self._make_moment()
-                self._has_succeeded = self._step(self._compute_command(row[6]))
+                self._has_succeeded = self._step(self._compute_command(pose_step[6]))
                 self._num_steps += 1
         return self._make_moment()
 
-    def run_controller(self, commands: Array, max_steps: int) -> dict[str, Any]:
+    def run_controller(self, commands: Array, max_episode_steps: int) -> dict[str, Any]:
         """Execute commands [n, 7] in the controller's own units, as other projects' clients do."""
         for command in np.asarray(commands, np.float64):
-            if self._has_succeeded or self._num_steps >= max_steps:
+            if self._has_succeeded or self._num_steps >= max_episode_steps:
                 break
             self._has_succeeded = self._step(command)
             self._num_steps += 1
@@ -190,7 +194,7 @@ class LiberoTask:
 
     def render(self, size: int) -> dict[str, Array]:
         """Pictures of both cameras, upright: view → uint8 [size, size, 3]."""
-        self._open_renderer()
+        self._ensure_renderer_is_open()
         pictures = {}
         for view, camera in CAMERAS.items():
             raw_picture = self._env.sim.render(width=size, height=size, camera_name=camera)
@@ -212,7 +216,7 @@ class LiberoTask:
             "intrinsics"  [3, 3], px.
             "extrinsics"  [4, 4], from the camera's frame to that of the robot's base.
         """
-        self._open_renderer()
+        self._ensure_renderer_is_open()
         sim = self._env.sim
         camera = CAMERAS["external"]
         camera_index = sim.model.camera_name2id(camera)
@@ -340,7 +344,7 @@ class LiberoTask:
             self._is_prepared = True
             self._boxes = self._measure_low_and_high_corners()
 
-    def _step(self, command: Sequence[float] | Array) -> bool:
+    def _step(self, command: Sequence[float] | Array) -> IsTaskFulfilled:
         """Execute one command of the controller. Returns whether the task is fulfilled.
 
         This gives the same as LIBERO's own `step`, to the bit, in half the time. That one computes
@@ -368,8 +372,8 @@ class LiberoTask:
         environment._post_action(command)
         return bool(environment._check_success())
 
-    def _open_renderer(self) -> None:
-        """Open the renderer, for simpler pictures if that was asked for.
+    def _ensure_renderer_is_open(self) -> None:
+        """Open the renderer if it is not open, for simpler pictures if that was asked for.
 
         Those are pictures without multisampling and reflections, of meshes with fewer triangles.
         """
@@ -412,10 +416,10 @@ class LiberoTask:
         self._env.env.robots[0].controller.update(force=True)
         self._env.env.robots[0].controller.reset_goal()
 
-    def _move_commanded_pose(self, row: Array) -> None:
-        """Move the commanded pose by a row: translation and rotation vector, base frame."""
-        self._commanded[:3] += row[:3]
-        turn = rotation_vector_to_quaternion(row[3:6])
+    def _move_commanded_pose(self, pose_step: Array) -> None:
+        """Move the commanded pose by a step: translation and rotation vector, base frame."""
+        self._commanded[:3] += pose_step[:3]
+        turn = rotation_vector_to_quaternion(pose_step[3:6])
         rotation = multiply_quaternions(turn, self._commanded[3:])
         self._commanded[3:] = rotation / np.linalg.norm(rotation)
 
@@ -512,21 +516,21 @@ class LiberoTask:
         environment = self._env.env
         boxes = {}
         for name in (*environment.objects_dict, *environment.fixtures_dict):
-            corners = self._collect_points(environment.obj_body_id[name])
+            corners = self._list_points_spanning_body(environment.obj_body_id[name])
             boxes[name] = (corners.min(axis=0), corners.max(axis=0))
         return boxes
 
-    def _collect_points(self, root: int) -> Array:
+    def _list_points_spanning_body(self, body: int) -> Array:
         """Points [n, 3] that span the shapes of a body and its parts, in its own frame.
 
         Meshes that only collide do not count.
         """
         model = self._env.sim.model._model
         data = self._env.sim.data._data
-        root_rotation = data.xmat[root].reshape(3, 3)
+        body_rotation = data.xmat[body].reshape(3, 3)
         points = []
         for geom in range(model.ngeom):
-            if not self._is_part_of(model, int(model.geom_bodyid[geom]), root):
+            if not self._is_part_of(model, int(model.geom_bodyid[geom]), body):
                 continue
             # Group 0 has the collision shapes, which are not visible. Meshes among them are convex
             # hulls and left out; boxes, cylinders and the like count.
@@ -535,7 +539,7 @@ class LiberoTask:
             in_geom = _list_points_spanning_geom(model, geom)
             rotation = data.geom_xmat[geom].reshape(3, 3)
             in_world = in_geom @ rotation.T + data.geom_xpos[geom]
-            points.append((in_world - data.xpos[root]) @ root_rotation)
+            points.append((in_world - data.xpos[body]) @ body_rotation)
         return np.concatenate(points)
 
     @staticmethod

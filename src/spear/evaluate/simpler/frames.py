@@ -110,7 +110,7 @@ def _build_scene_and_list_clutter(env: Any, start: Start, rng: np.random.Generat
     task_names = list(env.obj_names)
     foreground_names = list(env.objects_excluded_from_greenscreening)
     other_names = [name for name in OBJECT_NAMES if name not in task_names]
-    positions, clutter_names = sample_clutter(start.positions, other_names, rng)
+    positions, clutter_names = sample_positions_with_clutter(start.positions, other_names, rng)
     clutter_orientations = []  # quaternions (w x y z) of rotations about the vertical
     for half_angle in rng.uniform(0, math.pi, len(clutter_names)):
         clutter_orientations.append([math.cos(half_angle), 0, 0, math.sin(half_angle)])
@@ -221,14 +221,16 @@ def rebuild_scene(
     env.reset(seed=0, options={"reconfigure": True, "episode_id": torch.tensor([number])})
 
 
-def sample_clutter(
-    positions: Array, names: list[str], rng: np.random.Generator
+def sample_positions_with_clutter(
+    task_positions: Array, candidate_names: list[str], rng: np.random.Generator
 ) -> tuple[Array, list[str]]:
-    """Sample positions for some clutter objects. An object that has no room is left out.
+    """Sample positions for some clutter objects, beside those of a task's objects.
+
+    An object that has no room is left out.
 
     Args:
-        positions: [n, 3] positions of a task's objects, m.
-        names: Names of the objects that may be clutter.
+        task_positions: [n, 3] positions of a task's objects, m.
+        candidate_names: Names of the objects that may be clutter.
         rng: Generator of random numbers.
 
     Returns:
@@ -236,7 +238,8 @@ def sample_clutter(
         names of the clutter objects.
     """
     clutter_names: list[str] = []
-    shuffled_names = rng.permutation(names)
+    positions = task_positions
+    shuffled_names = rng.permutation(candidate_names)
     num_candidates = rng.integers(MAX_CLUTTER_OBJECTS + 1)
     for name in shuffled_names[:num_candidates]:
         x = rng.uniform(*CLUTTER_X_M)
@@ -279,7 +282,7 @@ def fit_frame_into_size(frame: Frame, size: tuple[int, int], source: str) -> Fra
     depth = np.pad(frame.depth[nearest_pixels], border)
     instances = np.pad(frame.instances[nearest_pixels], border)
 
-    visible = _find_visible_instances(instances, left_px, top_px, inner_width, inner_height)
+    visible = _find_large_whole_instances(instances, left_px, top_px, inner_width, inner_height)
     scale_and_shift = np.array([[scale, 0, left_px], [0, scale, top_px], [0, 0, 1]])
     return Frame(
         image=fit_image(np.ascontiguousarray(frame.image), height, width),
@@ -292,7 +295,7 @@ def fit_frame_into_size(frame: Frame, size: tuple[int, int], source: str) -> Fra
     )
 
 
-def _find_visible_instances(
+def _find_large_whole_instances(
     instances: Array, left_px: int, top_px: int, inner_width: int, inner_height: int
 ) -> list[int]:
     """Return the numbers of the instances that are large enough and do not touch the border.

@@ -76,14 +76,14 @@ def choose_action(task_name: str, truth: Truth) -> ActionArray:
         is_placed = offset < MAX_PLACED_OFFSET_M and height < max_height
         if is_placed:
             return _retreat(truth, rest_position)
-        return _approach(truth, task)
+        return _approach_and_grasp(truth, task)
 
     has_object = truth.opening > MIN_HELD_OPENING
     if truth.is_closing and has_object:
         return _wait(truth, should_open=False)
     if not has_object:
         return _wait(truth, should_open=True)
-    return _carry(truth, task, rest_position, offset)
+    return _carry_and_release(truth, task, rest_position, offset)
 
 
 def _retreat(truth: Truth, rest_position: Array) -> ActionArray:
@@ -99,7 +99,7 @@ def _wait(truth: Truth, should_open: bool) -> ActionArray:
     )
 
 
-def _approach(truth: Truth, task: Task) -> ActionArray:
+def _approach_and_grasp(truth: Truth, task: Task) -> ActionArray:
     """Move above the object, then down to it, then close the gripper."""
     # The grasp is at a point on the object's x axis, at some distance from the object's origin.
     axis = quat_to_matrix(torch.from_numpy(truth.source[3:])).numpy()[:, 0]
@@ -125,7 +125,9 @@ def _approach(truth: Truth, task: Task) -> ActionArray:
     return _move_towards(truth, target, yaw, should_open=not should_close)
 
 
-def _carry(truth: Truth, task: Task, rest_position: Array, offset: float) -> ActionArray:
+def _carry_and_release(
+    truth: Truth, task: Task, rest_position: Array, horizontal_offset_m: float
+) -> ActionArray:
     """Carry the object up, across and down, then open the gripper.
 
     The object comes down while it still moves across. If the oracle waited until the object is
@@ -135,13 +137,13 @@ def _carry(truth: Truth, task: Task, rest_position: Array, offset: float) -> Act
         truth: The true state.
         task: The task.
         rest_position: [3] where the origin of the object should be at the end.
-        offset: Horizontal distance of the object from this position, m.
+        horizontal_offset_m: Distance of the object from this position.
     """
     height = truth.source[2] - rest_position[2]
     # The object moves straight up until it is high enough. Then the end effector has to move across
     # as far as the object does.
     target = truth.commanded[:3].copy()
-    is_above = offset < MAX_ABOVE_OFFSET_M
+    is_above = horizontal_offset_m < MAX_ABOVE_OFFSET_M
     if is_above or height > CARRY_M - ACROSS_MARGIN_M:
         target[:2] = truth.measured[:2] + rest_position[:2] - truth.source[:2]
     target_height = task.release_height_m if is_above else CARRY_M
@@ -150,7 +152,10 @@ def _carry(truth: Truth, task: Task, rest_position: Array, offset: float) -> Act
     # Something blocks the object if the arm stands still far from its command.
     lag_m = float(np.linalg.norm(truth.commanded[:3] - truth.measured[:3]))
     is_blocked = truth.is_still and lag_m > MAX_LAG_M and height < MAX_BLOCKED_HEIGHT_M
-    is_placed = offset < MAX_PLACE_OFFSET_M and height < task.release_height_m + RELEASE_MARGIN_M
+    is_placed = (
+        horizontal_offset_m < MAX_PLACE_OFFSET_M
+        and height < task.release_height_m + RELEASE_MARGIN_M
+    )
     should_open = is_placed or (is_above and is_blocked)
     return _move_towards(truth, target, _measure_yaw_rad(truth.commanded), should_open=should_open)
 

@@ -73,15 +73,15 @@ class CameraView:
         return np.asarray(in_camera[..., :2] / depth_m * self.focal_px + self.center_px)
 
 
-def compute_stage_points(camera: CameraView, target: Array) -> Array:
+def compute_points_of_pixels(camera: CameraView, dome_center: Array) -> Array:
     """Return the point [h, w, 3] of the stage that each pixel of a camera shows, m, base frame.
 
     Args:
         camera: A camera inside the dome, above the table.
-        target: [3] the middle of the dome, a point on the table.
+        dome_center: [3] a point on the table.
     """
     rays = camera.compute_rays()
-    offset = camera.position - target
+    offset = camera.position - dome_center
     # The ray meets the dome where |offset + distance · ray| is its radius. A camera outside of the
     # dome widens it.
     radius_m = max(DOME_RADIUS_M, 1.05 * float(np.linalg.norm(offset)))
@@ -108,7 +108,7 @@ def view_from(
     Returns:
         [h, w, 3] uint8. Parts that were not photographed are mirrored at the photograph's edges.
     """
-    points = compute_stage_points(camera, photographed_by.compute_target(table_z_m))
+    points = compute_points_of_pixels(camera, photographed_by.compute_target(table_z_m))
     pixels = photographed_by.project(points)  # [h, w, 2]
     # A single reflection is enough; farther away, the mirrored image's edge is repeated.
     width, height = photographed_by.size_px
@@ -125,7 +125,7 @@ def measure_photographed_fraction(
     photographed_by: CameraView, camera: CameraView, table_z_m: float
 ) -> float:
     """Return which fraction of another camera's image the photograph shows, not a mirror of it."""
-    points = compute_stage_points(camera, photographed_by.compute_target(table_z_m))
+    points = compute_points_of_pixels(camera, photographed_by.compute_target(table_z_m))
     x, y = np.moveaxis(photographed_by.project(points), -1, 0)
     width, height = photographed_by.size_px
     is_photographed = (x >= -0.5) & (x <= width - 0.5) & (y >= -0.5) & (y <= height - 0.5)
@@ -134,21 +134,23 @@ def measure_photographed_fraction(
 
 def relight(photograph: Array, factors: Array) -> NDArray[np.uint8]:
     """Return a photograph as if its light's red, green and blue had changed by factors [3]."""
-    return _to_pixels(photograph * np.asarray(factors) ** (1 / GAMMA))
+    return _round_to_uint8(photograph * np.asarray(factors) ** (1 / GAMMA))
 
 
-def shift_mean_color(photograph: Array, color: tuple[float, float, float]) -> NDArray[np.uint8]:
-    """Return a photograph whose red, green and blue are all moved until its mean is `color`.
+def shift_to_mean_color(
+    photograph: Array, mean_color: tuple[float, float, float]
+) -> NDArray[np.uint8]:
+    """Return a photograph whose colors are all moved until their mean is `mean_color`.
 
     Args:
         photograph: [h, w, 3] uint8.
-        color: Red, green and blue, 0 to 1.
+        mean_color: Red, green and blue, 0 to 1.
     """
     mean = photograph.reshape(-1, 3).mean(axis=0)
-    return _to_pixels(photograph + (255 * np.asarray(color) - mean))
+    return _round_to_uint8(photograph + (255 * np.asarray(mean_color) - mean))
 
 
-def recolor(photograph: Array, color: tuple[float, float, float]) -> NDArray[np.uint8]:
+def colorize(photograph: Array, color: tuple[float, float, float]) -> NDArray[np.uint8]:
     """Return a photograph in which everything has the same color, with the same light and shade.
 
     Args:
@@ -156,7 +158,7 @@ def recolor(photograph: Array, color: tuple[float, float, float]) -> NDArray[np.
         color: Red, green and blue, 0 to 1.
     """
     gray = photograph.mean(axis=-1, keepdims=True)
-    return _to_pixels(gray / gray.mean() * 255 * np.asarray(color))
+    return _round_to_uint8(gray / gray.mean() * 255 * np.asarray(color))
 
 
 def paint_texture(
@@ -170,13 +172,13 @@ def paint_texture(
         camera: The camera.
         table_z_m: The table's height, m, base frame.
     """
-    points = compute_stage_points(camera, camera.compute_target(table_z_m))
+    points = compute_points_of_pixels(camera, camera.compute_target(table_z_m))
     tile_pixels = np.floor(points[..., :2] / TEXTURE_PERIOD_M * TEXTURE_SIZE_PX).astype(int)
     columns, rows = np.moveaxis(tile_pixels % TEXTURE_SIZE_PX, -1, 0)
     gray = draw_texture(texture)[rows, columns]  # [h, w]
-    return _to_pixels(gray[..., None] * np.asarray(color))
+    return _round_to_uint8(gray[..., None] * np.asarray(color))
 
 
-def _to_pixels(values: Array) -> NDArray[np.uint8]:
+def _round_to_uint8(values: Array) -> NDArray[np.uint8]:
     """Round values to uint8."""
     return np.clip(np.rint(values), 0, 255).astype(np.uint8)

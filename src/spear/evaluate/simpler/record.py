@@ -218,4 +218,4 @@ def _render_frames(
     """Render the frames of one job in a process of its own."""
     task, seeds = job
     with contextlib.closing(SimplerProcess(task, assets)) as process:
-        yield VIEW, [process.render_scene(seed, size) for seed in seeds]
+        yield VIEW, [process.build_and_render_scene(seed, size) for seed in seeds]

@@ -23,9 +23,9 @@ from spear.evaluate.agents import IDLE_ACTION, Agent
 from spear.evaluate.noise import NOISE_LEVELS, degrade_observation
 from spear.evaluate.options import SimplerOptions
 from spear.evaluate.results import Outcome, Results
-from spear.evaluate.runner import Film, run_evaluation
+from spear.evaluate.runner import Film, HasEnded, run_evaluation
 from spear.evaluate.simpler import oracle
-from spear.evaluate.simpler.shifts import SceneShift, parse_simpler_shift, select_tasks
+from spear.evaluate.simpler.shifts import SceneShift, parse_simpler_shift, resolve_tasks
 from spear.evaluate.simpler.tasks import TASKS, Moment
 from spear.evaluate.simpler.world import SimplerProcess, hash_assets, resolve_assets_folder
 from spear.sim.scene import list_held_out_seeds
@@ -56,7 +56,7 @@ def evaluate_simpler(agent: Agent, options: SimplerOptions) -> tuple[Results, li
         SpearError: The folder has results of another policy or of other settings; a task or shift
             is unknown, or not possible; or ManiSkill, its assets or a renderer are missing.
     """
-    tasks = select_tasks(options.tasks, options.shift)
+    tasks = resolve_tasks(options.tasks, options.shift)
     if options.off_grid:
         list_held_out_seeds(options.first_seed, options.num_scenes)  # raises if training uses them
     assets = resolve_assets_folder(options.assets)  # raises without ManiSkill, too
@@ -121,7 +121,7 @@ class OracleAgent(Agent):
 
     name = "oracle"
 
-    def act(
+    def choose_action_chunks(
         self, envs: Sequence[SimplerScene], observations: Sequence[Mapping[str, Any]]
     ) -> Sequence[Array]:
         return [oracle.choose_action(env.task, env.moment.truth)[None] for env in envs]
@@ -157,7 +157,7 @@ class Simpler:
 
         A process whose episode has ended takes the next seed.
         """
-        free_processes = self.open(family, min(self._num_processes, len(seeds)))
+        free_processes = self.ensure_processes(family, min(self._num_processes, len(seeds)))
         needs_image = agent.needs_images or filming
         waiting_seeds = list(reversed(seeds))
         scenes: list[SimplerScene] = []
@@ -166,7 +166,9 @@ class Simpler:
             def start(process: SimplerProcess, seed: int) -> SimplerScene:
                 return self._start(family, process, seed, needs_image)
 
-            def execute(scene: SimplerScene, chunk: Array, observation: Mapping[str, Any]) -> bool:
+            def execute(
+                scene: SimplerScene, chunk: Array, observation: Mapping[str, Any]
+            ) -> HasEnded:
                 return self._execute(scene, chunk, observation, needs_image, filming)
 
             while waiting_seeds or scenes:
@@ -178,7 +180,7 @@ class Simpler:
 
                 # One inference for all running scenes.
                 observations = [self._observe(agent, scene) for scene in scenes]
-                chunks = agent.act(scenes, observations)
+                chunks = agent.choose_action_chunks(scenes, observations)
 
                 # Execute the chunks. The processes of ended episodes become free.
                 are_over = list(threads.map(execute, scenes, chunks, observations))
@@ -207,8 +209,11 @@ class Simpler:
             process.close()
         self._processes = []
 
-    def open(self, task: str, count: int) -> list[SimplerProcess]:
-        """Return `count` processes of a task. Processes of another task end."""
+    def ensure_processes(self, task: str, count: int) -> list[SimplerProcess]:
+        """Ensure that `count` processes of a task run, and return them.
+
+        Processes of another task end first.
+        """
         if task != self._task:
             self.close()
             self._task = task
@@ -250,7 +255,7 @@ class Simpler:
         observation: Mapping[str, Any],
         needs_image: bool,
         filming: bool,
-    ) -> bool:
+    ) -> HasEnded:
         """Step one scene until the next inference, or until the episode ends.
 
         If the shift is noise, the chunk arrives late, and the robot stands still until then.

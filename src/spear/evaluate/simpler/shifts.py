@@ -19,10 +19,10 @@ import torch
 from spear.errors import SpearError, check_known
 from spear.evaluate.simpler.photograph import (
     CameraView,
+    colorize,
     paint_texture,
-    recolor,
     relight,
-    shift_mean_color,
+    shift_to_mean_color,
     view_from,
 )
 from spear.evaluate.simpler.tasks import CAMERA, CAMERA_SIZE, TASKS
@@ -136,7 +136,7 @@ def parse_simpler_shift(text: str) -> Shift:
     return Shift.parse_possible(text, SIMPLER_AXES, reason)
 
 
-def select_tasks(tasks: Sequence[str], shift: str | None) -> tuple[str, ...]:
+def resolve_tasks(tasks: Sequence[str], shift: str | None) -> tuple[str, ...]:
     """Return the tasks to evaluate with a shift.
 
     Args:
@@ -221,10 +221,10 @@ def sample_background(
     if level == 1:
         red, green, blue = (photograph.reshape(-1, 3).mean(axis=0) / 255).tolist()
         color = sample_color_near((red, green, blue), BACKGROUND_COLOR_DISTANCE, rng)
-        return shift_mean_color(photograph, color)
+        return shift_to_mean_color(photograph, color)
     color = sample_any_color(rng)
     if level == 2:
-        return recolor(photograph, color)
+        return colorize(photograph, color)
     return paint_texture(str(rng.choice(tuple(UNSEEN_TEXTURES))), color, camera, table_z_m)
 
 
@@ -267,7 +267,7 @@ def shift_scene(env: Any, task: str, photograph: Array, scene_shift: SceneShift)
     if shift.axis == "language":
         positions = []  # of both objects, to the right in the image
         for name in (env.source_obj_name, env.target_obj_name):
-            offset = _read_base_position(env, env.objs[name]) - camera.position
+            offset = _read_position_in_base_frame(env, env.objs[name]) - camera.position
             positions.append(float(offset @ camera.rotation[:, 0]))
         return sample_instruction(task, positions[0], positions[1], shift.level, rng)
 
@@ -311,7 +311,7 @@ def _read_camera(env: Any) -> CameraView:
     )
 
 
-def _read_base_position(env: Any, actor: Any) -> Array:
+def _read_position_in_base_frame(env: Any, actor: Any) -> Array:
     """Return the position [3] of an object in the robot's base frame, m."""
     in_base = env.agent.robot.pose.inv() * actor.pose
     return np.asarray(in_base.p[0], np.float64)

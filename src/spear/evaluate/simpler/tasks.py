@@ -102,7 +102,9 @@ class Start:
     joints: Array
 
 
-def sample_off_grid_start(task: Task, seed: int, positions: Array, orientations: Array) -> Start:
+def sample_off_grid_start(
+    task: Task, seed: int, official_positions: Array, official_orientations: Array
+) -> Start:
     """Sample a start off the grid.
 
     Objects whose position differs between official starts are placed uniformly within
@@ -113,9 +115,10 @@ def sample_off_grid_start(task: Task, seed: int, positions: Array, orientations:
     Args:
         task: The task.
         seed: The seed of the start.
-        positions: [n, 2, 3] official positions of the object to move and of the goal, m. There is
-            an official start for each pair of an entry here and an entry of `orientations`.
-        orientations: [m, 2, 4] official orientations of the two (w x y z).
+        official_positions: [n, 2, 3] positions of the object to move and of the goal, m. There is
+            an official start for each pair of an entry here and an entry of
+            `official_orientations`.
+        official_orientations: [m, 2, 4] orientations of the two (w x y z).
 
     Raises:
         SpearError: No start was found.
@@ -123,12 +126,13 @@ def sample_off_grid_start(task: Task, seed: int, positions: Array, orientations:
     # The number 2 keeps these random numbers apart from others that are drawn with the same seed:
     # 1 is for disturbances of the arm (`record`), 3 for scenes to label (`frames`).
     rng = np.random.default_rng([seed, 2])
-    official_xy = positions[..., :2]  # [n, 2, 2]
+    official_xy = official_positions[..., :2]  # [n, 2, 2]
     varies = np.ptp(official_xy, axis=0).any(axis=-1)  # [2], for each object
     middle = (official_xy.min(axis=0) + official_xy.max(axis=0)) / 2  # [2, 2]
     for _ in range(MAX_START_TRIES):
-        position = positions[0].copy()  # [2, 3]
-        orientation = orientations[rng.integers(len(orientations))].copy()  # [2, 4]
+        position = official_positions[0].copy()  # [2, 3]
+        orientation_index = rng.integers(len(official_orientations))
+        orientation = official_orientations[orientation_index].copy()  # [2, 4]
         offset = rng.uniform(-1, 1, position[:, :2].shape) * task.max_offset_m  # [2, 2]
         position[:, :2] = np.where(varies[:, None], middle + offset, position[:, :2])
         angle = rng.uniform(-MAX_START_TURN_RAD, MAX_START_TURN_RAD)
@@ -139,7 +143,9 @@ def sample_off_grid_start(task: Task, seed: int, positions: Array, orientations:
         start = Start(position, orientation, rng.normal(0, START_JOINT_STD_RAD, 6))
         distance_m = pdist(position[:, :2]).min()  # between the two objects
         has_room = distance_m >= task.min_distance_m
-        if has_room and not is_official(start, positions, orientations):
+        if has_room and not is_near_official_start(
+            start, official_positions, official_orientations
+        ):
             return start
     raise SpearError(
         f"SIMPLER finds no start within {task.max_offset_m} m of the middle of its grid and "
@@ -148,8 +154,10 @@ def sample_off_grid_start(task: Task, seed: int, positions: Array, orientations:
     )
 
 
-def is_official(start: Start, positions: Array, orientations: Array) -> bool:
-    """Return whether a start counts as one of the official ones.
+def is_near_official_start(
+    start: Start, official_positions: Array, official_orientations: Array
+) -> bool:
+    """Return whether a start is so near to an official one that it counts as official.
 
     It does if both objects are less than `MIN_START_OFFSET_M` from their positions in an official
     start, and the object to move is turned by less than `MIN_START_TURN_RAD` from an official
@@ -157,14 +165,14 @@ def is_official(start: Start, positions: Array, orientations: Array) -> bool:
 
     Args:
         start: The start.
-        positions: [n, 2, 3] official positions, see `sample_off_grid_start`.
-        orientations: [m, 2, 4] official orientations.
+        official_positions: [n, 2, 3] official positions, see `sample_off_grid_start`.
+        official_orientations: [m, 2, 4] official orientations.
     """
-    distances = np.linalg.norm(positions - start.positions, axis=-1)  # [n, 2]
+    distances = np.linalg.norm(official_positions - start.positions, axis=-1)  # [n, 2]
     is_near = (distances < MIN_START_OFFSET_M).all(axis=-1)  # [n]
     # Angles between the start's and the official orientations of the object to move, from scalar
     # products of quaternions; the official ones need not have length 1.
-    official = orientations[:, 0]  # [m, 4]
+    official = official_orientations[:, 0]  # [m, 4]
     cosine = np.abs(official @ start.orientations[0]) / np.linalg.norm(official, axis=-1)  # [m]
     angles = 2 * np.arccos(np.clip(cosine, 0, 1))
     # Every pair of official positions and orientations is an official start, so it does not matter

@@ -221,7 +221,7 @@ class SimplerWorld:
                 pictures.append(self.render_picture())
         return self._make_moment(image, pictures)
 
-    def render_scene(self, seed: int, size: tuple[int, int]) -> Frame:
+    def build_and_render_scene(self, seed: int, size: tuple[int, int]) -> Frame:
         """Build and render a scene for labeling (see `spear.evaluate.simpler.frames`).
 
         Args:
@@ -318,7 +318,7 @@ class SimplerWorld:
         is_still = True
         is_closing = False
         if self._last_truth is not None:
-            is_still = is_at_rest(self._last_truth, measured, opening)
+            is_still = is_arm_at_rest(self._last_truth, measured, opening)
             is_closing = opening < self._last_truth.opening - STILL_OPENING
 
         source_name = env.source_obj_name
@@ -337,7 +337,7 @@ class SimplerWorld:
         )
 
 
-def is_at_rest(previous: Truth, measured: Array, opening: float) -> bool:
+def is_arm_at_rest(previous: Truth, measured: Array, opening: float) -> bool:
     """Return whether arm and fingers have hardly moved in a control step.
 
     Args:
@@ -449,9 +449,9 @@ class SimplerProcess:
         """Execute control steps, see `SimplerWorld.run`."""
         return self._call("run", rows, image, filming)
 
-    def render_scene(self, seed: int, size: tuple[int, int]) -> Frame:
-        """Build and render a scene for labeling, see `SimplerWorld.render_scene`."""
-        return self._call("render_scene", seed, size)
+    def build_and_render_scene(self, seed: int, size: tuple[int, int]) -> Frame:
+        """Build and render a scene for labeling, see `SimplerWorld.build_and_render_scene`."""
+        return self._call("build_and_render_scene", seed, size)
 
     def close(self) -> None:
         self._worker.shutdown(cancel_futures=True)

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from spear.errors import SpearError, check_known
-from spear.evaluate.noise import NOISE_LEVELS, degrade_picture
+from spear.evaluate.noise import NOISE_LEVELS, degrade_scene_image
 from spear.evaluate.vqa.calibration import TRUSTED_COVERAGE, Trust
 from spear.evaluate.vqa.wording import ParsedQuestion, describe_untaught, understand_question
 from spear.labels.pipeline import label_with_ground_truth
@@ -206,8 +206,8 @@ def find_absent_objects_and_what_is_seen(
     """Find the objects that the model does not see in an image.
 
     If the model gives another name to what is at the point of an object, the object is absent; see
-    `ask_what_is_at_points`. This works only with a model that learned to point and to name well
-    enough (`Trust.tells_absent`).
+    `point_at_objects_and_name_them`. This works only with a model that learned to point and to name
+    well enough (`Trust.tells_absent`).
 
     Args:
         model: SPEAR-VLM with its processor.
@@ -219,14 +219,14 @@ def find_absent_objects_and_what_is_seen(
         Name of each absent object → what the model sees instead.
     """
     absent = {}
-    seen_names = ask_what_is_at_points(model, [image] * len(names), names, view)
+    seen_names = point_at_objects_and_name_them(model, [image] * len(names), names, view)
     for name, seen_name in zip(names, seen_names, strict=True):
         if not is_a(seen_name, name) and not is_a(name, seen_name):
             absent[name] = seen_name
     return absent
 
 
-def ask_what_is_at_points(
+def point_at_objects_and_name_them(
     model: VlmBundle, images: Sequence[Array], names: Sequence[str], view: str = "external"
 ) -> list[str]:
     """Let the model point at an object in each image, and then name what is at that point.
@@ -353,6 +353,6 @@ def render_held_out_frames(
             scene = shift_scene(scene, shift)
         frame = render_frame(World(scene), camera, size)
         if shift is not None and shift.axis == "noise":
-            image = degrade_picture(frame.image, NOISE_LEVELS[shift.level], seed)
+            image = degrade_scene_image(frame.image, NOISE_LEVELS[shift.level], seed)
             frame = replace(frame, image=image)
         yield frame

@@ -214,8 +214,8 @@ class Calibration:
     less_sure: float
 
     @property
-    def miss(self) -> float:
-        """Mean distance of the curve from the levels (the expected calibration error)."""
+    def expected_calibration_error(self) -> float:
+        """Mean distance of the curve from the levels, 0 to 1."""
         return float(np.mean(np.abs(np.subtract(self.curve, CURVE_LEVELS))))
 
 
@@ -232,8 +232,10 @@ class ScoredAnswer(NamedTuple):
     relative_error: float
 
 
-def calibrate(answers: Sequence[ScoredAnswer], trust_factor: float | None = None) -> Calibration:
-    """Compute the calibration of a question type.
+def measure_calibration(
+    answers: Sequence[ScoredAnswer], trust_factor: float | None = None
+) -> Calibration:
+    """Measure how well the certainty of a question type's answers predicts their errors.
 
     Args:
         answers: The answers.
@@ -244,11 +246,14 @@ def calibrate(answers: Sequence[ScoredAnswer], trust_factor: float | None = None
     errors = np.array([answer.relative_error for answer in answers])
 
     probability_below = np.concatenate([c.probability_below for c in certainties])
-    curve = [float(_is_inside(probability_below, level).mean()) for level in CURVE_LEVELS]
+    curve = [
+        float(_mark_inside_central_interval(probability_below, level).mean())
+        for level in CURVE_LEVELS
+    ]
 
     coverage = {}
     for level in CENTRAL_INTERVALS:
-        is_inside = [_is_inside(c.probability_below, level) for c in certainties]
+        is_inside = [_mark_inside_central_interval(c.probability_below, level) for c in certainties]
         coverage[f"{level:.0%}"] = bootstrap(group_by_image(image_indices, is_inside), np.mean)
     if trust_factor is not None:
         is_inside = [c.relative_error <= trust_factor * c.relative_spread for c in certainties]
@@ -282,7 +287,7 @@ def _make_bands(certainties: Sequence[Certainty]) -> list[Band]:
     return bands
 
 
-def _is_inside(probability_below: Array, level: float) -> Array:
+def _mark_inside_central_interval(probability_below: Array, level: float) -> Array:
     """Return whether each true number lies in its central interval of a level.
 
     The central interval of 80 %, for example, contains the numbers with a `probability_below` from
@@ -291,17 +296,17 @@ def _is_inside(probability_below: Array, level: float) -> Array:
     return np.abs(probability_below - 0.5) <= level / 2 + 1e-12  # a margin for rounding errors
 
 
-def group_by_image(images: Sequence[int], values: Iterable[Array | float]) -> list[Array]:
+def group_by_image(image_indices: Sequence[int], values: Iterable[Array | float]) -> list[Array]:
     """Group the values of answers by image, for `stats.bootstrap`.
 
     Args:
-        images: The index of each answer's image.
+        image_indices: The index of each answer's image.
         values: The value, or the array of values, of each answer.
 
     Returns:
         The values of each image.
     """
     groups: dict[int, list[Array]] = {}
-    for image, value in zip(images, values, strict=True):
+    for image, value in zip(image_indices, values, strict=True):
         groups.setdefault(image, []).append(np.atleast_1d(np.asarray(value)))
     return [np.concatenate(group) for group in groups.values()]

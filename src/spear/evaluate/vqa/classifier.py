@@ -72,7 +72,7 @@ class Example:
     question_type: str
     names: tuple[str, ...] = ()
 
-    def list_readings(self) -> list[Skeleton]:
+    def list_training_readings(self) -> list[Skeleton]:
         """List the skeletons from which a classifier learns.
 
         From a taught question it learns one skeleton: the first with the right objects, or the
@@ -159,13 +159,13 @@ class QuestionTypeClassifier:
         best_margin = 0.0
         best: tuple[Skeleton, str] | None = None
         for skeleton in readings:
-            question_type, margin = self.score(skeleton)
+            question_type, margin = self.find_likeliest_type_and_margin(skeleton)
             if margin > best_margin:
                 best = skeleton, question_type
                 best_margin = margin
         return best
 
-    def score(self, skeleton: Skeleton) -> tuple[str, float]:
+    def find_likeliest_type_and_margin(self, skeleton: Skeleton) -> tuple[str, float]:
         """Return the likeliest type of a skeleton, and by how much it is likelier than `NO_TYPE`.
 
         A type is possible only if the skeleton names as many objects and pixels as its questions.
@@ -204,7 +204,7 @@ def fit_classifier() -> QuestionTypeClassifier:
 @lru_cache(None)
 def _read_features(example: Example) -> list[frozenset[str]]:
     """Read the features of an example. They are kept for the next fit of a cross-validation."""
-    features = [frozenset(list_features(reading)) for reading in example.list_readings()]
+    features = [frozenset(list_features(reading)) for reading in example.list_training_readings()]
     return list(dict.fromkeys(features))
 
 

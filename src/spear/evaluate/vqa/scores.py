@@ -21,8 +21,8 @@ from spear.evaluate.vqa.calibration import (
     Certainty,
     ScoredAnswer,
     Trust,
-    calibrate,
     group_by_image,
+    measure_calibration,
 )
 from spear.evaluate.vqa.measures import (
     MEASURES,
@@ -152,7 +152,10 @@ class Scores:
             readings[question_type] = {**asdict(reading), "best": reading.best}
         calibrations = {}
         for question_type, calibration in self.calibration.items():
-            calibrations[question_type] = {**asdict(calibration), "miss": calibration.miss}
+            calibrations[question_type] = {
+                **asdict(calibration),
+                "miss": calibration.expected_calibration_error,
+            }
         content = {
             **run_settings,
             "unit": self.unit,
@@ -179,7 +182,7 @@ class Scores:
             tables.append(
                 _to_terminal_table("Numbers read off their probabilities", self.reading_rows())
             )
-            tables.append(_to_terminal_table("Calibration", self.certainty_rows()))
+            tables.append(_to_terminal_table("Calibration", self.calibration_rows()))
         return tables
 
     def rows(self) -> TableRows:
@@ -245,7 +248,7 @@ class Scores:
             rows.append([_to_words(question_type), *errors, reading.best, *gains])
         return headers, rows
 
-    def certainty_rows(self) -> TableRows:
+    def calibration_rows(self) -> TableRows:
         """Return headers and cells of the calibration.
 
         They say how often the truth lies in each interval, and how well the spread predicts the
@@ -266,8 +269,8 @@ class Scores:
                     _to_words(question_type),
                     str(calibration.n),
                     *coverage,
-                    # `miss` is a difference of fractions. The two errors are in percent already.
-                    f"{100 * calibration.miss:.0f} points",
+                    # A difference of fractions, in points. The two errors are in percent already.
+                    f"{100 * calibration.expected_calibration_error:.0f} points",
                     f"{calibration.surer:.1f} %",
                     f"{calibration.less_sure:.1f} %",
                 ]
@@ -323,7 +326,9 @@ def summarize(
                 )
         if scored_answers:
             readings[question_type] = _compare_readings(answers_with_certainty)
-            calibrations[question_type] = calibrate(scored_answers, factors.get(question_type))
+            calibrations[question_type] = measure_calibration(
+                scored_answers, factors.get(question_type)
+            )
     return Scores(labels[0].unit, decode, len(labels), scores, readings, calibrations, answers)
 
 

@@ -441,7 +441,7 @@ class _Clause:
                 skeleton.words += self._read_word(self.tokens[index])
                 index += 1
             elif self._neighbors_suggest_name(index, end):
-                self._read_name(index, end, skeleton)
+                self._add_name(index, end, skeleton)
                 index = end
             else:
                 is_property = self._token_at(index - 1) == "'s"  # as in "the mug's handle"
@@ -462,7 +462,7 @@ class _Clause:
         is_known = token in VOCABULARY or token == PIXEL or _is_adverb(token)
         return [token] if is_known else [UNEXPLAINED]
 
-    def _read_name(self, start: int, end: int, skeleton: Skeleton) -> None:
+    def _add_name(self, start: int, end: int, skeleton: Skeleton) -> None:
         """Add the name tokens[start:end] to a skeleton."""
         words = list(self.tokens[start:end])
         skeleton.words.append(NAME)
