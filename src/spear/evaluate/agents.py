@@ -90,7 +90,7 @@ class PolicyAgent(Agent):
 
 
 @functools.cache
-def _load_agent_on_one_thread(folder: Path) -> PolicyAgent:
+def _load_agent_and_use_one_thread(folder: Path) -> PolicyAgent:
     """Load a policy, once per process, and restrict PyTorch in this process to one thread."""
     from spear.policy import Spear1Policy
 
@@ -111,7 +111,7 @@ def predict_first_action(
         seed: The scene's seed, which with `step` fixes the policy's noise.
         step: The number of steps so far.
     """
-    agent = _load_agent_on_one_thread(folder)
+    agent = _load_agent_and_use_one_thread(folder)
     env = SimpleNamespace(seed=seed, steps=step)
     (chunk,) = agent.choose_action_chunks([env], [observation])
     return chunk[0]

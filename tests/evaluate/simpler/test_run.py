@@ -24,7 +24,7 @@ from spear.evaluate.options import EpisodeOptions
 from spear.evaluate.results import load_results
 from spear.evaluate.runner import run_evaluation
 from spear.evaluate.simpler import world
-from spear.evaluate.simpler.frames import fit_frame_into_size
+from spear.evaluate.simpler.frames import fit_frame_and_drop_cut_instances
 from spear.evaluate.simpler.record import record_demonstrations, record_episode
 from spear.evaluate.simpler.run import OracleAgent, Simpler
 from spear.evaluate.simpler.tasks import MIN_START_OFFSET_M, TASKS, Task
@@ -65,7 +65,7 @@ def measure_cube(frame: Frame) -> tuple[Array, Array]:
 
 def test_a_fitted_frame_has_its_size_and_whole_objects(frame: Frame) -> None:
     """The speck is too small, and the border cuts the object at the side."""
-    fitted = fit_frame_into_size(frame, (192, 128), "here")
+    fitted = fit_frame_and_drop_cut_instances(frame, (192, 128), "here")
 
     assert fitted.image.shape == (128, 192, 3)
     assert fitted.names == {1: "cube"}
@@ -74,7 +74,7 @@ def test_a_fitted_frame_has_its_size_and_whole_objects(frame: Frame) -> None:
 
 def test_bars_of_a_fitted_frame_have_no_depth(frame: Frame) -> None:
     """A frame of 640 x 480 fills 171 of 192 columns, behind 10 empty ones."""
-    fitted = fit_frame_into_size(frame, (192, 128), "here")
+    fitted = fit_frame_and_drop_cut_instances(frame, (192, 128), "here")
 
     assert fitted.depth is not None
     is_colored = np.any(fitted.image, axis=-1)
@@ -87,7 +87,9 @@ def test_bars_of_a_fitted_frame_have_no_depth(frame: Frame) -> None:
 def test_a_fitted_frame_shows_the_same_points(frame: Frame) -> None:
     center, extent = measure_cube(frame)
 
-    fitted_center, fitted_extent = measure_cube(fit_frame_into_size(frame, (192, 128), "here"))
+    fitted_center, fitted_extent = measure_cube(
+        fit_frame_and_drop_cut_instances(frame, (192, 128), "here")
+    )
 
     # A pixel of the fitted frame is about 6 mm wide at the cube.
     np.testing.assert_allclose(fitted_center, center, atol=0.006)

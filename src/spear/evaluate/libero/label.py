@@ -24,7 +24,7 @@ from spear.evaluate.libero.suites import (
     parse_task,
     resolve_original_suite,
 )
-from spear.evaluate.simpler.frames import fit_frame_into_size
+from spear.evaluate.simpler.frames import fit_frame_and_drop_cut_instances
 from spear.sim.world import GRIPPER_NAME
 from spear.sim_data.label_scenes import (
     SceneJob,
@@ -113,7 +113,7 @@ def render_labeled_frame(
         intrinsics=values["intrinsics"],
         extrinsics=values["extrinsics"],
     )
-    return fit_frame_into_size(frame, size, f"libero/{task}/{seed}")
+    return fit_frame_and_drop_cut_instances(frame, size, f"libero/{task}/{seed}")
 
 
 def sample_appearance(seed: int) -> dict[str, Any]:

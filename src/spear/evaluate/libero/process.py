@@ -196,7 +196,7 @@ class LiberoProcess:
         return result
 
 
-def make_blank_pictures() -> dict[str, Array]:
+def make_black_pictures() -> dict[str, Array]:
     """Make black pictures, for observations of agents that use no pictures."""
     blank = np.zeros((IMAGE_SIZE_PX, IMAGE_SIZE_PX, 3), np.uint8)
     return {"external": blank, "wrist": blank}

@@ -28,7 +28,7 @@ from spear.evaluate.libero.process import (
     FAST_RENDERING,
     LiberoMoment,
     LiberoProcess,
-    make_blank_pictures,
+    make_black_pictures,
 )
 from spear.evaluate.libero.suites import (
     NUM_TASKS,
@@ -270,7 +270,7 @@ class Libero:
         # Other projects go through the states in their order, with one reset before each. That
         # number fixes where cabinet and stove stand, also in an evaluation that was continued.
         moment = process.reset(state_index, num_resets_since_seeding=state_index + 1)
-        pictures = process.render() if needs_pictures else make_blank_pictures()
+        pictures = process.render() if needs_pictures else make_black_pictures()
         return LiberoScene(
             task,
             seed,

@@ -252,7 +252,7 @@ def sample_positions_with_clutter(
     return positions, clutter_names
 
 
-def fit_frame_into_size(frame: Frame, size: tuple[int, int], source: str) -> Frame:
+def fit_frame_and_drop_cut_instances(frame: Frame, size: tuple[int, int], source: str) -> Frame:
     """Scale a frame to the size at which the policy sees images.
 
     The whole frame is visible. If the aspect ratio differs, there is a black border on two sides,

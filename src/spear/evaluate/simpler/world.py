@@ -31,7 +31,11 @@ import torch
 
 from spear.embodiments.simpler_widowx import LINK_ROTATION, POSE_KEY, convert_link_to_ee_rotation
 from spear.errors import SpearError, make_missing_extra_message, summarize_error
-from spear.evaluate.simpler.frames import fit_frame_into_size, rebuild_scene, render_labeled_frame
+from spear.evaluate.simpler.frames import (
+    fit_frame_and_drop_cut_instances,
+    rebuild_scene,
+    render_labeled_frame,
+)
 from spear.evaluate.simpler.shifts import SceneShift, read_photograph, set_photograph, shift_scene
 from spear.evaluate.simpler.tasks import (
     CAMERA,
@@ -232,7 +236,7 @@ class SimplerWorld:
         frame = render_labeled_frame(
             self._env, self._task, self._official_positions, self._official_orientations, seed
         )
-        return fit_frame_into_size(frame, size, f"simpler/{self._name}/{seed}")
+        return fit_frame_and_drop_cut_instances(frame, size, f"simpler/{self._name}/{seed}")
 
     def render_picture(self) -> Array:
         """Render what the camera sees, in front of the task's photograph: [480, 640, 3] uint8."""

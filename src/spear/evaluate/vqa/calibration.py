@@ -169,10 +169,10 @@ def compute_spread(distribution: Distribution) -> Array:
     return running_maximum.ravel()
 
 
-def compute_spread_factor(answers: Sequence[Certainty]) -> float:
-    """Compute the factor of a question type for `Trust.factors` from the certainty of answers."""
+def compute_spread_factor(certainties: Sequence[Certainty]) -> float:
+    """Compute the factor of a question type for `Trust.factors` from its answers."""
     ratios = []
-    for certainty in answers:
+    for certainty in certainties:
         ratios.append(certainty.relative_error / np.maximum(certainty.relative_spread, MIN_SPREAD))
     return float(np.quantile(np.concatenate(ratios), TRUSTED_COVERAGE))
 

@@ -62,7 +62,7 @@ def evaluate_vqa(
     )
     if trust is not None:
         trust = _drop_trust_measured_on(labels, trust)
-    answered, free_grammar = _ask_questions(model, labels, questions, options)
+    answered, free_grammar = _ask_constrained_and_free(model, labels, questions, options)
     return summarize(answered, free_grammar, labels, options.decode, trust)
 
 
@@ -132,7 +132,7 @@ def _drop_trust_measured_on(labels: Sequence[LabeledImage], trust: Trust) -> Tru
     return None
 
 
-def _ask_questions(
+def _ask_constrained_and_free(
     model: VlmBundle,
     labels: Sequence[LabeledImage],
     questions: QuestionsByType,

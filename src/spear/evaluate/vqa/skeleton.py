@@ -257,7 +257,7 @@ def read_question(question: str) -> QuestionReading:
             word = token if is_noun else VERBS.get(token, token)
             tokens.append(_correct_spelling(word))
         elif tokens:
-            tokens = _replace_possessives(tokens)
+            tokens = _replace_possessives_of_people(tokens)
             clauses.append(_Clause(tokens, capitalized).read_skeleton())
             tokens = []
         first_clause_index = sentences[-1].stop if sentences else 0
@@ -354,16 +354,16 @@ def _replace_pixel(text: str) -> tuple[str, tuple[float, float] | None]:
         match = pattern.search(text)
         if match:
             row, column = match.groups()
-            return _replace_match(text, match), (float(column), float(row))
+            return _replace_match_by_pixel_word(text, match), (float(column), float(row))
     for pattern in _PIXELS:
         match = pattern.search(text)
         if match:
             x, y = match.groups()
-            return _replace_match(text, match), (float(x), float(y))
+            return _replace_match_by_pixel_word(text, match), (float(x), float(y))
     return text, None
 
 
-def _replace_match(text: str, match: re.Match[str]) -> str:
+def _replace_match_by_pixel_word(text: str, match: re.Match[str]) -> str:
     """Replace what a pattern matches by `PIXEL`."""
     return f"{text[: match.start()]} {PIXEL} {text[match.end() :]}"
 
@@ -380,7 +380,7 @@ def _split_words(text: str) -> list[str]:
     return tokens
 
 
-def _replace_possessives(tokens: Sequence[str]) -> list[str]:
+def _replace_possessives_of_people(tokens: Sequence[str]) -> list[str]:
     """Write "grandma's mug" as "his mug", for owners that are people or programs."""
     words: list[str] = []
     for token in tokens:
