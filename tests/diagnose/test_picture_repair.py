@@ -11,7 +11,7 @@ from made_rollouts import (
     make_picture_case,
 )
 from spear.checks.rollout.episode import RecordedEpisode
-from spear.diagnose.picture_repair import choose_picture_repair
+from spear.diagnose.picture_repair import choose_repair_of_external_pictures
 from spear.types import Array
 
 EXACT = [
@@ -32,7 +32,7 @@ def test_pictures_that_lost_nothing_are_restored_exactly(version: str) -> None:
     plain = read_first_picture(make_case().rollout[0])
     case = make_picture_case(change_external(version))
 
-    restored = choose_picture_repair(case).apply(read_first_picture(case.rollout[0]))
+    restored = choose_repair_of_external_pictures(case).apply(read_first_picture(case.rollout[0]))
 
     np.testing.assert_array_equal(restored, plain)
 
@@ -41,13 +41,13 @@ def test_dark_pictures_are_brightened() -> None:
     plain = read_first_picture(make_case().rollout[0])
     case = make_picture_case(change_external("exposed for half as long"))
 
-    restored = choose_picture_repair(case).apply(read_first_picture(case.rollout[0]))
+    restored = choose_repair_of_external_pictures(case).apply(read_first_picture(case.rollout[0]))
 
     np.testing.assert_allclose(restored, plain, atol=1.01)  # halved gray levels are rounded
 
 
 def test_the_external_pictures_are_read_from_the_camera_that_has_them() -> None:
-    repair = choose_picture_repair(make_picture_case(exchange_cameras))
+    repair = choose_repair_of_external_pictures(make_picture_case(exchange_cameras))
 
     assert repair.camera == "wrist"
     assert not repair.changes
@@ -62,7 +62,7 @@ def test_bars_are_cut_off() -> None:
     case = make_picture_case(lambda episode: change_pictures(episode, "external", add_bars))
     picture = read_first_picture(case.rollout[0])
 
-    restored = choose_picture_repair(case).apply(picture)
+    restored = choose_repair_of_external_pictures(case).apply(picture)
 
     np.testing.assert_array_equal(restored, picture[4:-4])
 
@@ -73,6 +73,6 @@ def test_other_pictures_stay_as_they_are(version: str) -> None:
     case = make_picture_case(change_external(version))
     picture = read_first_picture(case.rollout[0])
 
-    restored = choose_picture_repair(case).apply(picture)
+    restored = choose_repair_of_external_pictures(case).apply(picture)
 
     np.testing.assert_array_equal(restored, picture)

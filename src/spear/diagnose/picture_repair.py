@@ -70,7 +70,7 @@ class PictureRepair:
 NO_REPAIR = PictureRepair()
 
 
-def choose_picture_repair(case: Case) -> PictureRepair:
+def choose_repair_of_external_pictures(case: Case) -> PictureRepair:
     """Find what has to be undone in the external camera's pictures of a rollout."""
     exchanged_camera = _find_exchanged_camera(case)
     if exchanged_camera is not None:

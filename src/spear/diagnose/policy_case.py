@@ -15,7 +15,7 @@ from spear.diagnose.answers import (
     sample_observations,
 )
 from spear.diagnose.object_sight import ObjectSight, look_for_objects
-from spear.diagnose.picture_repair import CAMERA, PictureRepair, choose_picture_repair
+from spear.diagnose.picture_repair import CAMERA, PictureRepair, choose_repair_of_external_pictures
 from spear.diagnose.sight import TrainingSight, list_object_names
 from spear.errors import suppress_notices
 from spear.evaluate.vqa.calibration import Trust
@@ -150,7 +150,7 @@ class PolicyCase(Case):
         The second one is None if the first leaves too little to recognize better.
         """
         # A fault of the camera is named by its own check. It must not hide what is in view.
-        repair = choose_picture_repair(self)
+        repair = choose_repair_of_external_pictures(self)
         plain = self._look_for_objects(repair)
         all_seen = replace(plain, missed={index: [] for index in plain.missed})
         if plain.out_of_view_log_odds - all_seen.out_of_view_log_odds < MIN_BETTER_RECOGNITION:

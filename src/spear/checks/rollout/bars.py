@@ -53,7 +53,7 @@ def find_extra_bars(case: Case, camera: str) -> BarShares | None:
     return extra_shares
 
 
-def is_exchange_refuted(case: Case, camera: str, other_camera: str) -> bool:
+def is_camera_exchange_refuted(case: Case, camera: str, other_camera: str) -> bool:
     """Return whether bars show that two cameras are not exchanged.
 
     Exchanged pictures of different shapes are each fitted into the other one's shape. So both have

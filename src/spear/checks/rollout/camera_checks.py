@@ -4,7 +4,7 @@ from collections.abc import Collection
 
 import numpy as np
 
-from spear.checks.rollout.bars import is_exchange_refuted
+from spear.checks.rollout.bars import is_camera_exchange_refuted
 from spear.checks.rollout.case import Case, Doubt, Figure, Finding, Result
 from spear.checks.rollout.odds import VersionOdds
 from spear.checks.rollout.pictures import EXCHANGED
@@ -70,7 +70,7 @@ def find_unrefuted_shape_version(case: Case, camera: str) -> VersionOdds | None:
     if best is None or not best.version.startswith(EXCHANGED):
         return best
     other_camera = best.version.removeprefix(EXCHANGED)
-    return None if is_exchange_refuted(case, camera, other_camera) else best
+    return None if is_camera_exchange_refuted(case, camera, other_camera) else best
 
 
 def _describe_odds(best: VersionOdds, is_by_flow: bool) -> str:

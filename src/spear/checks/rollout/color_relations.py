@@ -44,7 +44,7 @@ def relate_colors(
         warmth = _measure_warmth_of_both(rollout, pair)
         training_warmth = _measure_warmth_of_both(demonstrations, pair)
         if len(warmth) and len(training_warmth) >= MIN_PICTURE_EPISODES:
-            log_ratio = _compute_exchange_log_ratio(warmth, training_warmth)
+            log_ratio = _compute_color_exchange_log_ratio(warmth, training_warmth)
             relations.append(ColorRelation(pair, warmth, log_ratio))
     return relations
 
@@ -59,7 +59,7 @@ def _measure_warmth_of_both(episodes: Sequence[RecordedEpisode], cameras: tuple[
     return np.array(rows).reshape(-1, 2)
 
 
-def _compute_exchange_log_ratio(warmth: Array, training_warmth: Array) -> float:
+def _compute_color_exchange_log_ratio(warmth: Array, training_warmth: Array) -> float:
     """Compute `ColorRelation.log_ratio`, over all episodes of a rollout.
 
     Args:

@@ -116,17 +116,17 @@ def _measure_nearest_angle_rad(rotation: Array, references: Array) -> float:
     return float(2 * np.arccos(min(cosine, 1.0)))
 
 
-def _draw_starts(case: Case, training_positions: Array) -> Figure:
+def _draw_starts(case: Case, training_starts: Array) -> Figure:
     """Draw x, y and z of the start of each episode, and the range of training.
 
-    training_positions: [N, 3] the starts of training, m.
+    training_starts: [N, 3] the starts of training, m.
     """
     curves = []
     for axis, name in enumerate("xyz"):
         starts = np.array([episode.position[0][axis] for episode in case.rollout])
         episodes = np.arange(len(starts))
         curves.append(Curve(f"{name} of the start", episodes, starts))
-        low, high = np.quantile(training_positions[:, axis], [0.01, 0.99])
+        low, high = np.quantile(training_starts[:, axis], [0.01, 0.99])
         curves.append(Curve(f"{name} of training, low", episodes, np.full(len(starts), low)))
         curves.append(Curve(f"{name} of training, high", episodes, np.full(len(starts), high)))
     return Figure("start positions, m", "episode of the rollout", curves)
