@@ -10,7 +10,15 @@ from experiments.ablations.plan import Plan
 from experiments.ablations.table import FilledTable, Line, to_json
 from spear.report import plot
 from spear.report.page import render_from
-from spear.report.plot import GREY, LINE_COLORS, Axis, Bar, draw_bars, draw_chart, draw_differences
+from spear.report.plot import (
+    GREY,
+    LINE_COLORS,
+    Axis,
+    Bar,
+    draw_bars,
+    draw_chart,
+    draw_rate_differences,
+)
 from spear.util.files import write_text
 
 TEMPLATES = Path(__file__).with_name("templates")
@@ -66,7 +74,7 @@ def _make_section(filled: FilledTable) -> dict[str, Any]:
         "source": filled.source,
         "chart": figure,
         "against": titles[filled.table.against],
-        "differences": draw_differences(row_differences) if row_differences else "",
+        "differences": draw_rate_differences(row_differences) if row_differences else "",
         "headers": list(_make_cells(filled.lines[0], filled)),
         "rows": [list(_make_cells(line, filled).values()) for line in filled.lines],
     }

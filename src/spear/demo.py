@@ -29,7 +29,7 @@ from spear.report.comparison import describe_ending, draw_open_loop_charts
 from spear.report.draw import draw_label
 from spear.report.page import render, replace_underscores
 from spear.report.plot import draw_bars, make_rate_bars
-from spear.report.vqa import draw_figure
+from spear.report.vqa import draw_answer_and_truth
 from spear.sim.scene import FAMILIES
 from spear.train.options import TrainingInputs
 from spear.train.recipes import get_recipe
@@ -144,7 +144,7 @@ def ask_and_score_questions(vlm: VlmBundle) -> Values:
     for answer in scores.answers:
         if answer.question.question_type == "box_vertices" and "error" in answer.measures:
             answer_of_image.setdefault(answer.image, answer)
-    pictures = [draw_figure(answer) for _, answer in sorted(answer_of_image.items())]
+    pictures = [draw_answer_and_truth(answer) for _, answer in sorted(answer_of_image.items())]
 
     boxes = scores.type_scores["box_vertices"]
     error_mm = boxes.measures["error"].value

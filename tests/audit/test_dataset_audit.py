@@ -36,7 +36,12 @@ from spear.data.readers.dataset_layout import REGISTRY
 from spear.data.store.episode_store import append_episodes
 from spear.data.store.prepare import prepare
 from spear.embodiments.kinematics import compute_franka_ee_poses
-from spear.report.audit import advise, format_conclusion, format_report, write_audit_page
+from spear.report.audit import (
+    advise_on_undecided,
+    format_conclusion,
+    format_report,
+    write_audit_page,
+)
 
 RATE_HZ = 10.0
 BRIDGE_STATE = "observation/state"
@@ -568,7 +573,7 @@ def test_an_arm_that_does_not_follow_needs_slower_motions() -> None:
         make_partial_recordings("translation", Mistakes(noise=1.0)), RIGHT_ANSWERS, "my_robot"
     )
 
-    advice = advise(report)
+    advice = advise_on_undecided(report)
 
     assert advice.startswith("my_robot does not decide ")
     assert "Record slower motions" in advice
@@ -580,7 +585,7 @@ def test_a_layout_that_says_nothing_needs_a_line() -> None:
         make_partial_recordings("translation"), {**RIGHT_ANSWERS, "translation": unsaid}, "my_robot"
     )
 
-    assert "Write the missing keys into spear.json" in advise(report)
+    assert "Write the missing keys into spear.json" in advise_on_undecided(report)
 
 
 def test_the_real_sample_fits_its_registry_entry(shared: Path) -> None:

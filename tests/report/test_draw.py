@@ -15,7 +15,7 @@ POINT = [0.0, 0.0, 0.5]  # m, in the middle of the image
 
 
 def test_a_point_is_drawn_where_it_is() -> None:
-    drawing = draw.draw_answer(POINT, IMAGE, INTRINSICS, "keypoint")
+    drawing = draw.draw_answer_enlarged(POINT, IMAGE, INTRINSICS, "keypoint")
 
     rows, columns = np.nonzero(drawing.any(axis=-1))
     middle = np.array([20, 30]) * draw.ANSWER_SCALE
@@ -28,4 +28,11 @@ def test_a_displacement_is_refused_whatever_its_type_is_called(
     copied_type = replace(QUESTION_TYPE_BY_NAME["offset"])
     monkeypatch.setattr(draw, "QUESTION_TYPE_BY_NAME", {"push": copied_type})
 
-    refuses("no box, point or image location", draw.draw_answer, POINT, IMAGE, INTRINSICS, "push")
+    refuses(
+        "no box, point or image location",
+        draw.draw_answer_enlarged,
+        POINT,
+        IMAGE,
+        INTRINSICS,
+        "push",
+    )

@@ -13,7 +13,7 @@ from spear.report.plot import (
     Line,
     draw_bars,
     draw_chart,
-    draw_differences,
+    draw_rate_differences,
     make_rate_bars,
 )
 
@@ -67,7 +67,7 @@ def test_a_bar_that_is_longer_than_the_axis_is_cut_off() -> None:
 
 
 def test_no_difference_is_in_the_middle() -> None:
-    assert "left:50.0%" in draw_differences([("same", estimate_proportion(0, 40))])
+    assert "left:50.0%" in draw_rate_differences([("same", estimate_proportion(0, 40))])
 
 
 def test_a_line_is_drawn_to_scale_and_broken_where_nothing_is_known() -> None:

@@ -9,10 +9,10 @@ from jinja2 import nodes
 from jinja2.meta import find_undeclared_variables
 
 import spear
-from spear.report.page import _environment
+from spear.report.page import _get_environment
 
 PACKAGE = Path(spear.__file__).parent
-ENVIRONMENT = _environment(None)
+ENVIRONMENT = _get_environment(None)
 
 
 def find_render_calls() -> Iterator[tuple[str, frozenset[str]]]:

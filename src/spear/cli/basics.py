@@ -121,10 +121,12 @@ def _save_drawn_answer(answer: Any, picture: "Frame", file: Path) -> None:
     if answer is None:
         notice(f"{file} is not written, because there is no answer to draw.")
         return
-    from spear.report.draw import draw_answer
+    from spear.report.draw import draw_answer_enlarged
     from spear.util.images import encode_image_file
 
-    drawing = draw_answer(answer.segments, picture.image, picture.intrinsics, answer.question_type)
+    drawing = draw_answer_enlarged(
+        answer.segments, picture.image, picture.intrinsics, answer.question_type
+    )
     write_bytes(file, encode_image_file(drawing, str(file)))
 
 

@@ -266,7 +266,7 @@ def audit(options: AuditOptions) -> None:
     from spear.audit.dataset_audit import audit_dataset
     from spear.data.readers.formats import find_format
     from spear.report.audit import (
-        advise,
+        advise_on_undecided,
         explain_contradiction,
         format_report,
         write_audit_page,
@@ -289,7 +289,7 @@ def audit(options: AuditOptions) -> None:
             )
         raise SpearError(f"In {options.path}, {explain_contradiction(report)}. {cure}")
     if report.outcome == "undecided":
-        raise UndecidedError(advise(report))
+        raise UndecidedError(advise_on_undecided(report))
 
 
 def datasets() -> None:

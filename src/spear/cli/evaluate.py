@@ -96,7 +96,7 @@ def evaluate(options: EvaluateOptions) -> None:
 def _report_shifts(shift_results: "Iterable[ShiftResult]", policy: str, out: Path | None) -> None:
     """Print each result as it comes, then one table, and write a page with one figure."""
     from spear.evaluate.shift_suite import build_shift_table
-    from spear.report.shifts import write_shift_page
+    from spear.report.shifts import write_shifted_success_page
 
     assert out is not None
     results = []
@@ -106,7 +106,7 @@ def _report_shifts(shift_results: "Iterable[ShiftResult]", policy: str, out: Pat
         print(f"{result.name}: {success}", flush=True)
     print_table(build_shift_table(results, policy))
     page = out / "shifts.html"
-    write_shift_page(results, policy, page)
+    write_shifted_success_page(results, policy, page)
     print(f"open {page.resolve()}")
 
 
@@ -423,7 +423,7 @@ def _evaluate_vqa_shifts(options: EvaluateVqaOptions) -> None:
         read_shifted_errors,
     )
     from spear.policy import load_vlm
-    from spear.report.shifts import write_error_page
+    from spear.report.shifts import write_shifted_errors_page
 
     shifts = list_shifts(PICTURE_AXES)
     shifted_options = []  # one per shift
@@ -445,7 +445,7 @@ def _evaluate_vqa_shifts(options: EvaluateVqaOptions) -> None:
         results.append(read_shifted_errors(shift, content))
     print_table(build_error_table(results, options.model))
     page = options.out / "shifts.html"
-    write_error_page(results, options.model, page)
+    write_shifted_errors_page(results, options.model, page)
     print(f"page: {page}")
 
 

@@ -67,8 +67,8 @@ def format_conclusion(report: Report, with_advice: bool = False) -> str:
 
     Args:
         report: The report.
-        with_advice: Whether the message of `advise` follows. It names the open questions of an
-            undecided audit, so the line does not.
+        with_advice: Whether the message of `advise_on_undecided` follows. It names the open
+            questions of an undecided audit, so the line does not.
     """
     findings = _name_findings(report)
     if report.outcome == "contradiction":
@@ -99,7 +99,7 @@ def explain_contradiction(report: Report) -> str:
     return f"the layout is WRONG, because {'; '.join(problems)}"
 
 
-def advise(report: Report) -> str:
+def advise_on_undecided(report: Report) -> str:
     """Return a message about an undecided audit: what is open, and what would decide it.
 
     The advice is to record slower motions or more episodes, or to complete spear.json.

@@ -26,7 +26,7 @@ from spear.report.plot import (
     Line,
     draw_bars,
     draw_chart,
-    draw_differences,
+    draw_rate_differences,
     make_rate_bars,
 )
 from spear.types import Array
@@ -90,7 +90,7 @@ def make_comparison_page(
         comparison=comparison,
         alpha=SIGNIFICANCE_LEVEL,
         rates=draw_bars(rate_groups),
-        differences=draw_differences(
+        differences=draw_rate_differences(
             [(replace_underscores(row.name), row.difference) for row in rows]
         ),
         rows=table_rows,

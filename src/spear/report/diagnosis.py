@@ -61,8 +61,8 @@ def write_diagnosis_page(case: PolicyCase, diagnosis: Diagnosis, out: Path) -> N
         stills=_make_stills(case),
         departures=None if departures is None else _list_departures(departures, case.rollout),
         distance_charts=[] if departures is None else _draw_distances(departures),
-        motion_charts=_draw_motion(case),
-        open_loop=_tabulate_open_loop_errors(case),
+        motion_charts=_draw_rollout_charts(case),
+        open_loop=_measure_and_tabulate_open_loop_errors(case),
         unnamed=[fault for fault in FAULTS if fault not in named_faults],
     )
     write_text(out, page)
@@ -219,18 +219,18 @@ def _draw_distances(departures: Departures) -> list[str]:
     return charts
 
 
-def _draw_motion(case: PolicyCase) -> list[str]:
+def _draw_rollout_charts(case: PolicyCase) -> list[str]:
     """Draw commanded and achieved motion, the gripper, and the times."""
     if not case.rollout:
         return []
-    charts = [*_draw_moves(case.motion), _draw_gripper(case.rollout)]
+    charts = [*_draw_commanded_and_achieved_moves(case.motion), _draw_gripper(case.rollout)]
     served = [episode.served for episode in case.rollout if episode.served is not None]
     if served:
-        charts += _draw_times(case.motion, served)
+        charts += _draw_answer_and_move_times(case.motion, served)
     return charts
 
 
-def _draw_moves(motion: RolloutMotion) -> list[str]:
+def _draw_commanded_and_achieved_moves(motion: RolloutMotion) -> list[str]:
     """Draw commanded and achieved displacements over the moves, one chart per axis.
 
     A *move* is what the arm did between two observations.
@@ -256,7 +256,7 @@ def _draw_gripper(rollout: Sequence[RecordedEpisode]) -> str:
     return draw_chart(lines, Axis("step"), title="gripper, 1 is open")
 
 
-def _draw_times(motion: RolloutMotion, served: Sequence[ServedTimes]) -> list[str]:
+def _draw_answer_and_move_times(motion: RolloutMotion, served: Sequence[ServedTimes]) -> list[str]:
     """Draw how long each answer took, and how long each move took.
 
     Args:
@@ -274,7 +274,7 @@ def _draw_times(motion: RolloutMotion, served: Sequence[ServedTimes]) -> list[st
     ]
 
 
-def _tabulate_open_loop_errors(case: PolicyCase) -> list[tuple[str, str, str]]:
+def _measure_and_tabulate_open_loop_errors(case: PolicyCase) -> list[tuple[str, str, str]]:
     """Measure open-loop errors of each part of the actions, on some training episodes.
 
     Returns:

@@ -12,7 +12,7 @@ from spear.labels.fit.image import project
 from spear.labels.fit.masks import decode_mask, erode
 from spear.labels.questions.measures import extract_image_points, extract_numbers
 from spear.labels.questions.types import QUESTION_TYPE_BY_NAME
-from spear.types import Array, LabeledImage, Segments
+from spear.types import Array, LabeledImage, Segments, WidthAndHeight
 from spear.util.images import decode_image
 
 Color = tuple[int, int, int]
@@ -85,7 +85,7 @@ def draw_label(label: LabeledImage, scale: int = 3, masks: bool = False) -> Arra
         if reaches_behind_camera:
             continue
         corners = project(box.vertices, label.intrinsics) * scale  # [8, 2] pixels of the canvas
-        _draw_points(canvas, corners, color)
+        _draw_box_or_points(canvas, corners, color)
         boxes.append(_NamedBox(labeled_object.name, color, corners))
     font_size = max(MIN_FONT_PX, FONT_PX_PER_SCALE * scale, canvas.width // MAX_WIDTH_PER_FONT)
     _draw_names(canvas, boxes, font_size)
@@ -113,11 +113,11 @@ def draw_answers(
     for segments, color in answers:
         points = project_answer_to_pixels(segments, width, height, intrinsics)
         if points is not None:
-            _draw_points(canvas, points * scale, color)
+            _draw_box_or_points(canvas, points * scale, color)
     return np.asarray(canvas)
 
 
-def draw_answer(
+def draw_answer_enlarged(
     answer: Segments, image: Array, intrinsics: Array | None, question_type: str | None
 ) -> Array:
     """Draw a single answer on its image, enlarged three times.
@@ -186,7 +186,7 @@ def _enlarge(image: Array, scale: int) -> Image.Image:
     return Image.fromarray(image).resize((width * scale, height * scale), Image.Resampling.BICUBIC)
 
 
-def _draw_points(canvas: Image.Image, points: Array, color: Color) -> None:
+def _draw_box_or_points(canvas: Image.Image, points: Array, color: Color) -> None:
     """Draw eight points as a box, and any other number of points as rings.
 
     Args:
@@ -275,10 +275,10 @@ def _draw_names(canvas: Image.Image, boxes: Sequence[_NamedBox], font_size: int)
 
 
 def _find_tag_position(
-    canvas_size: tuple[int, int],
-    size: tuple[int, int],
+    canvas_size: WidthAndHeight,
+    tag_size: WidthAndHeight,
     anchor: Array,
-    centers: Sequence[Array],
+    box_centers: Sequence[Array],
     tags: Sequence[tuple[int, int, int, int]],
 ) -> tuple[int, int] | None:
     """Find a place for a tag near its anchor, where it covers no other tag.
@@ -287,16 +287,16 @@ def _find_tag_position(
 
     Args:
         canvas_size: width and height of the canvas.
-        size: width and height of the tag.
+        tag_size: width and height of the tag.
         anchor: [2] the point to which the middle of the tag's lower edge should be near.
-        centers: [2] the centers of all boxes, which the tag should not cover.
+        box_centers: [2] the centers of all boxes, which the tag should not cover.
         tags: left, top, right and bottom of the tags that have their places.
 
     Returns:
         The tag's left and top; None if there is no room.
     """
     # All places that are tried, a grid of [rows, columns].
-    width, height = size
+    width, height = tag_size
     left, top = np.meshgrid(
         np.arange(0, canvas_size[0] - width + 1, TAG_STEP_PX),
         np.arange(0, canvas_size[1] - height + 1, TAG_STEP_PX),
@@ -307,7 +307,7 @@ def _find_tag_position(
     # The best place has the smallest distance from the anchor. A place on the center of an object
     # costs as much as a distance of twice the tag's height.
     cost = np.hypot(left + width / 2 - anchor[0], bottom - anchor[1])
-    for x, y in centers:
+    for x, y in box_centers:
         covers_center = (left < x) & (x < right) & (top < y) & (y < bottom)
         cost += 2 * height * covers_center
     for tag_left, tag_top, tag_right, tag_bottom in tags:

@@ -37,7 +37,7 @@ def render(template: str, **values: Any) -> str:
 
 def render_from(folder: Path | None, template: str, **values: Any) -> str:
     """Fill in a template as `render` does. Templates in `folder` precede those of the package."""
-    text = _environment(folder).get_template(f"{template}.j2").render(values)
+    text = _get_environment(folder).get_template(f"{template}.j2").render(values)
     return Markup(text) if template.endswith(".html") else text
 
 
@@ -47,7 +47,7 @@ def replace_underscores(name: str) -> str:
 
 
 @functools.cache
-def _environment(folder: Path | None) -> Environment:
+def _get_environment(folder: Path | None) -> Environment:
     """Make Jinja's environment, which finds the templates of `folder`, then of the package."""
     loaders: list[BaseLoader] = [PackageLoader("spear.report")]
     if folder is not None:

@@ -148,8 +148,8 @@ def draw_chart(
         x_units_per_px = abs(x_range[1] - x_range[0]) / box_width_px
         y_units_per_px = abs(y_range[1] - y_range[0]) / box_height_px
         units_per_px = max(x_units_per_px, y_units_per_px)
-        x_range = _widen(x_range, units_per_px * box_width_px)
-        y_range = _widen(y_range, units_per_px * box_height_px)
+        x_range = _with_length(x_range, units_per_px * box_width_px)
+        y_range = _with_length(y_range, units_per_px * box_height_px)
 
     # Convert the lines and the ticks to pixels.
     to_x = _make_scale(x_range, left_px, right_px, x.log)
@@ -244,7 +244,7 @@ def make_rate_bars(rates: Sequence[tuple[str, Estimate]]) -> list[Bar]:
     return bars
 
 
-def draw_differences(rows: Sequence[tuple[str, Estimate]]) -> str:
+def draw_rate_differences(rows: Sequence[tuple[str, Estimate]]) -> str:
     """Draw differences of rates as dots with intervals, on an axis around zero.
 
     Args:
@@ -303,11 +303,11 @@ def _choose_axis_range(axis: Axis, values: Sequence[Sequence[float] | Array]) ->
     return low - space, high + space
 
 
-def _widen(ends: Range, span: float) -> Range:
-    """Return a range of length `span` with the middle and the direction of the range `ends`."""
+def _with_length(ends: Range, length: float) -> Range:
+    """Return a range of length `length` with the middle and the direction of the range `ends`."""
     start, stop = ends
     middle = (start + stop) / 2
-    half = span / 2 if stop > start else -span / 2
+    half = length / 2 if stop > start else -length / 2
     return middle - half, middle + half
 
 

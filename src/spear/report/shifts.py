@@ -23,7 +23,7 @@ RATE_CAPTION = (
 ERROR_CAPTION = "median error, with 95 % intervals; a short bar is good."
 
 
-def write_shift_page(results: Sequence[ShiftResult], policy: str, out: Path) -> None:
+def write_shifted_success_page(results: Sequence[ShiftResult], policy_name: str, out: Path) -> None:
     """Write the page about a policy's results to the file `out`.
 
     Raises:
@@ -40,14 +40,14 @@ def write_shift_page(results: Sequence[ShiftResult], policy: str, out: Path) -> 
             groups.append((axis, make_rate_bars(rates)))
     html = render(
         "shifts.html",
-        title=f"Shifts: {policy}",
+        title=f"Shifts: {policy_name}",
         charts=[(RATE_CAPTION, draw_bars(groups))],
         facts=[],
     )
     write_text(out, html)
 
 
-def write_error_page(results: Sequence[ShiftedErrors], model: str, out: Path) -> None:
+def write_shifted_errors_page(results: Sequence[ShiftedErrors], model_name: str, out: Path) -> None:
     """Write the page about a SPEAR-VLM's errors to the file `out`: a chart per question type.
 
     Raises:
@@ -57,7 +57,7 @@ def write_error_page(results: Sequence[ShiftedErrors], model: str, out: Path) ->
     for question_type in results[0].errors:
         caption = f"{question_type.replace('_', ' ').capitalize()}: {ERROR_CAPTION}"
         charts.append((caption, _draw_errors(results, question_type)))
-    html = render("shifts.html", title=f"Shifts: {model}", charts=charts, facts=[])
+    html = render("shifts.html", title=f"Shifts: {model_name}", charts=charts, facts=[])
     write_text(out, html)
 
 

@@ -18,7 +18,7 @@ from spear.report.page import Fact, render, replace_underscores
 from spear.report.plot import GREY, LOG_SPACE_FACTOR, Axis, Line, draw_chart
 from spear.util.images import decode_image, to_jpeg_data_uri
 
-Figure = tuple[str, str]
+CaptionedImage = tuple[str, str]
 """An image as a data URI, and its caption."""
 
 MIN_FIGURE_WIDTH_PX = 576  # about; images are enlarged by whole numbers
@@ -34,7 +34,9 @@ def make_vqa_page(scores: Scores, checkpoint: str, questions: str) -> str:
     figures_by_type = []
     for name, question_type in QUESTION_TYPE_BY_NAME.items():
         if question_type.num_figures > 0 and name in scores.type_scores:
-            figures_by_type.append((name, _draw_extremes(scores, name, question_type.num_figures)))
+            figures_by_type.append(
+                (name, _draw_worst_median_and_best(scores, name, question_type.num_figures))
+            )
     return render(
         "vqa.html",
         title=f"3D questions: {checkpoint}",
@@ -44,11 +46,11 @@ def make_vqa_page(scores: Scores, checkpoint: str, questions: str) -> str:
         questions=questions,
         figures_by_type=figures_by_type,
         charts=_draw_calibration(scores) if scores.calibration else [],
-        in_words=_list_answers(scores),
+        in_words=_tabulate_some_answers(scores),
     )
 
 
-def draw_figure(answered: AnsweredQuestion) -> Figure:
+def draw_answer_and_truth(answered: AnsweredQuestion) -> CaptionedImage:
     """Draw an answer (orange) and the truth (green) on the image.
 
     An answer that lies behind the camera or has no place in the image is not drawn. The caption
@@ -87,7 +89,7 @@ def _list_facts(scores: Scores) -> list[Fact]:
     return facts
 
 
-def _rank_answers(scores: Scores, question_type: str) -> list[AnsweredQuestion]:
+def _sort_answers_best_first(scores: Scores, question_type: str) -> list[AnsweredQuestion]:
     """Return the answers of a question type that have an error, the best first."""
     answers = []
     for answer in scores.answers:
@@ -96,16 +98,16 @@ def _rank_answers(scores: Scores, question_type: str) -> list[AnsweredQuestion]:
     return sorted(answers, key=lambda answer: answer.measures["relative"])
 
 
-def _draw_extremes(
+def _draw_worst_median_and_best(
     scores: Scores, question_type: str, num_figures: int
-) -> list[tuple[str, list[Figure]]]:
+) -> list[tuple[str, list[CaptionedImage]]]:
     """Draw the worst answers, answers around the median, and the best ones.
 
     Returns:
         (title, figures) for these three groups, of `num_figures` figures each. No object is shown
         twice, so groups may be smaller, and empty groups are left out.
     """
-    ranked = _rank_answers(scores, question_type)
+    ranked = _sort_answers_best_first(scores, question_type)
     first_median = max(0, len(ranked) // 2 - num_figures // 2)
     # Each group takes the first candidates whose object is not shown yet.
     candidates_by_title: dict[str, Sequence[AnsweredQuestion]] = {
@@ -116,12 +118,12 @@ def _draw_extremes(
     titled_figures = []
     drawn_objects = set()
     for title, candidates in candidates_by_title.items():
-        figures: list[Figure] = []
+        figures: list[CaptionedImage] = []
         for answer in candidates:
             objects = (answer.image, answer.question.objects)
             if len(figures) < num_figures and objects not in drawn_objects:
                 drawn_objects.add(objects)
-                figures.append(draw_figure(answer))
+                figures.append(draw_answer_and_truth(answer))
         if figures:
             titled_figures.append((title, figures))
     return titled_figures
@@ -133,7 +135,7 @@ def _draw_calibration(scores: Scores) -> list[str]:
     One shows how often the predicted intervals contain the truth. In the other, x is the predicted
     spread of an answer, and y its error.
     """
-    return [_draw_coverage(scores), _draw_spreads(scores)]
+    return [_draw_coverage(scores), _draw_errors_against_spreads(scores)]
 
 
 def _draw_coverage(scores: Scores) -> str:
@@ -153,7 +155,7 @@ def _draw_coverage(scores: Scores) -> str:
     return draw_chart(lines, x_axis, y_axis, size=CALIBRATION_CHART_SIZE_PX)
 
 
-def _draw_spreads(scores: Scores) -> str:
+def _draw_errors_against_spreads(scores: Scores) -> str:
     """Draw the errors (y) of answers with similar spreads against these predicted spreads (x).
 
     For a calibrated model both are equal, so its points lie on the diagonal.
@@ -179,7 +181,7 @@ def _draw_spreads(scores: Scores) -> str:
     return draw_chart(lines, x_axis, y_axis, size=CALIBRATION_CHART_SIZE_PX)
 
 
-def _list_answers(scores: Scores) -> list[list[str]]:
+def _tabulate_some_answers(scores: Scores) -> list[list[str]]:
     """List a few answers of every question type, spread from the best to the worst.
 
     Returns:
@@ -187,7 +189,7 @@ def _list_answers(scores: Scores) -> list[list[str]]:
     """
     rows = []
     for question_type in scores.type_scores:
-        ranked = _rank_answers(scores, question_type)
+        ranked = _sort_answers_best_first(scores, question_type)
         if not ranked:
             continue
         num_shown = min(NUM_ANSWERS_IN_WORDS, len(ranked))

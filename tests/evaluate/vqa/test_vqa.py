@@ -43,7 +43,7 @@ from spear.models.readout import Distribution
 from spear.policy import Answer
 from spear.question_types import ANSWER_FORMS
 from spear.report.draw import PREDICTION_COLOR, TRUTH_COLOR
-from spear.report.vqa import draw_figure, make_vqa_page
+from spear.report.vqa import draw_answer_and_truth, make_vqa_page
 from spear.tokens import CoordinateTokenizer
 from spear.types import Array, LabeledImage, Pixel, Question, Segments, Unit
 from spear.util.images import decode_image
@@ -513,7 +513,7 @@ def test_a_figure_shows_the_true_and_the_predicted_box(certain_scores: Scores) -
     answers = certain_scores.answers
     box_answer = next(a for a in answers if a.question.question_type == "box_vertices")
 
-    uri, _ = draw_figure(box_answer)
+    uri, _ = draw_answer_and_truth(box_answer)
 
     picture = decode_image(base64.b64decode(uri.partition(",")[2]))
     assert picture.shape == (420, 560, 3)
