@@ -20,7 +20,7 @@ from spear import embodiments
 from spear.data.readers.build_episode import build_episode
 from spear.data.readers.dataset_layout import REGISTRY
 from spear.embodiments import Embodiment, droid
-from spear.embodiments.observations import crop_padding
+from spear.embodiments.observations import crop_openpi_padding
 from spear.errors import suppress_notices
 from spear.policy import Spear1Policy
 from spear.serve.options import EMBODIMENTS
@@ -321,7 +321,7 @@ def compute_robotiq_pose(joints: Array) -> tuple[Array, Array]:
     """Compute the pose of the end-effector frame of DROID's gripper by forward kinematics."""
     from spear.embodiments.inverse_kinematics import compute_ee_pose
 
-    return droid.ROBOTIQ.from_hand(*compute_ee_pose(joints))
+    return droid.ROBOTIQ.convert_hand_to_tool_poses(*compute_ee_pose(joints))
 
 
 def test_possible_joint_angles_bring_no_notice(droid_robot: Embodiment) -> None:
@@ -531,7 +531,7 @@ def test_only_bands_of_padding_are_cut_off(height: int, width: int) -> None:
         np.roll(padded, 2, (0, 1)),  # bands of unequal sizes
     ]
     for image in other_images:
-        assert crop_padding(image) is image
+        assert crop_openpi_padding(image) is image
 
 
 def test_what_openpi_pads_is_cut_off_for_robots_with_one_camera() -> None:

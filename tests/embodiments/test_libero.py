@@ -19,7 +19,7 @@ from spear.embodiments.libero import (
     CONTROLLER_STEP_S,
     DAMPING,
     STIFFNESS,
-    predict_position_and_speed,
+    predict_after_controller_step,
 )
 from spear.geometry import quat_exp, quat_to_matrix
 from spear.types import Array
@@ -163,7 +163,7 @@ class TestCommands:
         num_small_steps = 20_000
         small_step_s = CONTROLLER_STEP_S / num_small_steps
 
-        predicted_position, predicted_speed = predict_position_and_speed(position, speed, goal)
+        predicted_position, predicted_speed = predict_after_controller_step(position, speed, goal)
         for _ in range(num_small_steps):
             speed = speed + small_step_s * (STIFFNESS * (goal - position) - DAMPING * speed)
             position = position + small_step_s * speed

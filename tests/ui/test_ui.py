@@ -690,18 +690,18 @@ def relative_unit(policy: Spear1Policy, monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_nano_answers_in_meters(shared_model: SharedModel) -> None:
-    assert shared_model.describe()["unit"] == "metre"
+    assert shared_model.make_constant_state()["unit"] == "metre"
 
 
 def test_the_page_names_the_cameras_that_it_does_not_show(
     shared_model: SharedModel, policy: Spear1Policy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    description = shared_model.describe()["model"]
+    description = shared_model.make_constant_state()["model"]
     image_sizes = {**policy.image_sizes, "shoulder": (96, 96)}
     monkeypatch.setattr(Spear1Policy, "image_sizes", image_sizes)
 
     assert description == shared_model.name
-    assert "also sees shoulder" in shared_model.describe()["model"]
+    assert "also sees shoulder" in shared_model.make_constant_state()["model"]
 
 
 @pytest.mark.usefixtures("relative_unit")
@@ -710,7 +710,7 @@ def test_boxes_in_relative_units_have_no_errors_in_meters(
 ) -> None:
     [box] = tab.ask("boxes", objects=tab.view["objects"][:1])["boxes"]
 
-    assert shared_model.describe()["unit"] == "relative"
+    assert shared_model.make_constant_state()["unit"] == "relative"
     assert box["error_mm"] is None
     assert box["within_mm"] is None
 

@@ -108,7 +108,7 @@ def compute_target_poses(state: Array, actions: Array) -> Poses:
     return Poses(torch.stack(positions).numpy(), torch.stack(rotations).numpy())
 
 
-def compute_base_rotations(state: Array, actions: Array) -> Array:
+def compute_step_quats_about_base_axes(state: Array, actions: Array) -> Array:
     """Compute the rotation of each action of a chunk about the axes of the base frame.
 
     An action's own rotation is about the axes of the end-effector frame, but several robots take

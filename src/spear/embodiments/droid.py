@@ -36,7 +36,7 @@ from spear.embodiments.kinematics import Poses
 from spear.embodiments.observations import (
     OPENPI_SIDE_PX,
     REQUIRED_KEYS,
-    crop_padding,
+    crop_openpi_padding,
     make_example_image,
     make_state,
     read_image,
@@ -75,16 +75,16 @@ class Tool:
     offset_m: tuple[float, float, float]
     rotation: tuple[float, float, float, float]
 
-    def from_hand(self, position: Array, rotation: Array) -> Poses:
+    def convert_hand_to_tool_poses(self, position: Array, rotation: Array) -> Poses:
         """Convert poses [..., 3], [..., 4] of the hand's end-effector frame to the tool's."""
-        return self._compose(position, rotation, self._get_pose())
+        return self._compose(position, rotation, self._get_pose_in_hand())
 
-    def to_hand(self, position: Array, rotation: Array) -> Poses:
+    def convert_tool_to_hand_poses(self, position: Array, rotation: Array) -> Poses:
         """Convert poses of the tool's end-effector frame to the hand's: the inverse."""
-        tool_position, tool_rotation = self._get_pose()
+        tool_position, tool_rotation = self._get_pose_in_hand()
         return self._compose(position, rotation, pose_inverse(tool_position, tool_rotation))
 
-    def _get_pose(self) -> tuple[Tensor, Tensor]:
+    def _get_pose_in_hand(self) -> tuple[Tensor, Tensor]:
         """Return the tool's end-effector frame in the hand's: position [3], quaternion [4]."""
         offset = torch.tensor(self.offset_m, dtype=torch.float64)
         return offset, torch.tensor(self.rotation, dtype=torch.float64)
@@ -142,10 +142,10 @@ def observe(
             "Check the joints' order, signs and unit before the arm moves."
         )
     hand_position, hand_rotation = arm.compute_ee_pose(joints)
-    position, rotation = tool.from_hand(hand_position, hand_rotation)
+    position, rotation = tool.convert_hand_to_tool_poses(hand_position, hand_rotation)
     return {
-        "observation/image": crop_padding(read_image(observation, image_key)),
-        "observation/wrist_image": crop_padding(read_image(observation, WRIST_IMAGE_KEY)),
+        "observation/image": crop_openpi_padding(read_image(observation, image_key)),
+        "observation/wrist_image": crop_openpi_padding(read_image(observation, WRIST_IMAGE_KEY)),
         "observation/state": make_state(position, rotation, opening=1 - gripper_position),
         "prompt": read_prompt(observation),
     }
@@ -218,8 +218,10 @@ def convert_to_cartesian_position_rows(
     ee_rotation = quat_slerp(rotations[start_index], rotations[end_index], fraction)  # [3 H, 4]
 
     # Convert poses of the tool's end-effector frame to poses of the hand's, and of the flange.
-    hand_position, hand_rotation = tool.to_hand(ee_position.numpy(), ee_rotation.numpy())
-    ee_in_flange = torch.from_numpy(_import_kinematics().get_ee_pose_in_flange())  # [4, 4]
+    hand_position, hand_rotation = tool.convert_tool_to_hand_poses(
+        ee_position.numpy(), ee_rotation.numpy()
+    )
+    ee_in_flange = torch.from_numpy(_import_kinematics().get_ee_pose_matrix_in_flange())  # [4, 4]
     # The inverse pose: offset [3] and rotation [4] of the flange in the hand's end-effector frame.
     flange_offset_in_ee, flange_rotation_in_ee = pose_inverse(
         ee_in_flange[:3, 3], matrix_to_quat(ee_in_flange[:3, :3])
@@ -266,7 +268,7 @@ def _solve_joint_steps(
     target_joints = joints
     steps = []
     tool_positions, tool_rotations = compute_target_poses(state, actions)
-    hand_positions, hand_rotations = tool.to_hand(tool_positions, tool_rotations)
+    hand_positions, hand_rotations = tool.convert_tool_to_hand_poses(tool_positions, tool_rotations)
     for position, rotation in zip(hand_positions, hand_rotations, strict=True):
         # The preferred posture is the last solution, so that the elbow does not drift.
         target_joints = arm.solve_joints(target_joints, position, rotation, posture=target_joints)

@@ -48,7 +48,7 @@ _POSITION_CONVERGED_M = 1e-5  # iteration ends when both errors are smaller than
 _ROTATION_CONVERGED_RAD = 1e-4
 
 
-def get_ee_pose_in_flange() -> Floats:
+def get_ee_pose_matrix_in_flange() -> Floats:
     """Return the [4, 4] pose of the end-effector frame in the flange frame."""
     hand_angle_rad = -math.pi / 4  # the hand is mounted on the flange at this angle
     cos = math.cos(hand_angle_rad)
@@ -105,7 +105,7 @@ def solve_joints(
     upper = JOINT_UPPER_RAD - _JOINT_LIMIT_MARGIN_RAD
     for _ in range(iterations):
         posture_step = _POSTURE_GAIN * (posture - angles)
-        # `compute_ee_pose` leaves the arm at `angles`, and `_solve_least_squares` needs it there.
+        # `compute_ee_pose` leaves the arm at `angles`, where `_compute_damped_joint_step` needs it.
         with _ARM_DATA_LOCK:
             ee_position, ee_rotation = compute_ee_pose(angles)
             position_error = position - ee_position  # [3] m
@@ -116,7 +116,7 @@ def solve_joints(
                 break
             error = np.concatenate([position_error, rotation_error])  # [6]
             # The step to the posture, and the step that corrects the error which then remains.
-            step = posture_step + _solve_least_squares(error, posture_step)
+            step = posture_step + _compute_damped_joint_step(error, posture_step)
         largest_turn_rad = float(np.abs(step).max())
         step *= min(1.0, _MAX_ITERATION_STEP_RAD / largest_turn_rad)
         angles = np.clip(angles + step, lower, upper)
@@ -128,19 +128,19 @@ def compute_euclidean_norm(vector: Floats) -> float:
     return math.hypot(*vector)
 
 
-def compute_rotation_vector(start: Floats, end: Floats) -> Floats:
-    """Return the rotation vector [3] (rad, base frame) that turns quaternion `start` into `end`."""
+def compute_rotation_vector(start_quat: Floats, end_quat: Floats) -> Floats:
+    """Return the rotation vector [3] (rad, base frame) that turns one quaternion into another."""
     # The functions of MuJoCo write their result into their first argument.
     conjugate = np.empty(4)
     relative = np.empty(4)
     vector = np.empty(3)
-    mujoco.mju_negQuat(conjugate, start)
-    mujoco.mju_mulQuat(relative, end, conjugate)
+    mujoco.mju_negQuat(conjugate, start_quat)
+    mujoco.mju_mulQuat(relative, end_quat, conjugate)
     mujoco.mju_quat2Vel(vector, relative, 1.0)  # the angular velocity of this rotation in 1 s
     return vector
 
 
-def _solve_least_squares(error: Floats, posture_step: Floats) -> Floats:
+def _compute_damped_joint_step(error: Floats, posture_step: Floats) -> Floats:
     """Compute the step of the joints by which the end-effector's error shrinks most.
 
     With the arm's Jacobian J [6, 7], the step is Jᵀ (J Jᵀ + λ² I)⁻¹ (error - J posture_step). It

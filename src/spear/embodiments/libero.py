@@ -27,7 +27,7 @@ import numpy as np
 import torch
 
 from spear.embodiments import Control, Embodiment, Observation
-from spear.embodiments.actions import compute_base_rotations, compute_target_poses
+from spear.embodiments.actions import compute_step_quats_about_base_axes, compute_target_poses
 from spear.embodiments.observations import (
     IMAGE_KEY,
     PROMPT_KEY,
@@ -112,9 +112,9 @@ def _read_or_guess_base_position(observation: Observation, ee_position: Array) -
 
 def convert_to_pose_steps(actions: Array, state: Array, observation: Observation) -> Array:
     """Convert actions [H, 8] to steps of the commanded pose [H, 7], one per action."""
-    rotations = torch.from_numpy(compute_base_rotations(state, actions))  # [H, 4]
-    vectors = quat_log(rotations).numpy()  # [H, 3]
-    return _join_columns(actions[:, :3], vectors, actions[:, 7:])
+    quaternions = torch.from_numpy(compute_step_quats_about_base_axes(state, actions))  # [H, 4]
+    vectors = quat_log(quaternions).numpy()  # [H, 3]
+    return _make_command_rows(actions[:, :3], vectors, actions[:, 7:])
 
 
 def convert_to_controller_commands(actions: Array, state: Array, observation: Observation) -> Array:
@@ -122,7 +122,7 @@ def convert_to_controller_commands(actions: Array, state: Array, observation: Ob
 
     The goal of each command is the pose after the action. A command says how far the goal is from
     the pose at which the arm is then expected. The expected pose follows from the controller's
-    equation of motion (`predict_position_and_speed`), if the arm is at rest before the first
+    equation of motion (`predict_after_controller_step`), if the arm is at rest before the first
     command.
     """
     positions, rotations = compute_target_poses(state, actions)
@@ -145,13 +145,17 @@ def convert_to_controller_commands(actions: Array, state: Array, observation: Ob
             commands.append(command)
             # If the command was clipped, the commanded goal is nearer than `goal`.
             commanded_goal = expected_pose + command * unit_change
-            expected_pose, speed = predict_position_and_speed(expected_pose, speed, commanded_goal)
+            expected_pose, speed = predict_after_controller_step(
+                expected_pose, speed, commanded_goal
+            )
     arm_commands = np.stack(commands)  # [4 H, 6]
     openings = np.repeat(actions[:, 7:], CONTROLLER_STEPS_PER_ACTION, axis=0)  # [4 H, 1]
-    return _join_columns(arm_commands[:, :3], arm_commands[:, 3:], openings)
+    return _make_command_rows(arm_commands[:, :3], arm_commands[:, 3:], openings)
 
 
-def predict_position_and_speed(position: Array, speed: Array, goal: Array) -> tuple[Array, Array]:
+def predict_after_controller_step(
+    position: Array, speed: Array, goal: Array
+) -> tuple[Array, Array]:
     """Return position and speed after one controller step that starts at `position` and `speed`.
 
     The controller is critically damped: with a = √`STIFFNESS`, the distance e from the goal obeys
@@ -166,7 +170,7 @@ def predict_position_and_speed(position: Array, speed: Array, goal: Array) -> tu
     return goal + new_distance, new_speed
 
 
-def _join_columns(translations: Array, vectors: Array, openings: Array) -> Array:
+def _make_command_rows(translations: Array, vectors: Array, openings: Array) -> Array:
     """Join translations [N, 3], rotation vectors [N, 3] and gripper commands to [N, 7] float32.
 
     The gripper commands follow from the openings [N, 1].

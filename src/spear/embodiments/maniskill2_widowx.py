@@ -21,7 +21,7 @@ import torch
 
 from spear.embodiments import Control, Embodiment, Observation
 from spear.embodiments import simpler_widowx as maniskill3
-from spear.embodiments.actions import compute_base_rotations
+from spear.embodiments.actions import compute_step_quats_about_base_axes
 from spear.embodiments.observations import make_example_image, make_policy_observation, read_numbers
 from spear.errors import SpearError
 from spear.geometry import quat_log
@@ -52,8 +52,8 @@ def observe(observation: Observation) -> dict[str, Any]:
 
 def convert_to_commands(actions: Array, state: Array, observation: Observation) -> Array:
     """Convert actions [H, 8] that begin at `state` to rows [H, 7] float32 for the controller."""
-    base_rotations = torch.from_numpy(compute_base_rotations(state, actions))  # [H, 4]
-    rotation_vectors = quat_log(base_rotations)  # [H, 3]
+    quaternions = torch.from_numpy(compute_step_quats_about_base_axes(state, actions))  # [H, 4]
+    rotation_vectors = quat_log(quaternions)  # [H, 3]
     return maniskill3.make_commands(actions, rotation_vectors, closed_command=0.0)
 
 

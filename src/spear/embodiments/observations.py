@@ -18,7 +18,7 @@ import torch
 
 from spear.errors import SpearError, format_count, make_unknown_name_error
 from spear.geometry import validate_unit_quat
-from spear.types import ACTION_DIM, CONTROL_CHARACTERS, STATE_DIM, Array, Policy
+from spear.types import ACTION_DIM, CONTROL_CHARACTERS, STATE_DIM, Array, Policy, WidthAndHeight
 
 Observation = Mapping[str, Any]
 ObservationT = TypeVar("ObservationT", bound=dict[str, Any])
@@ -39,7 +39,7 @@ REQUIRED_KEYS = {
 """Key → description of its value, for the keys that every observation of `spear.types.Policy` has.
 """
 
-DEFAULT_IMAGE_SIZES: Mapping[str, tuple[int, int]] = {"external": (280, 210), "wrist": (112, 112)}
+DEFAULT_IMAGE_SIZES: Mapping[str, WidthAndHeight] = {"external": (280, 210), "wrist": (112, 112)}
 """View → (width, height) in pixels, for a policy that does not say which views it takes."""
 
 MIN_IMAGE_SIDE_PX = 16
@@ -147,7 +147,7 @@ def get_view_of_key(key: str) -> str:
     return key.removeprefix("observation/").removesuffix("_image")
 
 
-def get_image_sizes(policy: Policy) -> Mapping[str, tuple[int, int]]:
+def get_image_sizes(policy: Policy) -> Mapping[str, WidthAndHeight]:
     """Return the sizes of the images that a policy takes: view → (width, height) in pixels.
 
     They are `DEFAULT_IMAGE_SIZES` if the policy's `image_sizes` is missing or empty.
@@ -155,7 +155,7 @@ def get_image_sizes(policy: Policy) -> Mapping[str, tuple[int, int]]:
     return getattr(policy, "image_sizes", None) or DEFAULT_IMAGE_SIZES
 
 
-def get_rendered_sizes(policy: Policy) -> dict[str, tuple[int, int]]:
+def get_rendered_sizes(policy: Policy) -> dict[str, WidthAndHeight]:
     """Return the sizes at which the simulator renders its cameras: view → (width, height).
 
     These include views that the policy does not take.
@@ -209,7 +209,7 @@ def read_image(observation: Observation, key: str) -> Array:
     return image
 
 
-def crop_padding(image: Array) -> Array:
+def crop_openpi_padding(image: Array) -> Array:
     """Cut off the black bands with which a client of openpi padded an image to a square.
 
     The model's input gets its own black bars. With both, the scene would be smaller than in
@@ -412,7 +412,7 @@ def make_policy_observation(
         SpearError: a value is wrong. The message names its key.
     """
     last_index = len(values) - 1
-    image = crop_padding(read_image(observation, image_key))
+    image = crop_openpi_padding(read_image(observation, image_key))
     position = validate_meters(values[:3], f"{state_key}[0:3]")
     opening = validate_and_clip_opening(values[last_index], f"{state_key}[{last_index}]")
     rotation_name = f"{state_key}[3:{last_index}]"

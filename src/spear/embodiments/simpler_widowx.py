@@ -27,7 +27,7 @@ import numpy as np
 import torch
 
 from spear.embodiments import Control, Embodiment, Observation
-from spear.embodiments.actions import compute_base_rotations
+from spear.embodiments.actions import compute_step_quats_about_base_axes
 from spear.embodiments.observations import make_example_image, make_policy_observation, read_numbers
 from spear.geometry import matrix_to_quat, quat_conjugate, quat_multiply, quat_to_euler
 from spear.types import Array
@@ -77,8 +77,8 @@ def observe(observation: Observation) -> dict[str, Any]:
 
 def convert_to_commands(actions: Array, state: Array, observation: Observation) -> Array:
     """Convert actions [H, 8] that begin at `state` to rows [H, 7] float32 for the controller."""
-    base_rotations = torch.from_numpy(compute_base_rotations(state, actions))  # [H, 4]
-    angles = quat_to_euler(base_rotations, "XYZ")  # [H, 3]
+    quaternions = torch.from_numpy(compute_step_quats_about_base_axes(state, actions))  # [H, 4]
+    angles = quat_to_euler(quaternions, "XYZ")  # [H, 3]
     return make_commands(actions, angles, closed_command=-1.0)
 
 

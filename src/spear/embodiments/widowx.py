@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from spear.embodiments import Control, Embodiment, Observation
-from spear.embodiments.actions import compute_base_rotations
+from spear.embodiments.actions import compute_step_quats_about_base_axes
 from spear.embodiments.observations import (
     make_example_image,
     make_policy_observation,
@@ -42,8 +42,8 @@ def observe(observation: Observation) -> dict[str, Any]:
 
 def convert_to_step_actions(actions: Array, state: Array, observation: Observation) -> Array:
     """Convert actions [H, 8] that begin at `state` to rows [H, 7] float32 for `step_action`."""
-    base_rotations = torch.from_numpy(compute_base_rotations(state, actions))  # [H, 4]
-    angles = quat_to_euler(base_rotations, "xyz").numpy()  # [H, 3] roll, pitch, yaw
+    quaternions = torch.from_numpy(compute_step_quats_about_base_axes(state, actions))  # [H, 4]
+    angles = quat_to_euler(quaternions, "xyz").numpy()  # [H, 3] roll, pitch, yaw
     return np.concatenate([actions[:, :3], angles, actions[:, 7:]], axis=1).astype(np.float32)
 
 

@@ -37,7 +37,7 @@ from spear.sim.render import (
     compute_object_boxes,
     get_thread_renderer,
 )
-from spear.types import CONTROL_RATE_HZ, Array
+from spear.types import CONTROL_RATE_HZ, Array, WidthAndHeight
 from spear.util.images import decode_image, to_jpeg_data_uri
 
 PageState = dict[str, Any]
@@ -182,7 +182,7 @@ class SimulatedEpisode:
             "things": self._list_object_boxes(pose),
         }
 
-    def _get_shown_sizes(self) -> dict[str, tuple[int, int]]:
+    def _get_shown_sizes(self) -> dict[str, WidthAndHeight]:
         """Return the sizes of the shown images, by camera.
 
         They are whole multiples of the sizes that the policy sees.
@@ -344,7 +344,7 @@ class EpisodeFolder:
                 "prepared ones) nor results of spear evaluate --out. Give a folder of one."
             )
 
-    def describe(self) -> PageState:
+    def make_constant_state(self) -> PageState:
         """Return the titles of the listed episodes, and the number of all episodes."""
         return {
             "episodes": self._source.titles,

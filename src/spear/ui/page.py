@@ -122,7 +122,10 @@ class Page:
         """Serve one tab until it is closed."""
         self._num_tabs += 1
         try:
-            description = {"max_bytes": self._max_message_bytes, **self._shared.describe()}
+            description = {
+                "max_bytes": self._max_message_bytes,
+                **self._shared.make_constant_state(),
+            }
             await TabConnection(connection, self._shared, self._thread).talk(description)
         finally:
             self._num_tabs -= 1

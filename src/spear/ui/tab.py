@@ -75,18 +75,18 @@ class SharedModel:
         self.taught_types = read_taught_questions(policy.folder) if policy.folder else None
 
     @property
-    def is_metric(self) -> bool:
+    def is_vlm_unit_meters(self) -> bool:
         """Whether the model's 3D numbers are meters."""
         return self.vlm.processor.coordinates.unit == "metre"
 
-    def describe(self) -> PageState:
+    def make_constant_state(self) -> PageState:
         """Return the part of the view that never changes, such as the model and its unit.
 
         "measured" is what an evaluation has measured: how often the model takes an object that is
         in the picture for absent.
         """
         measured = {"missed": 1 - self.trust.names_present} if self.trust else None
-        episodes = self.episode_folder.describe() if self.episode_folder else {}
+        episodes = self.episode_folder.make_constant_state() if self.episode_folder else {}
         return {
             "model": self._describe_model(),
             "unit": self.vlm.processor.coordinates.unit,
@@ -284,7 +284,7 @@ class Tab:
 
         The result is empty outside the simulator, and for a model whose unit is not meters.
         """
-        if not self._shared_model.is_metric:
+        if not self._shared_model.is_vlm_unit_meters:
             return {}
         objects = episode.make_page_state_at(step).get("things", ())
         return {entry["name"]: np.array(entry["vertices"]).mean(0) for entry in objects}
@@ -294,7 +294,7 @@ class Tab:
         trust = self._shared_model.trust
         if trust is None or BOX_QUESTION_TYPE not in trust.factors:
             return None
-        if not self._shared_model.is_metric or answer.distribution is None:
+        if not self._shared_model.is_vlm_unit_meters or answer.distribution is None:
             return None
         # [24] each, in meters
         low, high = trust.compute_intervals(BOX_QUESTION_TYPE, answer.distribution)
