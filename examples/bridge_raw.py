@@ -22,7 +22,7 @@ from spear.data.readers.dataset_layout import REGISTRY
 from spear.data.store.episode_store import append_episodes
 from spear.errors import SpearError
 from spear.types import Episode
-from spear.util.files import check_new_folder
+from spear.util.files import check_new_or_empty_folder
 
 # BridgeData's columns. These pictures are not squeezed to squares, as those of BridgeData are.
 LAYOUT = dataclasses.replace(REGISTRY["bridge_dataset"], image_aspect={})
@@ -81,7 +81,7 @@ def main() -> None:
     parser.add_argument("--instruction", default="", help="of recordings without a lang.txt")
     arguments = parser.parse_args()
 
-    check_new_folder(arguments.out)
+    check_new_or_empty_folder(arguments.out)
     episodes = read_recordings(arguments.recordings, arguments.instruction)
     num_written = append_episodes(episodes, arguments.out)
     print(f"{num_written} episodes in {arguments.out}")

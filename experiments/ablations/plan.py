@@ -32,7 +32,7 @@ from spear.sim.scene import FAMILIES
 from spear.train.options import Recipe
 from spear.train.recipes import RECIPES, get_recipe
 from spear.types import FlowConfig
-from spear.util.fingerprints import fingerprint_checkpoint, hash_file_ends
+from spear.util.fingerprints import fingerprint_checkpoint, hash_names_sizes_and_tails
 from spear.util.held_out import FIRST_TRAIN_SEED
 from spear.util.options import parse_key_values
 from spear.util.run_lock import hold_lock
@@ -141,8 +141,8 @@ def read_data(labels: Path, episodes: Path) -> Data:
     num_images = count_labeled_images(view if view.is_dir() else labels)
     key = ""
     if episodes.is_dir():
-        key = hash_file_ends((labels, episodes), HASHED_FILES)[:KEY_LENGTH]
-    labels_key = hash_file_ends((labels,), HASHED_FILES)[:KEY_LENGTH]
+        key = hash_names_sizes_and_tails((labels, episodes), HASHED_FILES)[:KEY_LENGTH]
+    labels_key = hash_names_sizes_and_tails((labels,), HASHED_FILES)[:KEY_LENGTH]
     return Data(labels, episodes, num_images, key, labels_key)
 
 

@@ -108,7 +108,7 @@ def train_probe(tokens: Tensor, objects: Tensor, centers: Tensor, steps: int) ->
             loss.backward()
             optimizer.step()
             schedule.step()
-            bar.update(step + 1, f"{1000 * loss.item():.1f} mm")
+            bar.set_num_done(step + 1, f"{1000 * loss.item():.1f} mm")
     return probe.eval()
 
 

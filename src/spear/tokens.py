@@ -22,7 +22,7 @@ from torch import Tensor
 from spear.errors import SpearError, check_known, summarize_error
 from spear.types import Array, Unit
 from spear.util.files import write_text
-from spear.util.json_text import parse_json_as, read_utf8
+from spear.util.json_text import parse_json_as, read_utf8_bytes
 
 NUM_BINS = 1024  # number of 3D tokens in the paper
 TOKEN_FORMAT = "<3d{:04d}>"  # the text of a 3D token, from its bin's number
@@ -186,7 +186,7 @@ class CoordinateTokenizer:
             SpearError: the file is missing, or not a tokenizer.
         """
         try:
-            content = parse_json_as(dict[str, Any], read_utf8(Path(path)))
+            content = parse_json_as(dict[str, Any], read_utf8_bytes(Path(path)))
             edges = np.asarray(content["edges"], np.float64)
             centers = np.asarray(content["representatives"], np.float64)
             unit = content["unit"]

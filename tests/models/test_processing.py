@@ -47,7 +47,7 @@ class TestFitImage:
     def test_scales_as_pillow_does(self, width: int, height: int) -> None:
         """Both scale with antialiasing. They may round to different integers."""
         image = np.random.default_rng(0).integers(0, 256, (97, 151, 3), np.uint8)
-        placement = compute_placement(source=(151, 97), target=(width, height))
+        placement = compute_placement(source_size=(151, 97), target_size=(width, height))
         _, left, top, inner_width, inner_height = placement  # the first is the scale
 
         fitted = fit_image(image, height=height, width=width)

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from refusals import refuses
-from spear.util.files import advise_on_downloaded_file_error, check_new_folder, write_bytes
+from spear.util.files import advise_on_downloaded_file_error, check_new_or_empty_folder, write_bytes
 
 
 @pytest.mark.parametrize(
@@ -67,7 +67,7 @@ def test_the_current_folder_is_no_output(
     monkeypatch.chdir(tmp_path)
     folder = Path() if is_relative else tmp_path
 
-    refuses("folder that you are in", check_new_folder, folder)
+    refuses("folder that you are in", check_new_or_empty_folder, folder)
     refuses("cannot be written", write_bytes, folder, b"new")
 
     assert list(tmp_path.iterdir()) == []

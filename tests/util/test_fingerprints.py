@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from spear.util.fingerprints import hash_file_ends
+from spear.util.fingerprints import hash_names_sizes_and_tails
 
 
 def test_files_behind_links_are_hashed_even_if_the_links_form_a_circle(tmp_path: Path) -> None:
@@ -16,6 +16,6 @@ def test_files_behind_links_are_hashed_even_if_the_links_form_a_circle(tmp_path:
     hashes = set()
     for text in ("one", "two"):
         (linked / "labels-0.parquet").write_text(text)
-        hashes.add(hash_file_ends([dataset], ["*.parquet"]))
+        hashes.add(hash_names_sizes_and_tails([dataset], ["*.parquet"]))
 
     assert len(hashes) == 2

@@ -16,7 +16,7 @@ import pytest
 
 from refusals import refuses
 from spear.util import network
-from spear.util.network import check_available_on_hub, check_proxies, explain_unreachable
+from spear.util.network import check_hub_reachable_or_cached, check_proxies, explain_unreachable
 
 PROXY_VARIABLES = ("http_proxy", "https_proxy", "all_proxy", "no_proxy")
 UNREACHABLE_URL = "http://spear.invalid/"  # no server has a name that ends in .invalid
@@ -102,7 +102,12 @@ def test_a_model_of_the_hub_is_refused_with_the_cure_of_the_proxy(
     monkeypatch.setenv("all_proxy", "socks5://127.0.0.1:9")
 
     alternative = "a folder"  # what the error proposes to give instead of the model
-    refuses(rf"{model}.*all_proxy.*pip install socksio", check_available_on_hub, model, alternative)
+    refuses(
+        rf"{model}.*all_proxy.*pip install socksio",
+        check_hub_reachable_or_cached,
+        model,
+        alternative,
+    )
 
 
 @pytest.fixture

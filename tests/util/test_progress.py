@@ -29,7 +29,7 @@ def test_long_work_has_a_line_every_30_seconds_and_one_at_its_end(
     with ProgressBar("recording", 7300, "episodes", num_done_before=100) as bar:
         for done in range(101, 150):
             clock_s[0] += 1
-            bar.update(done, "3 failed")
+            bar.set_num_done(done, "3 failed")
 
     assert capsys.readouterr().err.splitlines() == [
         "recording: 131 of 7,300 episodes, 1.0 episodes/s, 1:59:29 left, 3 failed",

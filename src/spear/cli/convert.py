@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from tyro.conf import Positional, arg
 
 from spear.errors import SpearError, check_known, escape_control_characters
-from spear.util.files import check_new_folder, write_text
+from spear.util.files import check_new_or_empty_folder, write_text
 from spear.util.network import is_hub_name
 from spear.util.options import OptionalFile, OptionalName, Options, Preset, Seed
 
@@ -34,7 +34,7 @@ class ConvertOptions(Options, kw_only=True):
     def __post_init__(self) -> None:
         super().__post_init__()
         if not self.dry_run:
-            check_new_folder(self.out)
+            check_new_or_empty_folder(self.out)
 
 
 MogeName = Annotated[

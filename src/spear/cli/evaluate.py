@@ -20,7 +20,7 @@ from spear.evaluate.options import (
     TabletopOptions,
 )
 from spear.evaluate.results import load_results
-from spear.util.files import check_not_foreign_folder, check_writable, read_json, write_text
+from spear.util.files import check_empty_or_own_folder, check_writable, read_json, write_text
 from spear.util.options import (
     DatasetName,
     Device,
@@ -530,7 +530,7 @@ def _check_vqa_run(options: EvaluateVqaOptions) -> None:
             "--calibrate measures everything that `spear ask` may be asked. Leave out "
             "--question-types and --view."
         )
-    check_not_foreign_folder(options.out, "scores.json", action="evaluate")
+    check_empty_or_own_folder(options.out, "scores.json", action="evaluate")
     check_writable(scores_file)
     if options.calibrate:
         check_writable(locate(options.model) / CALIBRATION_FILE)

@@ -3,7 +3,7 @@
 import shutil
 from pathlib import Path
 
-from spear.util.files import check_new_folder
+from spear.util.files import check_new_or_empty_folder
 from spear.util.options import Options, PolicyName
 
 COPIED_FILES = (
@@ -35,7 +35,7 @@ def export_onnx(options: ExportOnnxOptions) -> None:
         spear export onnx --policy nano --out runs/nano-onnx
         spear export onnx --policy runs/mine --int8
     """
-    check_new_folder(options.out)
+    check_new_or_empty_folder(options.out)
     from spear.models.export import (
         GRAPHS,
         export_policy,

@@ -26,7 +26,7 @@ from spear.errors import (
 )
 from spear.geometry import euler_to_quat, quat_canonical, quat_exp, quat_multiply, quat_rotate
 from spear.types import Array
-from spear.util.json_text import read_utf8
+from spear.util.json_text import read_utf8_bytes
 
 COMMON_LINK_WORDS = {"link"}  # nearly every link has this word in its name
 MAX_URDF_BYTES = 16 * 2**20  # a URDF without meshes has some 20 kB
@@ -148,7 +148,7 @@ def _read_joints_and_links(file: Path) -> tuple[list[UrdfJoint], set[str]]:
     if not file.is_file():
         raise SpearError(f"there is no URDF {file}. Copy the URDF of the arm there.")
     try:
-        text = read_utf8(file, MAX_URDF_BYTES).decode("utf-8")
+        text = read_utf8_bytes(file, MAX_URDF_BYTES).decode("utf-8")
         if "<!DOCTYPE" in text or "<!ENTITY" in text:
             raise ValueError("it declares a document type or entities, which no URDF needs")
         robot = ElementTree.fromstring(text)

@@ -245,7 +245,7 @@ class _Evaluation(Generic[Track]):
                     self._make_films_and_list_seeds_without_track([outcomes[outcome.seed]], tracks)
                     tracks.clear()
                 num_successes = sum(outcome.success for outcome in outcomes.values())
-                bar.update(len(outcomes), f"{num_successes} succeeded")
+                bar.set_num_done(len(outcomes), f"{num_successes} succeeded")
         return tracks
 
     def _split_into_groups(self, seeds: Sequence[int]) -> list[Sequence[int]]:

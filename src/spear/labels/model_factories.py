@@ -23,7 +23,7 @@ from spear.errors import SpearError, check_known
 from spear.labels.engine import ModelFactories
 from spear.labels.options import LabelOptions
 from spear.models.weights.published import PUBLISHED
-from spear.util.network import check_available_on_hub
+from spear.util.network import check_hub_reachable_or_cached
 from spear.util.options import list_changed_options
 
 
@@ -137,7 +137,9 @@ def _make_model(entry: ModelEntry, name: str, model: str | None, options: LabelO
             raise SpearError(
                 f'--detector {name} needs names to look for. Add --vocabulary "mug, spoon".'
             )
-        check_available_on_hub(model, instead=f"a folder or file that holds it, as in {name}=PATH")
+        check_hub_reachable_or_cached(
+            model, instead=f"a folder or file that holds it, as in {name}=PATH"
+        )
     values = {
         "model": model,
         "vocabulary": options.vocabulary_names,

@@ -31,7 +31,7 @@ from spear.labels.models.protocols import (
 )
 from spear.labels.objects import ImageGeometry, label_object
 from spear.types import Array, Frame, LabeledImage
-from spear.util.images import encode_jpeg, load_image_and_is_turned
+from spear.util.images import encode_jpeg, load_image_and_is_turned_invisibly
 
 T = TypeVar("T")  # what a model returns for one image
 
@@ -125,7 +125,7 @@ def _decode_image_and_is_turned(content: bytes | Array, source: str) -> tuple[Ar
         that its size does not show.
     """
     if isinstance(content, bytes):
-        return load_image_and_is_turned(content, source)
+        return load_image_and_is_turned_invisibly(content, source)
     return content, False
 
 

@@ -37,8 +37,8 @@ from spear.labels.fit.image import have_same_aspect, resize_nearest
 from spear.labels.inputs import make_file_stamp
 from spear.types import Array, Frame
 from spear.util.files import read_json
-from spear.util.images import IMAGE_SUFFIXES, check_num_pixels, load_image_and_is_turned
-from spear.util.json_text import read_utf8
+from spear.util.images import IMAGE_SUFFIXES, check_num_pixels, load_image_and_is_turned_invisibly
+from spear.util.json_text import read_utf8_bytes
 
 COLOR_FOLDERS = ("color", "colour", "rgb", "image", "images")
 STRUCTURE_NAMES = frozenset({"wall", "floor", "ceiling"})
@@ -115,7 +115,7 @@ class RgbdScene:
 
     def __getitem__(self, index: int) -> Frame:
         color, depth_path = self._pairs[index]
-        image, is_turned = load_image_and_is_turned(color, keep_stored_orientation=True)
+        image, is_turned = load_image_and_is_turned_invisibly(color, keep_stored_orientation=True)
         depth = read_depth(depth_path)
         height, width = image.shape[:2]
         if self._size not in ((None, None), (width, height)):
@@ -286,7 +286,7 @@ def read_matrix(path: Path) -> Array:
         SpearError: The file does not exist or contains no such matrix.
     """
     try:
-        matrix = np.loadtxt(read_utf8(path).decode().splitlines(), ndmin=2)
+        matrix = np.loadtxt(read_utf8_bytes(path).decode().splitlines(), ndmin=2)
     except (OSError, ValueError) as error:
         raise SpearError(
             f"{path} contains no matrix ({error}). Give one row of numbers per line."

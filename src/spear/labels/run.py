@@ -53,7 +53,7 @@ from spear.labels.store import (
     remove_questions,
     remove_temporary_files,
 )
-from spear.util.files import check_not_foreign_folder
+from spear.util.files import check_empty_or_own_folder
 from spear.util.options import list_changed_options
 from spear.util.progress import ProgressBar
 from spear.util.run_lock import acquire_run_lock
@@ -251,7 +251,7 @@ def label_into_folder(
     shards = _split(list(items), work.shard_size)
     if not shards:
         raise SpearError("There is no image to label. Give photos, folders, videos or episodes.")
-    check_not_foreign_folder(out, SETTINGS_FILE, "label")
+    check_empty_or_own_folder(out, SETTINGS_FILE, "label")
 
     with acquire_run_lock(out, "labeling into", SETTINGS_FILE):
         # Record the settings, or compare them with those of the run that is continued. Settings
@@ -334,7 +334,7 @@ class _RunMonitor:
                 has_source = source in reason
                 # Calling `SkippedItems` adds the failure to it.
                 self._failures(reason if has_source else f"in {source}, {reason}")
-        self.bar.update(self.bar.num_done + num_images, f"{self.num_skipped:,} skipped")
+        self.bar.set_num_done(self.bar.num_done + num_images, f"{self.num_skipped:,} skipped")
         num_good = self.bar.num_done - self.num_before - len(self._failures.reasons)
         self._failures.check_limit(num_good, is_finished=self.bar.num_done == self.num_total)
 

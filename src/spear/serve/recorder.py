@@ -51,7 +51,7 @@ from spear.errors import SpearError, format_count, notice
 from spear.serve.exchange import Exchange
 from spear.serve.service import Service
 from spear.types import CONTROL_RATE_HZ, Array, Episode
-from spear.util.files import check_not_foreign_folder, read_json, report_write_errors, write_text
+from spear.util.files import check_empty_or_own_folder, read_json, report_write_errors, write_text
 from spear.util.images import encode_jpeg
 from spear.util.run_lock import acquire_run_lock
 
@@ -454,7 +454,7 @@ def claim_folder(folder: Path) -> Iterator[None]:
         SpearError: the folder has other files, which could be deleted by mistake, or another server
             records into it.
     """
-    check_not_foreign_folder(folder, REQUEST_FILE, "record")
+    check_empty_or_own_folder(folder, REQUEST_FILE, "record")
     with acquire_run_lock(folder, "recording into", REQUEST_FILE):
         if (folder / REQUEST_FILE).is_file():
             read_marker(folder)

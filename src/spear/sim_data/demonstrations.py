@@ -21,7 +21,7 @@ from spear.sim.scene import FAMILIES
 from spear.sim.world import SIMULATOR_VERSION
 from spear.sim.worlds import DEFAULT_WORLD, validate_world
 from spear.types import Episode
-from spear.util.files import check_not_foreign_folder
+from spear.util.files import check_empty_or_own_folder
 from spear.util.fingerprints import fingerprint_checkpoint
 from spear.util.held_out import FIRST_TRAIN_SEED
 from spear.util.images import decode_image
@@ -132,7 +132,7 @@ def record_successes(
         shard_size: How many episodes a shard contains. If the process is killed, the episodes of
             the unfinished shard are lost.
     """
-    check_not_foreign_folder(out, SHARD_GLOB, action="record")
+    check_empty_or_own_folder(out, SHARD_GLOB, action="record")
     with acquire_run_lock(out, "recording into", SETTINGS_FILE):
         remove_unfinished_shards(out)
         progress = RecordingProgress(num_recorded=0, num_tried=0)

@@ -30,7 +30,7 @@ from spear.labels.store import (
 )
 from spear.types import Frame, LabeledImage
 from spear.util import processes
-from spear.util.files import check_not_foreign_folder, write_text
+from spear.util.files import check_empty_or_own_folder, write_text
 from spear.util.held_out import FIRST_TRAIN_SEED
 from spear.util.progress import ProgressBar
 from spear.util.run_lock import acquire_run_lock
@@ -217,7 +217,7 @@ def label_scene_jobs(
     """
     views = simulator.views
     num_scenes = _count_scenes(jobs)
-    check_not_foreign_folder(out, INSTRUCTIONS_FILE, action="label")
+    check_empty_or_own_folder(out, INSTRUCTIONS_FILE, action="label")
     advice = "use fewer --workers, and run the same command again"
 
     with acquire_run_lock(out, "labeling into", INSTRUCTIONS_FILE, "run.json"):
@@ -256,7 +256,7 @@ def label_scene_jobs(
             processes.open_worker_pool(num_processes, preload=__name__, advice=advice) as pool,
         ):
             for num_labeled in processes.map_in_order(pool, label_job, open_jobs, workers):
-                bar.update(bar.num_done + num_labeled)
+                bar.set_num_done(bar.num_done + num_labeled)
 
     return sum(count_labeled_images(out / view) for view in views)
 

@@ -66,7 +66,7 @@ class Logger:
         self._waited_s += waited_s
         if num_done % self._log_every == 0 or num_done == self._num_steps:
             self._write(num_done, values, lr)
-        self.bar.update(num_done, self._info)
+        self.bar.set_num_done(num_done, self._info)
 
     def _write(self, num_done: int, values: Mapping[str, float], lr: float) -> None:
         """Write a line about the last of `num_done` steps to all logs."""

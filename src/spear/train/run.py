@@ -39,7 +39,7 @@ from spear.train.loop import EPISODES_KEY, RunOptions
 from spear.train.optimize import Task
 from spear.train.options import Optimization, Recipe, TrainingInputs
 from spear.util.files import check_writable
-from spear.util.fingerprints import hash_file_ends, list_files_recursively
+from spear.util.fingerprints import hash_names_sizes_and_tails, list_files_recursively
 from spear.util.run_lock import acquire_run_lock
 from spear.util.run_settings import to_plain_json
 
@@ -258,7 +258,7 @@ def _compute_short_hash(folders: Sequence[Path], patterns: Sequence[str]) -> str
 
     Of large files only the ends are read. Without folders the result is None.
     """
-    return hash_file_ends(folders, patterns)[:12] if folders else None
+    return hash_names_sizes_and_tails(folders, patterns)[:12] if folders else None
 
 
 def _notice_changed_optimization(

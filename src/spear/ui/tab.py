@@ -162,7 +162,7 @@ class Tab:
     def open_photo(self, request: Request) -> PageState:
         """Open a photo, from the data of its file."""
         name = "the image"  # in messages
-        pixels = load_image(request["data"], name, longest=MAX_IMAGE_SIDE_PX)
+        pixels = load_image(request["data"], name, largest_allowed_side_px=MAX_IMAGE_SIDE_PX)
         image = read_image({name: pixels}, name)  # checks the size as that of a robot's image
         photo = RecordedEpisode(
             kind="photo",

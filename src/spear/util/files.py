@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from spear.errors import SpearError, notice, summarize_error, to_sentence
-from spear.util.json_text import MAX_JSON_BYTES, parse_json_as, read_utf8
+from spear.util.json_text import MAX_JSON_BYTES, parse_json_as, read_utf8_bytes
 
 T = TypeVar("T")
 
@@ -148,7 +148,7 @@ def read_json_as(
             names the file, and the line and column or the key that is wrong.
     """
     try:
-        return parse_json_as(json_type, read_utf8(path, max_bytes))
+        return parse_json_as(json_type, read_utf8_bytes(path, max_bytes))
     except (OSError, ValueError) as error:
         refuse_lfs_pointer(path, path)
         reason = getattr(error, "strerror", None) or summarize_error(error)
@@ -157,7 +157,7 @@ def read_json_as(
         raise SpearError(f"{path} {problem} ({reason}). {to_sentence(advice)}") from error
 
 
-def check_new_folder(folder: Path) -> None:
+def check_new_or_empty_folder(folder: Path) -> None:
     """Raise `SpearError` unless a folder is new or empty, and not the current folder."""
     if folder.exists() and folder.samefile("."):
         raise SpearError(f"{folder} is the folder that you are in. Give a new one in it.")
@@ -167,7 +167,7 @@ def check_new_folder(folder: Path) -> None:
         )
 
 
-def check_not_foreign_folder(folder: Path, own_pattern: str, action: str) -> None:
+def check_empty_or_own_folder(folder: Path, own_pattern: str, action: str) -> None:
     """Raise `SpearError` if a folder has files, but none with a name that this work writes.
 
     Hidden files do not count.

@@ -30,7 +30,9 @@ def list_files_recursively(folder: Path, pattern: str) -> list[Path]:
     return sorted(files)
 
 
-def hash_file_ends(folders: Iterable[Path], patterns: Sequence[str], prefix: bytes = b"") -> str:
+def hash_names_sizes_and_tails(
+    folders: Iterable[Path], patterns: Sequence[str], prefix: bytes = b""
+) -> str:
     """Hash `prefix` and the names, sizes and ends of all matching files in the folders.
 
     A large file is read only at its end. If a folder has more than `MAX_LARGE_FILES_READ` matching

@@ -11,7 +11,7 @@ import simplejpeg
 from PIL import ExifTags, Image, ImageOps, features
 
 from spear.errors import SpearError, summarize_error
-from spear.types import Array
+from spear.types import Array, WidthAndHeight
 from spear.util.files import refuse_lfs_pointer
 
 JPEG_MAGIC_BYTES = b"\xff\xd8\xff"
@@ -142,16 +142,16 @@ class Placement(NamedTuple):
     height: int
 
 
-def compute_placement(source: tuple[int, int], target: tuple[int, int]) -> Placement:
-    """Return where `fit_image` places an image of size `source` in one of size `target`.
+def compute_placement(source_size: WidthAndHeight, target_size: WidthAndHeight) -> Placement:
+    """Return where `fit_image` places an image of one size in an image of another.
 
     Sizes are (width, height) in pixels. The scaled image is centered.
 
     >>> compute_placement((640, 480), (280, 280))
     Placement(scale=0.4375, left=0, top=35, width=280, height=210)
     """
-    source_width, source_height = source
-    target_width, target_height = target
+    source_width, source_height = source_size
+    target_width, target_height = target_size
     scale = min(target_width / source_width, target_height / source_height)
     width = max(1, round(source_width * scale))
     height = max(1, round(source_height * scale))
@@ -160,7 +160,7 @@ def compute_placement(source: tuple[int, int], target: tuple[int, int]) -> Place
     return Placement(scale, left, top, width, height)
 
 
-def fit_image(image: Array, height: int, width: int, bars: bool = True) -> Array:
+def fit_image(image: Array, height: int, width: int, has_bars: bool = True) -> Array:
     """Fit an image into a size without stretching it.
 
     The aspect ratio is kept, as in the paper, because estimates of depth depend on it. The image is
@@ -171,7 +171,7 @@ def fit_image(image: Array, height: int, width: int, bars: bool = True) -> Array
         image: [h, w, 3] uint8 RGB.
         height: height of the result, in pixels.
         width: width of the result, in pixels.
-        bars: whether to pad with black bars.
+        has_bars: whether black bars pad the result to this size.
 
     Returns:
         [height, width, 3] uint8; without bars one of the sides may be smaller. If the image has
@@ -192,7 +192,7 @@ def fit_image(image: Array, height: int, width: int, bars: bool = True) -> Array
     scaled = torch.nn.functional.interpolate(
         planes, (placement.height, placement.width), mode="bilinear", antialias=True
     )[0]  # [3, placement.height, placement.width]
-    if bars:
+    if has_bars:
         right = width - placement.width - placement.left
         bottom = height - placement.height - placement.top
         scaled = torch.nn.functional.pad(scaled, (placement.left, right, placement.top, bottom))
@@ -219,22 +219,22 @@ def can_open_image(path: str | Path) -> bool:
         return False
 
 
-def get_image_format(name: str) -> str:
+def get_image_format(file_name: str) -> str:
     """Return Pillow's name for the format that a file's suffix names: "PNG" or "JPEG".
 
     Raises:
         SpearError: the suffix is that of another format, or is missing.
     """
-    image_format = Image.registered_extensions().get(Path(name).suffix.lower(), "")
+    image_format = Image.registered_extensions().get(Path(file_name).suffix.lower(), "")
     if image_format not in ("PNG", "JPEG"):
-        raise SpearError(f"{name} is no name for a picture. End it in .png or .jpg.")
+        raise SpearError(f"{file_name} is no name for a picture. End it in .png or .jpg.")
     return image_format
 
 
-def encode_image_file(image: Array, name: str) -> bytes:
-    """Encode [h, w, 3] uint8 RGB in the format that the suffix of the file `name` says."""
+def encode_image_file(image: Array, file_name: str) -> bytes:
+    """Encode [h, w, 3] uint8 RGB in the format that the suffix of `file_name` says."""
     buffer = io.BytesIO()
-    Image.fromarray(image).save(buffer, get_image_format(name))
+    Image.fromarray(image).save(buffer, get_image_format(file_name))
     return buffer.getvalue()
 
 
@@ -272,7 +272,7 @@ def to_data_uri(data: bytes, mime: str) -> str:
 def load_image(
     source: str | Path | bytes,
     name: str = "",
-    longest: int | None = None,
+    largest_allowed_side_px: int | None = None,
     keep_stored_orientation: bool = False,
     keep_transparent_colors: bool = False,
 ) -> Array:
@@ -288,7 +288,7 @@ def load_image(
     Args:
         source: a path, or the content of the file.
         name: the image's name in messages; by default the path.
-        longest: the maximal length of a side in pixels; it is checked before the pixels are
+        largest_allowed_side_px: an image with a longer side is refused before its pixels are
             decoded.
         keep_stored_orientation: whether to ignore the EXIF orientation, because depth, intrinsics
             or other views belong to the pixels as they are stored.
@@ -299,16 +299,16 @@ def load_image(
             enormous by its header (it has more than `MAX_PIXELS`); or the brightness of its
             pixels is not known (floating point, more than 16 bits, or few of 16 bits used).
     """
-    image, _ = load_image_and_is_turned(
-        source, name, longest, keep_stored_orientation, keep_transparent_colors
+    image, _ = load_image_and_is_turned_invisibly(
+        source, name, largest_allowed_side_px, keep_stored_orientation, keep_transparent_colors
     )
     return image
 
 
-def load_image_and_is_turned(
+def load_image_and_is_turned_invisibly(
     source: str | Path | bytes,
     name: str = "",
-    longest: int | None = None,
+    largest_allowed_side_px: int | None = None,
     keep_stored_orientation: bool = False,
     keep_transparent_colors: bool = False,
 ) -> tuple[Array, bool]:
@@ -330,10 +330,11 @@ def load_image_and_is_turned(
     try:
         with Image.open(io.BytesIO(data)) as image:
             check_num_pixels(image, name)
-            if longest and max(image.size) > longest:
+            if largest_allowed_side_px and max(image.size) > largest_allowed_side_px:
                 width, height = image.size
                 raise SpearError(
-                    f"{name} has {width} x {height} pixels. Send sides of at most {longest}."
+                    f"{name} has {width} x {height} pixels. Send sides of at most "
+                    f"{largest_allowed_side_px}."
                 )
             return _read_pixels(image, name, keep_stored_orientation, keep_transparent_colors)
     except SpearError:
@@ -359,7 +360,7 @@ def check_num_pixels(image: Image.Image, name: str) -> None:
 def _read_pixels(
     image: Image.Image, name: str, keep_stored_orientation: bool, keep_transparent_colors: bool
 ) -> tuple[Array, bool]:
-    """Return what `load_image_and_is_turned` returns, of an opened image."""
+    """Return what `load_image_and_is_turned_invisibly` returns, of an opened image."""
     # The bits of the file are known only before the pixels are loaded, and for PNG, reading the
     # EXIF data loads the pixels.
     has_16_bit_colors = image.mode in ("RGB", "RGBA") and _has_16_bits_in_file(image)

@@ -30,7 +30,7 @@ _STRING_OR_NUMBER = re.compile(
 )
 
 
-def read_utf8(path: Path, max_bytes: int = MAX_JSON_BYTES) -> bytes:
+def read_utf8_bytes(path: Path, max_bytes: int = MAX_JSON_BYTES) -> bytes:
     """Read the bytes of a text in UTF-8, without the byte order mark that Windows' editors write.
 
     Raises:
@@ -63,7 +63,7 @@ def parse_json_as(json_type: type[T], data: bytes) -> T:
     """
     from pydantic import TypeAdapter
 
-    _check_integers(data)
+    _check_integer_lengths(data)
     return TypeAdapter(json_type).validate_json(data)
 
 
@@ -72,7 +72,7 @@ def parse_json(text: str) -> Any:
     from pydantic_core import from_json
 
     data = text.encode(errors="surrogatepass")  # lets the parser refuse halves of characters
-    _check_integers(data)
+    _check_integer_lengths(data)
     return from_json(data)
 
 
@@ -91,7 +91,7 @@ def read_json_lines(path: Path) -> list[dict[str, Any]]:
         if not line.strip():
             continue
         try:
-            _check_integers(line)
+            _check_integer_lengths(line)
             objects.append(adapter.validate_json(line))
         except ValueError as error:
             # The parser sees one line, so its line number is always 1.
@@ -103,12 +103,12 @@ def read_json_lines(path: Path) -> list[dict[str, Any]]:
 def _read_lines(path: Path) -> list[bytes]:
     """Return the lines of a text in UTF-8; a `ValueError` names the file."""
     try:
-        return read_utf8(path).splitlines()
+        return read_utf8_bytes(path).splitlines()
     except ValueError as error:
         raise ValueError(f"{path.name}: {error}") from error
 
 
-def _check_integers(data: bytes) -> None:
+def _check_integer_lengths(data: bytes) -> None:
     """Raise `ValueError` for an integer of more than `MAX_INTEGER_DIGITS` digits.
 
     Python reads longer integers, but code that converts one to `float` would then raise an

@@ -57,15 +57,15 @@ def find_proxy_problem() -> ProxyProblem | None:
     return None
 
 
-def check_proxies(purpose: str) -> None:
+def check_proxies(subject: str) -> None:
     """Raise `SpearError` when the HTTP client cannot use a proxy that the environment names.
 
     Args:
-        purpose: What needs the client, as the subject of "cannot be reached".
+        subject: What the client would reach, as the subject of "cannot be reached".
     """
     problem = find_proxy_problem()
     if problem is not None:
-        raise SpearError(f"{purpose} cannot be reached, because {problem.reason}. {problem.cure}")
+        raise SpearError(f"{subject} cannot be reached, because {problem.reason}. {problem.cure}")
 
 
 def explain_unreachable(url: str) -> str | None:
@@ -79,7 +79,7 @@ def explain_unreachable(url: str) -> str | None:
         return problem.reason
     if _has_proxy_for_client_only():
         return None
-    return _ask_server(url)
+    return _explain_no_answer_once(url)
 
 
 def _has_proxy_for_client_only() -> bool:
@@ -133,7 +133,7 @@ def _get_proxy_variable(protocol: str) -> str:
 
 
 @lru_cache
-def _ask_server(url: str) -> str | None:
+def _explain_no_answer_once(url: str) -> str | None:
     """Return why a server does not answer a request; None if it answers.
 
     `lru_cache` keeps the result, so that this process asks each server only once.
@@ -141,7 +141,7 @@ def _ask_server(url: str) -> str | None:
     reasons: list[str | None] = []
 
     def ask() -> None:
-        reasons.append(_request_head(url))
+        reasons.append(_explain_no_answer_to_head(url))
 
     # The request runs in a thread, because looking up the server's name has no time-out and can
     # take longer than `TIMEOUT_S`.
@@ -151,7 +151,7 @@ def _ask_server(url: str) -> str | None:
     return reasons[0] if reasons else f"no answer within {TIMEOUT_S:.0f} s"
 
 
-def _request_head(url: str) -> str | None:
+def _explain_no_answer_to_head(url: str) -> str | None:
     """Return why a server does not answer a HEAD request; None if it answers."""
     request = urllib.request.Request(url, method="HEAD")
     opener = urllib.request.build_opener()  # `urlopen` keeps the proxies of its first call
@@ -190,7 +190,7 @@ def is_hub_reachable() -> bool:
     return explain_hub_unreachable() is None
 
 
-def check_available_on_hub(model: str, instead: str) -> None:
+def check_hub_reachable_or_cached(model: str, instead: str) -> None:
     """Raise `SpearError` for a name on the Hub that is neither reachable nor in the cache.
 
     Args:

@@ -51,7 +51,7 @@ class ProgressBar:
     def __enter__(self) -> Self:
         self._start_time_s = time.monotonic()
         self._last_line_time_s = self._start_time_s
-        self.update(self.num_done_before)
+        self.set_num_done(self.num_done_before)
         self._bar.start()
         return self
 
@@ -61,7 +61,7 @@ class ProgressBar:
             self._log_line()  # the last line shows where the work ended
         self._bar.stop()
 
-    def update(self, num_done: int, info: str = "") -> None:
+    def set_num_done(self, num_done: int, info: str = "") -> None:
         """Set the number of finished items, and a text that is shown after the count."""
         self.num_done = num_done
         self._info = info
@@ -125,4 +125,4 @@ def track_progress(items: Iterable[T], bar: ProgressBar) -> Iterator[T]:
     with bar:
         for num_done, item in enumerate(items, bar.num_done + 1):
             yield item
-            bar.update(num_done)
+            bar.set_num_done(num_done)

@@ -342,7 +342,7 @@ def test_of_a_tokenizer_on_the_hub_no_weights_are_downloaded(
         return str(folder)
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", download)
-    monkeypatch.setattr("spear.models.weights.load.check_available_on_hub", lambda *_: None)
+    monkeypatch.setattr("spear.models.weights.load.check_hub_reachable_or_cached", lambda *_: None)
 
     plan = plan_pi0(pi0_folder, None, "tiny14", "google/paligemma-3b-pt-224")
 

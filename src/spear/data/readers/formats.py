@@ -17,7 +17,7 @@ from spear.data.readers.tfrecord import read_checksums
 from spear.data.store.episode_store import SHARD_GLOB, EpisodeStore, list_shards
 from spear.errors import SpearError, format_alternatives, format_count
 from spear.types import Episode
-from spear.util.fingerprints import hash_file_ends
+from spear.util.fingerprints import hash_names_sizes_and_tails
 from spear.util.skipped_items import SkippedItems
 
 T = TypeVar("T")
@@ -270,7 +270,7 @@ def fingerprint_dataset(folder: Dataset | EpisodeStore) -> str:
     # The last bytes of a file of records say nothing about earlier records. Their checksums do.
     record_files = sorted(folder.path.glob("*.tfrecord*"))
     checksums = b"".join(read_checksums(file) for file in record_files)
-    return hash_file_ends([folder.path], HASHED_FILES, checksums)
+    return hash_names_sizes_and_tails([folder.path], HASHED_FILES, checksums)
 
 
 def list_cameras(path: str | Path, layout_file: Path | None = None) -> list[str]:

@@ -40,7 +40,7 @@ from spear.types import Array
 from spear.util.files import advise_on_downloaded_file_error, refuse_lfs_pointer
 from spear.util.foreign_paths import fill_path_template, join_inside
 from spear.util.images import encode_jpeg
-from spear.util.json_text import parse_json_as, read_json_lines, read_utf8
+from spear.util.json_text import parse_json_as, read_json_lines, read_utf8_bytes
 
 INFO_FILE = "meta/info.json"
 TASK_COLUMN = "task"  # our name of the column of instructions
@@ -486,7 +486,7 @@ def _open_cached(folder: Path, changed_ns: int) -> LeRobotFolder:
     """
     file = folder / INFO_FILE  # what is being read, for the error message
     try:
-        info = parse_json_as(Info, read_utf8(file))
+        info = parse_json_as(Info, read_utf8_bytes(file))
         file = folder / "meta"
         dataset = _read_metadata(folder, info)
     except (

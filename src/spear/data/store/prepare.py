@@ -58,7 +58,7 @@ from spear.data.store.shard import open_shard
 from spear.errors import SpearError, format_count, is_first_process, notice
 from spear.types import Episode
 from spear.util import processes
-from spear.util.files import check_new_folder, read_json, write_text
+from spear.util.files import check_new_or_empty_folder, read_json, write_text
 from spear.util.images import decode_image, encode_jpeg, fit_image
 from spear.util.progress import ProgressBar
 from spear.util.run_lock import acquire_run_lock
@@ -275,7 +275,7 @@ def plan_preparation(path: Path, out: Path, split: str, conversion: Conversion) 
 def _check_out_folder(out: Path, request: dict[str, Any]) -> None:
     """Raise SpearError if the output folder contains anything but the result of this request."""
     if not (out / REQUEST_FILE).is_file():
-        check_new_folder(out)
+        check_new_or_empty_folder(out)
         return
 
     earlier_request = read_json(out / REQUEST_FILE, "remove that folder")
@@ -353,7 +353,7 @@ def _write_shards(
             skipped.reasons += prepared.skip_reasons
             repairs.add(prepared.repairs)
             skipped.check_limit(num_good)
-            bar.update(bar.num_done + block.num_episodes, f"{len(skipped.reasons)} skipped")
+            bar.set_num_done(bar.num_done + block.num_episodes, f"{len(skipped.reasons)} skipped")
 
             # End the shard, with a note from which another call can continue.
             is_last_block = num_done_blocks == len(blocks)
@@ -551,7 +551,7 @@ def _convert_images(episode: Episode, camera: str, conversion: Conversion) -> li
             levels |= {int(image.min()), int(image.max())}
         if size is not None:
             width, height = size
-            resized = fit_image(image, height, width, bars=False)
+            resized = fit_image(image, height, width, has_bars=False)
             has_new_size = resized.shape != image.shape
             is_jpeg = encoded.startswith(JPEG_START)
             if has_new_size or not is_jpeg:

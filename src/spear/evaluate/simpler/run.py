@@ -244,7 +244,7 @@ class Simpler:
         # As in the embedded simulator, images are degraded at the size at which the policy sees
         # them. At the camera's own, larger size the same blur and noise would hardly be seen.
         width, height = agent.image_sizes["external"]
-        image = fit_image(observation[IMAGE_KEY], height, width, bars=False)
+        image = fit_image(observation[IMAGE_KEY], height, width, has_bars=False)
         resized = {**observation, IMAGE_KEY: image}
         return degrade_observation(resized, self._noise, scene.seed, scene.steps)
 

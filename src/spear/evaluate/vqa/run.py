@@ -167,7 +167,7 @@ def _ask_constrained_and_free(
                     )
                     free_segments = free_answers[position].segments
                     free_grammar[question_type].append(is_grammatical(question, free_segments))
-                bar.update(bar.num_done + len(batch), question_type)
+                bar.set_num_done(bar.num_done + len(batch), question_type)
     return answered, free_grammar
 
 

@@ -120,7 +120,7 @@ def write_questions(
                     num_by_type[question.question_type] += 1
                     rows.append(_question_to_row(label.source, question))
             writer.write(pa.Table.from_pylist(rows, _SCHEMA))
-            bar.update(bar.num_done + len(batch))
+            bar.set_num_done(bar.num_done + len(batch))
         writer.commit()
     write_dataset_card(folder)
     return NumWrittenQuestions(bar.num_done, num_by_type)

@@ -28,7 +28,7 @@ from spear.models.weights.load import (
     check_finite,
     quiet_transformers,
 )
-from spear.util.files import check_new_folder
+from spear.util.files import check_new_or_empty_folder
 from spear.util.pretrained import load_pretrained
 
 Status = Literal["loaded", "new", "left out", "missing", "refused"]
@@ -295,7 +295,7 @@ class Conversion(Generic[ModelT]):
             SpearError: A weight is missing, refused or not finite; the folder is not empty; or the
                 model cannot be written or does not fit on the disk.
         """
-        check_new_folder(folder)
+        check_new_or_empty_folder(folder)
         self.check()
         partial_folder = folder.with_name(f".part-{folder.name}-{os.getpid()}")
         try:

@@ -23,7 +23,7 @@ from spear.errors import SpearError, check_known, format_count, summarize_error
 from spear.models.weights.folders import warn_about_changed_files
 from spear.util.files import read_json, refuse_lfs_pointer
 from spear.util.foreign_paths import join_inside
-from spear.util.network import check_available_on_hub, is_hub_name, is_hub_reachable
+from spear.util.network import check_hub_reachable_or_cached, is_hub_name, is_hub_reachable
 from spear.util.pretrained import load_pretrained
 
 ModelT = TypeVar("ModelT", bound=PreTrainedModel)
@@ -539,7 +539,7 @@ def download_from_hub(
     """
     from huggingface_hub import hf_hub_download, snapshot_download
 
-    check_available_on_hub(name, instead)
+    check_hub_reachable_or_cached(name, instead)
     repository, _, revision = name.partition("@")
     options: dict[str, Any] = {
         "revision": revision or None,

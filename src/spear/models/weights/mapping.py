@@ -37,7 +37,7 @@ from spear.models.weights.load import (
 )
 from spear.models.weights.roles import insert_numbers, mask_numbers
 from spear.tokens import TOKEN_FORMAT, extend_tokenizer
-from spear.util.files import read_utf8
+from spear.util.files import read_utf8_bytes
 
 SOURCE = "SPEAR-1"
 """What reports call the checkpoint."""
@@ -113,7 +113,7 @@ def read_mapping(file: Path) -> WeightMapping:
 
     our_fields = [mapping_field.name for mapping_field in dataclasses.fields(WeightMapping)]
     try:
-        content = tomllib.loads(read_utf8(file, MAX_MAPPING_BYTES).decode())
+        content = tomllib.loads(read_utf8_bytes(file, MAX_MAPPING_BYTES).decode())
         mapping = TypeAdapter(WeightMapping).validate_python(content)
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or summarize_error(error)
