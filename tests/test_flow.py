@@ -209,13 +209,13 @@ PERTURBED_SHAPE = (4000, 5)  # chunks, actions per chunk
 
 
 def draw_perturbed() -> tuple[Action, Action, Tensor]:
-    """Demonstrated chunks, the same chunks with errors added by `perturb_committed`, and the mask
-    [4000, 5] of the committed actions (at most 3 per chunk)."""
+    """Demonstrated chunks, the same chunks with errors added by `perturb_and_correct`, and the
+    mask [4000, 5] of the committed actions (at most 3 per chunk)."""
     data = draw_data(PERTURBED_SHAPE)
     is_committed = flow.sample_committed_mask(
         PERTURBED_SHAPE, max_committed=3, generator=make_generator(5)
     )
-    perturbed = flow.perturb_committed(data, is_committed, "previous", make_generator(6))
+    perturbed = flow.perturb_and_correct(data, is_committed, "previous", make_generator(6))
     return data, perturbed, is_committed
 
 
@@ -265,7 +265,7 @@ def test_perturbations_leave_the_gripper() -> None:
 
 def test_motions_from_the_observed_pose_need_no_correction_after_the_committed_ones() -> None:
     data, _, is_committed = draw_perturbed()
-    perturbed = flow.perturb_committed(data, is_committed, "observed", make_generator(6))
+    perturbed = flow.perturb_and_correct(data, is_committed, "observed", make_generator(6))
 
     is_translation_different = (perturbed.translation != data.translation).any(-1)
     assert torch.equal(is_translation_different, is_committed)
@@ -277,7 +277,7 @@ def test_motions_from_the_observed_pose_need_no_correction_after_the_committed_o
 def test_errors_of_motions_from_the_observed_pose_add_up() -> None:
     """The third committed action has the errors of three steps, so its variance is three times."""
     data, _, is_committed = draw_perturbed()
-    perturbed = flow.perturb_committed(data, is_committed, "observed", make_generator(6))
+    perturbed = flow.perturb_and_correct(data, is_committed, "observed", make_generator(6))
 
     has_three = is_committed[:, 2]
     errors = (perturbed.translation - data.translation)[has_three]  # [N, 5, 3]
@@ -296,7 +296,7 @@ def test_actions_that_are_not_valid_do_not_change_the_scale_of_perturbations() -
 
     errors = []
     for demonstrations in (data, with_outliers):
-        perturbed = flow.perturb_committed(
+        perturbed = flow.perturb_and_correct(
             demonstrations, is_committed, "previous", make_generator(6), is_valid
         )
         errors.append(perturbed.translation - demonstrations.translation)

@@ -12,7 +12,7 @@ from spear.gripper import (
     binarize_commands,
     binarize_gripper,
     delay_measured_if_commanded,
-    infer_commands_from_motion,
+    infer_commands_between_openings,
 )
 
 TRIGGER = np.array([1, 1, 0.9, 0.7, 0.5, 0.3, 0, 0, 0.2, 0.4, 0.6, 1])
@@ -59,7 +59,7 @@ def test_motion_tells_the_command(opening: list[float], expected: list[int]) -> 
     # A command is inferred for each step between two openings, so the last one is repeated.
     openings_and_end = np.array([*opening, opening[-1]], np.float32)
 
-    commands = infer_commands_from_motion(openings_and_end, rate_hz=5.0)
+    commands = infer_commands_between_openings(openings_and_end, rate_hz=5.0)
 
     np.testing.assert_array_equal(commands, expected)
 
@@ -72,7 +72,7 @@ def test_motion_tells_the_same_command_at_a_higher_rate(
     steps_at_30_hz = np.arange(6 * len(opening) - 5) / 6  # 0, 1/6, … up to the last step
     openings_at_30_hz = np.interp(steps_at_30_hz, steps, opening)
 
-    commands = infer_commands_from_motion(openings_at_30_hz, rate_hz=30.0)
+    commands = infer_commands_between_openings(openings_at_30_hz, rate_hz=30.0)
 
     # The command in the middle of each step of 5 Hz.
     commands_between_steps = commands[3::6]

@@ -41,11 +41,11 @@ class RemoteContender:
 
 
 def measure_seconds(run: Callable[[], object], device: str, use_processor_time: bool) -> float:
-    """Measure one run; see `spear.doctor.measure_seconds`."""
+    """Measure one run; see `spear.doctor.measure_one_run_s`."""
     if isinstance(run, RemoteContender):
         run()
         return run.processor_s if use_processor_time else run.clock_s
-    return doctor.measure_seconds(run, device, use_processor_time)
+    return doctor.measure_one_run_s(run, device, use_processor_time)
 
 
 def race(

@@ -21,7 +21,7 @@ from typing import Any
 import mujoco
 import numpy as np
 
-from spear.doctor import measure_seconds
+from spear.doctor import measure_one_run_s
 from spear.sim import control, expert
 from spear.sim.env import TabletopEnv
 from spear.sim.record import record_episodes
@@ -131,7 +131,7 @@ def measure_scene(
 
 
 def measure_processor_seconds(run: Any) -> float:
-    return measure_seconds(run, "cpu", use_processor_time=True)
+    return measure_one_run_s(run, "cpu", use_processor_time=True)
 
 
 def measure_recording(num_scenes: int, image_sizes: Mapping[str, Size], workers: int) -> None:

@@ -128,10 +128,10 @@ class DisagreementError(VerdictError):
     code = 1
 
 
-def measure_seconds(
+def measure_one_run_s(
     run: Callable[[], object], device: str, use_processor_time: bool = False
 ) -> float:
-    """Measure the seconds of one call of `run`.
+    """Measure the seconds of one call of `run`, without a call before it to warm up.
 
     Args:
         run: the function to measure.
@@ -158,13 +158,13 @@ def measure_machine(
     Args:
         device: type of the device, "cpu" or "cuda".
         dtype: type of the numbers of the matrix product.
-        use_processor_time: as for `measure_seconds`.
+        use_processor_time: as for `measure_one_run_s`.
     """
 
     def measure_best(run: Callable[[], object]) -> float:
         """Return the shortest of some runs, in seconds."""
         run()  # to warm up
-        return min(measure_seconds(run, device, use_processor_time) for _ in range(NUM_TRIALS))
+        return min(measure_one_run_s(run, device, use_processor_time) for _ in range(NUM_TRIALS))
 
     # On a processor without instructions for bfloat16, a larger product would take seconds.
     is_slow = dtype == torch.bfloat16 and not HAS_BFLOAT16
@@ -256,7 +256,7 @@ def measure_implementations(
             dtype_name = str(dtype).removeprefix("torch.")
             try:
                 actions, peak_bytes = _run_and_measure_memory(run, device)
-                times_ms = [1000 * measure_seconds(run, device.type) for _ in range(repeats)]
+                times_ms = [1000 * measure_one_run_s(run, device.type) for _ in range(repeats)]
             except Exception as error:  # a compiler may raise errors of any type
                 yield InferenceResult(name, dtype_name, problem=summarize_error(error))
                 continue

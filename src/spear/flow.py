@@ -66,10 +66,11 @@ from spear.geometry import (
 )
 from spear.types import Action, ActionReference, FlowConfig
 
-# Standard deviations of the errors that training adds to committed actions (`perturb_committed`).
-# Our choice: the errors are larger than the differences between demonstrations of one scene. With
-# smaller errors, a committed action would reveal how fast its demonstration is, and the network
-# would learn to continue at that speed instead of making up for the error.
+# Standard deviations of the errors that training adds to committed actions
+# (`perturb_and_correct`). Our choice: the errors are larger than the differences between
+# demonstrations of one scene. With smaller errors, a committed action would reveal how fast its
+# demonstration is, and the network would learn to continue at that speed instead of making up for
+# the error.
 PERTURBATION_TRANSLATION = 1.0  # a multiple of the standard deviation of the translations
 PERTURBATION_ROTATION_RAD = 0.1  # per component of the rotation vector
 
@@ -183,7 +184,7 @@ def sample_committed_mask(
     return torch.arange(horizon, device=device) < num_committed
 
 
-def perturb_committed(
+def perturb_and_correct(
     data: Action,
     is_committed: Tensor,
     reference: ActionReference = "previous",
@@ -413,7 +414,7 @@ def compute_loss(
         state, target = interpolate(noise, data, tau, config)
         # What the losses compare are velocities.
         predicted_target = prediction_to_velocity(prediction, state, tau, config)
-        rotation_errors = _compute_rotation_vector_error(
+        rotation_errors = _compute_rotation_error_in_r4(
             predicted_target.rotation, target.rotation, config
         )
         # One integration step from the state, along the predicted and along the true velocity. The
@@ -562,7 +563,7 @@ def _extract_clean_quaternion(predicted: Tensor, config: FlowConfig) -> Tensor:
 def _compute_clean_rotation_error(q_hat: Tensor, q: Tensor, config: FlowConfig) -> Tensor:
     """Compute the rotation's loss of each predicted clean action, [..., H], see `compute_loss`."""
     if config.rotation == "linear":
-        return _compute_rotation_vector_error(q_hat, q, config)
+        return _compute_rotation_error_in_r4(q_hat, q, config)
     difference = quat_multiply(quat_conjugate(q_hat), q)
     if config.rotation_loss == "mse":
         return quat_log(difference).square().sum(-1)
@@ -572,7 +573,7 @@ def _compute_clean_rotation_error(q_hat: Tensor, q: Tensor, config: FlowConfig) 
     assert_never(config.rotation_loss)
 
 
-def _compute_rotation_vector_error(v: Tensor, u: Tensor, config: FlowConfig) -> Tensor:
+def _compute_rotation_error_in_r4(v: Tensor, u: Tensor, config: FlowConfig) -> Tensor:
     """Compute the error of predicted rotation vectors v, compared with true ones u: [..., H].
 
     The vectors have 4 components: they are velocities of quaternions or, with `rotation="linear"`,

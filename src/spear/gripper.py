@@ -61,7 +61,7 @@ def binarize_gripper(opening: Array) -> Array:
     return command[last_decided_step]
 
 
-def infer_commands_from_motion(opening: Array, rate_hz: float) -> Array:
+def infer_commands_between_openings(opening: Array, rate_hz: float) -> Array:
     """Infer the commands that a gripper obeyed from its measured motion.
 
     If the gripper moves by at least `MIN_STROKE`, a command caused this stroke, and it is in force
@@ -87,9 +87,9 @@ def infer_commands_from_motion(opening: Array, rate_hz: float) -> Array:
     for index, stroke in enumerate(strokes):
         is_last_stroke = index == len(strokes) - 1
         end = len(opening) if is_last_stroke else strokes[index + 1].start
-        rest_step = _find_last_rest_while_closing(opening[stroke.start : end], rate_hz)
+        last_rest_step = _find_last_rest_while_closing(opening[stroke.start : end], rate_hz)
         # The commands of later strokes overwrite this one.
-        commands[stroke.start + rest_step :] = stroke.command
+        commands[stroke.start + (last_rest_step or 0) :] = stroke.command
     return commands
 
 
@@ -128,24 +128,24 @@ def _find_strokes(opening: Array) -> list[_Stroke]:
     return strokes
 
 
-def _find_last_rest_while_closing(opening: Array, rate_hz: float) -> int:
+def _find_last_rest_while_closing(stroke_opening: Array, rate_hz: float) -> int | None:
     """Find the last step of a stroke at which the gripper rests before it closes further.
 
     Args:
-        opening: [T] the openings of the stroke.
+        stroke_opening: [T] the openings of the stroke.
         rate_hz: Steps per second.
 
     Returns:
-        The step, counted from the start of the stroke; 0 if there is none. A stroke that opens has
-        none.
+        The step, counted from the start of the stroke. None if there is no such rest, as in a
+        stroke that opens.
     """
     num_rest_steps = max(1, round(MIN_REST_S * rate_hz))
-    last_rest_step = 0
-    for step in range(num_rest_steps, len(opening)):
-        recent_openings = opening[step - num_rest_steps : step + 1]
+    last_rest_step = None
+    for step in range(num_rest_steps, len(stroke_opening)):
+        recent_openings = stroke_opening[step - num_rest_steps : step + 1]
         is_resting = np.ptp(recent_openings) < MAX_STILL_CHANGE
-        narrowing_before = opening[0] - opening[step]
-        narrowing_after = opening[step] - opening[step:].min()
+        narrowing_before = stroke_opening[0] - stroke_opening[step]
+        narrowing_after = stroke_opening[step] - stroke_opening[step:].min()
         if is_resting and min(narrowing_before, narrowing_after) >= MIN_STROKE:
             last_rest_step = step
     return last_rest_step
@@ -162,7 +162,7 @@ def binarize_commands(command: Array, rate_hz: float) -> Array:
 
     A gripper that closes around a wide object may never get below 0.4, and one that opens a little
     may never get above 0.6. If the commands change by at least `MIN_STROKE` without reaching both
-    sides, `infer_commands_from_motion` decides.
+    sides, `infer_commands_between_openings` decides.
 
     Args:
         command: [T] commanded openings, 0 closed to 1 open.
@@ -174,12 +174,12 @@ def binarize_commands(command: Array, rate_hz: float) -> Array:
     passes_both_thresholds = command.min() < CLOSED_BELOW and command.max() > OPEN_ABOVE
     if np.ptp(command) >= MIN_STROKE and not passes_both_thresholds:
         openings = np.append(command[:1], command)  # [T + 1], as if each step reached its command
-        return infer_commands_from_motion(openings, rate_hz)
+        return infer_commands_between_openings(openings, rate_hz)
 
     # The speed [T], which is 0 unless the opening changes in the direction of the step before.
     window_steps = max(1, round(rate_hz / CONTROL_RATE_HZ))
-    change = _compute_change(command, window_steps, lag_steps=0)  # [T]
-    change_before = _compute_change(command, window_steps, lag_steps=1)  # [T]
+    change = _compute_past_change(command, window_steps, lag_steps=0)  # [T]
+    change_before = _compute_past_change(command, window_steps, lag_steps=1)  # [T]
     is_continued = change * change_before > 0  # [T]
     speed_per_s = is_continued * change * rate_hz / window_steps
 
@@ -192,7 +192,7 @@ def binarize_commands(command: Array, rate_hz: float) -> Array:
     return binary
 
 
-def _compute_change(opening: Array, window_steps: int, lag_steps: int) -> Array:
+def _compute_past_change(opening: Array, window_steps: int, lag_steps: int) -> Array:
     """Compute by how much openings [T] change over the time before each step, [T].
 
     The time ends `lag_steps` steps before the step, and takes `window_steps` steps. Before the

@@ -258,8 +258,8 @@ class TestCommittedActions:
     def test_they_are_given_slightly_wrong_and_teach_nothing(
         self, model: Spear1ForActionPrediction, generator: torch.Generator
     ) -> None:
-        """The network gets committed actions with the errors of `perturb_committed`, and they have
-        no gradient. The loss is that of the other actions."""
+        """The network gets committed actions with the errors of `perturb_and_correct`, and they
+        have no gradient. The loss is that of the other actions."""
         # Draw the random numbers that the model will draw, in the same order.
         shape = (B, self.num_chunks, H)
         noise = flow.sample_noise(shape, model.flow_config, generator)
@@ -272,7 +272,7 @@ class TestCommittedActions:
         is_committed = torch.arange(H) < num_committed
         is_valid = self.action_mask[:, None].expand(shape)
         target = Action.from_vector(self.target.to_vector()[:, None].expand(*shape, 8))
-        perturbed = flow.perturb_committed(
+        perturbed = flow.perturb_and_correct(
             target, is_committed, "previous", generator, is_valid
         ).to_vector()
 

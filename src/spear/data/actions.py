@@ -26,7 +26,7 @@ from spear.geometry import (
     quat_normalize,
     quat_slerp,
 )
-from spear.gripper import infer_commands_from_motion
+from spear.gripper import infer_commands_between_openings
 from spear.types import ACTION_DIM, CONTROL_RATE_HZ, Array, Episode
 
 HORIZON = 5  # the number of actions in a chunk (the paper)
@@ -78,7 +78,8 @@ def get_or_derive_actions(episode: Episode) -> MaskedActions:
     """Get the canonical actions of an episode, at its own rate, and which of them are known.
 
     If the episode has no actions, they are derived: motions from its states, and gripper commands
-    from the motion of its gripper (`infer_commands_from_motion`). Then the last action is unknown.
+    from the motion of its gripper (`infer_commands_between_openings`). Then the last action is
+    unknown.
     """
     is_known = episode.action_mask
     if is_known is None:
@@ -88,7 +89,7 @@ def get_or_derive_actions(episode: Episode) -> MaskedActions:
 
     # After the last step, the opening is taken to stay, so that every step has a command.
     openings = np.append(episode.gripper, episode.gripper[-1])  # [T + 1]
-    command = infer_commands_from_motion(openings, episode.rate_hz)  # [T]
+    command = infer_commands_between_openings(openings, episode.rate_hz)  # [T]
     last_step = len(episode) - 1
     has_next_state = np.arange(len(episode)) < last_step  # [T]
     actions = derive_actions(episode.position, episode.rotation, command)

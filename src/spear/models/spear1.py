@@ -238,7 +238,7 @@ class Spear1ForActionPrediction(PreTrainedModel):
         If `config.committed` is not 0, the first actions of a chunk may be committed. The network
         gets these actions without noise, at τ = 1, and they are no part of the loss. Random errors
         are added to them, and the first action after them makes up for the errors
-        (`spear.flow.perturb_committed`).
+        (`spear.flow.perturb_and_correct`).
 
         Args:
             pixel_values: View -> [B, 3, h, w] uint8.
@@ -272,8 +272,7 @@ class Spear1ForActionPrediction(PreTrainedModel):
         if action_mask is not None:
             action_mask = action_mask[:, None].expand(chunks_shape)
 
-        # Flow time τ, one per chunk [B, K]. With committed actions, one per action [B, K, H], which
-        # is 1 for committed ones.
+        # Flow time τ per chunk [B, K]; with committed actions per action [B, K, H], theirs is 1.
         if tau is None:
             num_draws = chunks_shape[:2].numel()  # B · K
             tau = flow.sample_time(num_draws, self.flow_config, generator, device=device)
@@ -283,8 +282,9 @@ class Spear1ForActionPrediction(PreTrainedModel):
                     (*tau.shape, horizon), self.config.committed, generator, device
                 )
                 tau = torch.where(is_committed, 1.0, tau[..., None])
-                reference = self.config.action_reference
-                data = flow.perturb_committed(data, is_committed, reference, generator, action_mask)
+                data = flow.perturb_and_correct(
+                    data, is_committed, self.config.action_reference, generator, action_mask
+                )
 
         # The state of the flow a_τ: x_τ = τ x + (1 - τ) ε, and q_τ = slerp(q_ε, q; τ). From a_τ the
         # network predicts the velocity u or the clean action, as the config says.

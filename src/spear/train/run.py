@@ -56,8 +56,8 @@ TEXT_FILES = (
     "tokenizer.json",
     "wording.txt",
 )
-# `spear.flow.perturb_committed` makes committed actions wrong by differences between the samples of
-# a piece. Fewer samples than this give it too few differences.
+# `spear.flow.perturb_and_correct` makes committed actions wrong by differences between the
+# samples of a piece. Fewer samples than this give it too few differences.
 MIN_SAMPLES_FOR_MISTAKES = 4
 
 
