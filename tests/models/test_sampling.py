@@ -459,7 +459,7 @@ class TestCompiledStack:
         """Compile a stack by a backend that runs on a CPU."""
         torch._dynamo.reset()
         for function, attribute in (
-            ("_project_qkv", "_run_before_attention"),
+            ("_norm_and_project_qkv", "_run_before_attention"),
             ("_finish_layer", "_run_after_attention"),
         ):
             compiled = torch.compile(getattr(LayerStack, function), backend=backend, fullgraph=True)

@@ -198,13 +198,13 @@ def _decode(
             token = torch.full_like(prefix.next_positions, first)
         else:
             logits = vlm.compute_logits(hidden, first, end).float()
-            choice = logits.argmax(-1) if free_text is None else free_text.choose(logits)
+            choice = logits.argmax(-1) if free_text is None else free_text.choose_and_track(logits)
             token = first + choice
         tokens.append(token)
 
         if step >= last_choice:
             continue  # the grammar determines the remaining tokens, so nothing is computed
-        if free_text is not None and free_text.have_all_ended():
+        if free_text is not None and free_text.should_stop():
             break
 
         # Run the chosen token through the layers, to predict the next one.
@@ -291,7 +291,7 @@ class _FreeTextState:
             self.num_owed = torch.full_like(self.is_done, grammar.num_numbers, dtype=torch.long)
             self.is_after_word = torch.zeros_like(self.is_done)
 
-    def choose(self, logits: Tensor) -> Tensor:
+    def choose_and_track(self, logits: Tensor) -> Tensor:
         """Choose the likeliest allowed tokens [N] from logits [N, vocabulary], and track them.
 
         An answer that has ended gets padding.
@@ -323,8 +323,8 @@ class _FreeTextState:
         allowed[:, self.end_token] |= can_end
         return ~allowed
 
-    def have_all_ended(self) -> bool:
-        """Whether all answers have ended. On a GPU only every eighth step checks this."""
+    def should_stop(self) -> bool:
+        """Whether all answers have ended. On a GPU only every eighth step may say so."""
         is_on_cpu = self.is_done.device.type == "cpu"
         if not is_on_cpu and self.step % STEPS_BETWEEN_END_CHECKS:
             return False

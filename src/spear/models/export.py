@@ -97,7 +97,7 @@ class PrefixGraph(nn.Module):
         return torch.stack(prefix.cache.keys), torch.stack(prefix.cache.values)
 
 
-class FlowStepGraph(nn.Module):
+class ActionExpertGraph(nn.Module):
     """One prediction of the action expert.
 
     Inputs:
@@ -185,7 +185,7 @@ def export_policy(
         "values": values.numpy(),
         "flow_time": np.zeros(1, np.float32),
     }
-    step_graph = FlowStepGraph(exportable, num_visual_tokens)
+    step_graph = ActionExpertGraph(exportable, num_visual_tokens)
     step_inputs = ["keys", "values", "attention_mask", "state", "noisy_actions", "flow_time"]
     _export(step_graph, example, step_inputs, ["prediction"], folder / "flow_step.onnx")
     write_text(folder / "export.json", json.dumps(asdict(exported), indent=1))

@@ -22,7 +22,7 @@ from transformers.utils import ModelOutput
 
 from spear.errors import SpearError, check_known
 from spear.models import layers, vision
-from spear.models.fast.linear import linear, run_in_parallel_streams, use_fast_linear
+from spear.models.fast.linear import linear, run_in_parallel_if_capturing, use_fast_linear
 
 IGNORE_LABEL = -100
 """The label of a token that is not to be learned (PyTorch's default for cross-entropy)."""
@@ -158,14 +158,14 @@ class SpearVLMForConditionalGeneration(PreTrainedModel):
     def _encode_and_join_views(self, views: Sequence[Tensor]) -> tuple[Tensor, list[int]]:
         """Visual tokens of all views, concatenated [B, T, width], and their number per view.
 
-        On a GPU the two encoders may run side by side (`run_in_parallel_streams`).
+        On a GPU the two encoders may run side by side (`run_in_parallel_if_capturing`).
         """
         moge = self.moge
         moge_projector = self.moge_projector
         encoders = [lambda: self.multi_modal_projector(self.vision_tower.compute_features(views))]
         if moge is not None and moge_projector is not None:
             encoders.append(lambda: moge_projector(moge(*views)))
-        projected = run_in_parallel_streams(encoders)
+        projected = run_in_parallel_if_capturing(encoders)
         features = projected[0]
         if len(projected) > 1:
             features = 0.5 * (projected[0] + projected[1])

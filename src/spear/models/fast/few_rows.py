@@ -9,7 +9,7 @@ Here six kernels make up a layer:
     attend_to_keys   attention of all query heads to `KEYS_PER_PROGRAM` keys at a time
     combine_keys     softmax over all keys, from the results of attend_to_keys
     add_product      output projection, residual, and the inputs of the next norm
-    gate_up          norm, gate and up projections, GELU
+    gelu_gate_up     norm, gate and up projections, GELU
     add_product      down projection, residual, and the inputs of the next norm
 
 A norm needs a sum over all columns of a row x, but a Triton program computes only some columns.
@@ -141,7 +141,7 @@ class FewRows:
             rows = kernels.add_product(kernels.attended, layer.out, rows, layer.mlp_norm_scale)
 
             # The MLP.
-            kernels.gate_up(layer.gate_up)  # writes `kernels.mlp_hidden`
+            kernels.gelu_gate_up(layer.gate_up)  # writes `kernels.mlp_hidden`
             rows = kernels.add_product(
                 kernels.mlp_hidden, layer.down, rows, next_layer.attention_norm_scale
             )
@@ -338,10 +338,10 @@ class _LayerKernels:
         )
         return out
 
-    def gate_up(self, weight: Tensor) -> None:
+    def gelu_gate_up(self, weight: Tensor) -> None:
         """Write GELU(gate) · up [R, F] to `self.mlp_hidden`."""
         num_column_blocks = self.mlp_width // PAIRED_OUTPUTS_PER_PROGRAM.value
-        _gate_up_kernel[(num_column_blocks,)](
+        _gelu_gate_up_kernel[(num_column_blocks,)](
             weight_ptr=weight,
             out_ptr=self.mlp_hidden,
             mlp_width=self.mlp_width,
@@ -689,7 +689,7 @@ def _add_product_kernel(
 
 
 @triton.jit
-def _gate_up_kernel(
+def _gelu_gate_up_kernel(
     scaled_ptr, squares_ptr, weight_ptr, out_ptr, mlp_width,
     num_rows, width, eps, num_square_parts,
     PADDED_SQUARE_PARTS: tl.constexpr, PADDED_ROWS: tl.constexpr, LAUNCHES_EARLY: tl.constexpr,

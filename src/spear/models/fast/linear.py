@@ -226,7 +226,7 @@ def is_capturing_graph() -> bool:
     return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
 
 
-def run_in_parallel_streams(functions: Sequence[Callable[[], Tensor]]) -> list[Tensor]:
+def run_in_parallel_if_capturing(functions: Sequence[Callable[[], Tensor]]) -> list[Tensor]:
     """Return the results of functions that do not depend on each other.
 
     While a CUDA graph is recorded, the functions are recorded in parallel streams, and the graph

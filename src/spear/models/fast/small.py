@@ -156,7 +156,7 @@ class SmallLayerStack(LayerStack):
 
         for index, weights in enumerate(self._weights):
             is_last = index + 1 == len(self._weights)
-            query, key, value = self._project(x, weights.qkv, batch, length)
+            query, key, value = self._project_to_complex_qkv(x, weights.qkv, batch, length)
             # Write the rotated keys and the values to the cache, of which these two are views.
             new_keys, new_values = window.new_key_values[index]
             torch.mul(key, rotation, out=new_keys)
@@ -189,7 +189,9 @@ class SmallLayerStack(LayerStack):
         x = self._to_unit_length(x) * self.last_norm_scale
         return x.view(batch, length, width)
 
-    def _project(self, x: Tensor, qkv_weight: Tensor, batch: int, length: int) -> Sequence[Tensor]:
+    def _project_to_complex_qkv(
+        self, x: Tensor, qkv_weight: Tensor, batch: int, length: int
+    ) -> Sequence[Tensor]:
         """Return queries, keys and values of rows x [N, D], before their rotation.
 
         Each is complex, [B, S, heads, d / 2].

@@ -126,7 +126,7 @@ class LayerStack:
             self.few_rows = self._make_few_row_kernels()
         # These are functions, not bound methods. With bound methods the stack would refer to
         # itself, and its weights and graphs would stay in memory after its last use.
-        self._run_before_attention: Any = type(self)._project_qkv
+        self._run_before_attention: Any = type(self)._norm_and_project_qkv
         self._run_after_attention: Any = type(self)._finish_layer
         if compiled:
             self._compile()
@@ -228,8 +228,8 @@ class LayerStack:
             x = self._run_after_attention(self, layer, x, attended)
         return self._norm(x, self.last_norm_scale)
 
-    def _project_qkv(
-        self, layer: FusedLayer, x: Tensor, cos: Tensor, sin: Tensor
+    def _norm_and_project_qkv(
+        self, layer: FusedLayer, x: Tensor, cos: Tensor, signed_sin: Tensor
     ) -> tuple[Tensor, Tensor]:
         """The part of a layer before attention: norm, projections, rotary embedding of [B, S, D].
 
@@ -242,11 +242,11 @@ class LayerStack:
         qkv = layer.qkv.project_all(self._norm(x, layer.before_attention))
         qkv = qkv.view(batch, length, -1, self.head_dim)
 
-        # Rotary embedding of queries and keys together, [B, S, heads, d]. `sin` has signed sines
-        # (`compute_rotary_factors`), so that halves (a, b) become (a cos - b sin, b cos + a sin).
+        # Rotary embedding of queries and keys together, [B, S, heads, d]. By the signs of the sines
+        # (`compute_rotary_factors`), halves (a, b) become (a cos - b sin, b cos + a sin).
         query_key, value = qkv.tensor_split((self.num_heads + self.num_kv_heads,), dim=2)
         swapped = query_key.roll(self.head_dim // 2, dims=-1)
-        rotated = torch.addcmul(query_key * cos, swapped, sin)
+        rotated = torch.addcmul(query_key * cos, swapped, signed_sin)
         query, key = rotated.tensor_split((self.num_heads,), dim=2)
 
         key_values = torch.stack([key, value.to(key.dtype)]).transpose(2, 3)
@@ -260,7 +260,7 @@ class LayerStack:
 
         Args:
             selected: [B], the tokens' indices.
-            query: Queries of S tokens, in the shape that `_project_qkv` returns.
+            query: Queries of S tokens, in the shape that `_norm_and_project_qkv` returns.
             x: [B, S, D].
 
         Returns:
