@@ -57,7 +57,8 @@ def test_targets_say_which_objects_a_patch_shows() -> None:
 def test_targets_say_how_much_of_each_cell_an_object_covers() -> None:
     targets = compute_patch_targets(make_label(), ["cup", "fork", "spoon"], PATCH_PX, SIZE)
 
-    cells = targets.cells.reshape(4, 4, 4, 3)  # [patches, rows, columns, names], 255 is all of it
+    # [patches, rows, columns, names], 255 is all of a cell.
+    cells = targets.cell_coverage.reshape(4, 4, 4, 3)
     # Patch 0's cells begin at pixels 0, 8, 16 and 24. The cup covers pixels from column 20 and row
     # 4 on: half of the third column of cells, and half of the first row.
     np.testing.assert_array_equal(cells[0, :2, :, 0], [[0, 0, 64, 128], [0, 0, 128, 255]])
@@ -118,7 +119,7 @@ def test_an_image_of_another_size_is_fitted_with_its_masks() -> None:
     expected = compute_patch_targets(cut, ["cup", "spoon"], PATCH_PX, SIZE)
     np.testing.assert_array_equal(targets.is_shown, expected.is_shown)
     # Fitting blurs the edges of masks, so cells differ by up to 40 of 255.
-    np.testing.assert_allclose(targets.cells, expected.cells.astype(int), atol=40)
+    np.testing.assert_allclose(targets.cell_coverage, expected.cell_coverage.astype(int), atol=40)
     np.testing.assert_allclose(targets.center, expected.center, atol=1e-6)
     np.testing.assert_array_equal(targets.has_object, expected.has_object)
 

@@ -375,7 +375,7 @@ def _integrate(
     """Integrate from the noise to actions [B, H, 8], given the prefilled KV cache."""
     expert_flow = _ExpertFlow(model, sampler, inputs, steps, prefix)
     actions = flow.integrate(
-        expert_flow.predict,
+        expert_flow.predict_next_step,
         Action.from_vector(inputs["noise"]),
         steps,
         model.flow_config,
@@ -388,7 +388,7 @@ def _integrate(
 class _ExpertFlow:
     """The action expert over the flow steps of one sample.
 
-    `predict` is called once per step, in order.
+    `predict_next_step` is called once per step, in order.
 
     The KV cache has S places for the prefix, then one for the state token, then H for the actions.
     """
@@ -427,14 +427,14 @@ class _ExpertFlow:
             await_events=prefix.write_events,
         )
         self.action_window = cache.make_window(state_end, [action_block])
-        self.compute_time_embeddings = sampler.compute_time_embeddings(steps).unbind(0)
+        self.time_embeddings = sampler.compute_time_embeddings(steps).unbind(0)
         state = inputs["state"].to(sampler.dtype)
         self.state_token = model.state_proj(state).to(expert.dtype)[:, None]
 
-    def predict(self, a_tau: Action, tau: Tensor) -> Action:
-        """v_θ(a_τ, τ). `tau` is not read, because the steps come in order, at known times."""
+    def predict_next_step(self, a_tau: Action, _tau: Tensor) -> Action:
+        """v_θ(a_τ, τ). `_tau` is not read, because the steps come in order, at known times."""
         sampler = self.sampler
-        time_embedding = self.compute_time_embeddings[self.step]
+        time_embedding = self.time_embeddings[self.step]
         if self.committed is not None:
             time_embedding = torch.where(
                 self.committed.is_committed[..., None],

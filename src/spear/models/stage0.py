@@ -132,7 +132,12 @@ class PatchClassification(nn.Module):
         nn.init.constant_(self.cells.bias, -4.0)  # most cells show none of the objects
 
     def forward(
-        self, pixels: Tensor, is_shown: Tensor, cells: Tensor, center: Tensor, has_object: Tensor
+        self,
+        pixels: Tensor,
+        is_shown: Tensor,
+        cell_coverage: Tensor,
+        center: Tensor,
+        has_object: Tensor,
     ) -> LossOutput:
         """The loss of a batch, and its parts.
 
@@ -141,8 +146,8 @@ class PatchClassification(nn.Module):
         Args:
             pixels: [B, 3, h, w] uint8, images of P patches.
             is_shown: [B, P, C] bool, for each of C names whether the patch shows such an object.
-            cells: [B, P, `CELLS_PER_SIDE`², C] uint8, for each name the fraction of a cell that
-                shows such an object, where 255 is the whole cell.
+            cell_coverage: [B, P, `CELLS_PER_SIDE`², C] uint8, for each name the fraction of a cell
+                that shows such an object, where 255 is the whole cell.
             center: [B, P, 2], x and y from the patch's center to the center of the patch's largest
                 object, in patch widths.
             has_object: [B, P] bool, True if the patch shows an object, so that `center` counts.
@@ -157,11 +162,11 @@ class PatchClassification(nn.Module):
         token_directions = nn.functional.normalize(tokens.float(), dim=-1)
         name_directions = nn.functional.normalize(name_embeddings, dim=-1)
         logits = self.scale.exp() * token_directions @ name_directions.T + self.bias  # [B, P, C]
-        names_loss = _compute_sigmoid_loss(logits, is_shown.float())
+        names_loss = _compute_loss_summed_over_names(logits, is_shown.float())
 
         # How much of each object each cell shows.
-        cell_logits = self.cells(tokens).float().view(cells.shape)
-        cells_loss = _compute_sigmoid_loss(cell_logits, cells / 255)
+        cell_logits = self.cells(tokens).float().view(cell_coverage.shape)
+        cells_loss = _compute_loss_summed_over_names(cell_logits, cell_coverage / 255)
 
         # Where the center of the largest object is.
         center_error = (self.centre(tokens).float() - center).abs().mean(-1)  # [B, P]
@@ -175,7 +180,7 @@ class PatchClassification(nn.Module):
         return LossOutput(loss=names_loss + centers_loss + cells_loss, parts=loss_terms)
 
 
-def _compute_sigmoid_loss(logits: Tensor, targets: Tensor) -> Tensor:
+def _compute_loss_summed_over_names(logits: Tensor, targets: Tensor) -> Tensor:
     """Binary cross-entropy, summed over the last axis (names) and averaged over the others."""
     losses = nn.functional.binary_cross_entropy_with_logits(logits, targets, reduction="none")
     return losses.sum(-1).mean()

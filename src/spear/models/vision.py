@@ -27,6 +27,9 @@ SIGLIP_STD = (0.5, 0.5, 0.5)
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
+FeatureMap = Tensor
+"""Features of patches as an image of them, [B, width, rows, columns]."""
+
 NUM_FEATURE_LAYERS = 4
 """SPEAR-VLM uses the outputs of the last four layers of MoGe's encoder, as MoGe does (the paper,
 section "SPEAR-VLM")."""
@@ -51,12 +54,13 @@ def normalize_pixels(
     return x
 
 
-def normalize_by_imagenet(images: Tensor) -> Tensor:
+def normalize_by_imagenet(images_0_to_1: Tensor) -> Tensor:
     """Normalize images [..., 3, h, w] of values 0 to 1 with ImageNet's mean and standard
     deviation."""
-    mean = torch.tensor(IMAGENET_MEAN, device=images.device, dtype=torch.float32).view(3, 1, 1)
-    std = torch.tensor(IMAGENET_STD, device=images.device, dtype=torch.float32).view(3, 1, 1)
-    return (images - mean) / std
+    device = images_0_to_1.device
+    mean = torch.tensor(IMAGENET_MEAN, device=device, dtype=torch.float32).view(3, 1, 1)
+    std = torch.tensor(IMAGENET_STD, device=device, dtype=torch.float32).view(3, 1, 1)
+    return (images_0_to_1 - mean) / std
 
 
 def check_pixels(name: str, pixels: Any, patch: int) -> None:
@@ -121,9 +125,9 @@ class ConvStem(nn.Module):
         """The first kernel, because Transformers' encoders read `weight.dtype` of their stem."""
         return self.convs[0].weight  # type: ignore[return-value]
 
-    def forward(self, pixels: Tensor) -> Tensor:
-        """Patch embeddings of normalized pixels."""
-        x = self.convs[0](pixels.contiguous(memory_format=torch.channels_last))
+    def forward(self, normalized_images: Tensor) -> FeatureMap:
+        """Patch embeddings of normalized images."""
+        x = self.convs[0](normalized_images.contiguous(memory_format=torch.channels_last))
         for conv in self.convs[1:]:
             x = conv(nn.functional.relu_(x))
         # The norm is over the channels, so they must be the last axis.
@@ -137,11 +141,11 @@ class PatchConv(nn.Conv2d):
     the matrix product takes a tenth of the time of PyTorch's convolution.
     """
 
-    def forward(self, pixels: Tensor) -> Tensor:
-        """Patch embeddings of normalized pixels."""
+    def forward(self, normalized_images: Tensor) -> FeatureMap:
+        """Patch embeddings of normalized images."""
         patch_height, patch_width = self.kernel_size
         # [B, 3, rows, patch_height, columns, patch_width]
-        grid = pixels.unflatten(3, (-1, patch_width)).unflatten(2, (-1, patch_height))
+        grid = normalized_images.unflatten(3, (-1, patch_width)).unflatten(2, (-1, patch_height))
         # [B, rows, columns, 3 · patch_height · patch_width]
         patches = grid.permute(0, 2, 4, 1, 3, 5).flatten(3)
         embeddings = linear(patches, self.weight.flatten(1), self.bias)  # [B, rows, columns, width]
@@ -165,7 +169,9 @@ class _WithStem:
         else:
             super()._init_weights(module)  # type: ignore[misc]
 
-    def _replace_patch_embedding(self: Any, owner: nn.Module, name: str, positions: Tensor) -> None:
+    def _replace_patch_embedding(
+        self: Any, owner: nn.Module, name: str, positions_to_initialize: Tensor
+    ) -> None:
         """Replace the patch embedding, which is the attribute `name` of `owner`, by our stem.
 
         The stem is a `PatchConv` if `config.stem` is "patch", and a `ConvStem` if it is "conv".
@@ -177,6 +183,7 @@ class _WithStem:
             return
         setattr(owner, name, ConvStem(self.config.hidden_size, self.config.patch_size))
         self.post_init()  # gives the stem its initial weights
+        positions = positions_to_initialize
         if positions.device.type == "meta":
             return
         # DINOv2 has a class token before the side² patches, SigLIP has none.
@@ -433,13 +440,13 @@ class MogeEncoder(nn.Module):
         super().__init__()
         self.backbone = DinoEncoder(config)
 
-    def forward(self, *images_of_views: Tensor) -> Tensor:
+    def forward(self, *pixels_of_views: Tensor) -> Tensor:
         """Patch features of the images of all views, one view after the other along the patches.
 
-        The images [B, 3, h, w] are uint8, and the views may have different sizes.
+        The pixels [B, 3, h, w] are uint8, and the views may have different sizes.
         """
         embedded = []
-        for pixels in images_of_views:
+        for pixels in pixels_of_views:
             images = normalize_pixels(pixels, IMAGENET_MEAN, IMAGENET_STD)
             embedded.append(self.backbone.embeddings(images))
 
@@ -451,17 +458,19 @@ class MogeEncoder(nn.Module):
         per_view = features.split([sequence.shape[1] for sequence in embedded], dim=1)
         return torch.cat([view_features[:, 1:] for view_features in per_view], dim=1)
 
-    def layers(self, images: Tensor, indices: Sequence[int]) -> list[Tensor]:
+    def compute_layer_outputs(
+        self, normalized_images: Tensor, indices: Sequence[int]
+    ) -> list[Tensor]:
         """Outputs of some layers, each after the final LayerNorm.
 
         Args:
-            images: [B, 3, h, w], normalized.
+            normalized_images: [B, 3, h, w].
             indices: Indices of the layers, counted from 0, in increasing order.
 
         Returns:
             [B, 1 + patches, width] per layer, the class token first.
         """
-        return self._run([self.backbone.embeddings(images)], indices)
+        return self._run([self.backbone.embeddings(normalized_images)], indices)
 
     def _run(self, embedded: Sequence[Tensor], indices: Sequence[int]) -> list[Tensor]:
         """Outputs of the layers with these indices, for embedded views [B, S, width]."""

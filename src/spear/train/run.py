@@ -237,7 +237,7 @@ def _list_run_settings(recipe: Recipe, inputs: TrainingInputs) -> dict[str, Any]
     for option in ("--init", DEPTH_ENCODER_KEY):
         weights_hash = None
         for folder in folders_of_option[option]:  # one at most
-            weights_hash = StoredCheckpoint.open(folder, option).hash_weights()[:12]
+            weights_hash = StoredCheckpoint.open(folder, option).hash_weight_tails()[:12]
         settings[f"weights of {option}"] = weights_hash
     return to_plain_json(settings)
 

@@ -105,8 +105,8 @@ class PatchTargets(NamedTuple):
 
     image     the encoded image.
     is_shown  [P, C] bool: whether the patch shows an object of this name.
-    cells     [P, CELLS_PER_SIDE², C] uint8: the fraction of each cell of the patch that objects of
-              this name cover, from 0 to 255 (all of the cell).
+    cell_coverage  [P, CELLS_PER_SIDE², C] uint8: the fraction of each cell of the patch that
+              objects of this name cover, from 0 to 255 (all of the cell).
     center    [P, 2] float32: x and y from the patch's center to the center of the patch's largest
               object, in units of patches.
     has_object  [P] bool: whether the patch shows any object, so that `center` is known.
@@ -114,7 +114,7 @@ class PatchTargets(NamedTuple):
 
     image: bytes
     is_shown: Array
-    cells: Array
+    cell_coverage: Array
     center: Array
     has_object: Array
 
@@ -145,7 +145,9 @@ class PatchTask:
         return {
             "pixels": torch.stack(pixels),
             "is_shown": torch.from_numpy(np.stack([sample.is_shown for sample in samples])),
-            "cells": torch.from_numpy(np.stack([sample.cells for sample in samples])),
+            "cell_coverage": torch.from_numpy(
+                np.stack([sample.cell_coverage for sample in samples])
+            ),
             "center": torch.from_numpy(np.stack([sample.center for sample in samples])),
             "has_object": torch.from_numpy(np.stack([sample.has_object for sample in samples])),
         }
@@ -202,7 +204,7 @@ def compute_patch_targets(
     return PatchTargets(
         image=label.image,
         is_shown=is_shown.reshape(num_patches, -1),
-        cells=cells.reshape(num_patches, CELLS_PER_SIDE * CELLS_PER_SIDE, -1),
+        cell_coverage=cells.reshape(num_patches, CELLS_PER_SIDE * CELLS_PER_SIDE, -1),
         center=center.reshape(num_patches, 2),
         has_object=(max_coverage > MIN_COVERAGE).reshape(num_patches),
     )

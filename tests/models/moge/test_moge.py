@@ -85,7 +85,7 @@ def test_features_are_the_references(shared: Path, version: int, case: str) -> N
 
     image = torch.tensor(expected["image"])[None]
     encoder_input = resize_and_normalize(model, image, settings["num_tokens"])
-    layers = torch.cat(model.encoder.layers(encoder_input, recorded_layers))
+    layers = torch.cat(model.encoder.compute_layer_outputs(encoder_input, recorded_layers))
 
     # The reference calls the encoder's input `image_14`, after its patches of 14 pixels.
     assert list(encoder_input.shape[2:]) == settings["image_14_hw"]
@@ -193,7 +193,9 @@ class TestVlmEncoder:
 
         # The reference's image, resized to multiples of the patches' 14 px and normalized
         encoder_input = torch.tensor(expected["features.image_14"])[None]
-        outputs = encoder.layers(encoder_input, range(8, 12))  # the last four of 12 layers
+        outputs = encoder.compute_layer_outputs(
+            encoder_input, range(8, 12)
+        )  # the last four of 12 layers
         layers = [output[:, 1:] for output in outputs]  # without the class token
         features = torch.cat(layers, -1)
 
@@ -249,7 +251,7 @@ class TestVlmEncoder:
         pixels = torch.randint(0, 256, (2, 3, 28, 42), generator=generator).byte()
         images = normalize_by_imagenet(pixels / 255)
 
-        layers = encoder.layers(images, range(8, 12))
+        layers = encoder.compute_layer_outputs(images, range(8, 12))
 
         features = torch.cat([layer[:, 1:] for layer in layers], -1)
         torch.testing.assert_close(encoder(pixels), features, atol=1e-4, rtol=1e-4)

@@ -104,9 +104,9 @@ def build_moge(checkpoint: Checkpoint) -> MogeV1 | MogeV2:
             f"MoGe v{checkpoint.version} cannot be built from the config in {checkpoint.path}"
             f" ({type(error).__name__} {error}). Use one of the published checkpoints."
         ) from error
-    unused_names = {name for name in checkpoint.weights if name.startswith("normal_head.")}
+    ignorable_names = {name for name in checkpoint.weights if name.startswith("normal_head.")}
     prefixes = NAME_PREFIXES[checkpoint.version]
-    names = _match_names(model, checkpoint, prefixes, unused_names)
+    names = _match_names(model, checkpoint, prefixes, ignorable_names)
     _fill(model, checkpoint, names)
     return model.eval()
 
@@ -269,20 +269,20 @@ def _get_constant_name(constant: str, version: int) -> str:
 
 
 def _match_names(
-    model: nn.Module, checkpoint: Checkpoint, prefixes: Prefixes, unused_names: set[str]
+    model: nn.Module, checkpoint: Checkpoint, prefixes: Prefixes, ignorable_names: set[str]
 ) -> dict[str, str]:
     """Map the names of a model's weights to the checkpoint's names of the same weights.
 
     Raises:
         SpearError: A weight of the model is not in the checkpoint or has another shape; or a weight
-            of the checkpoint is neither in the model nor in `unused_names`; or an image statistic
-            is not ImageNet's.
+            of the checkpoint is neither in the model nor in `ignorable_names`; or an image
+            statistic is not ImageNet's.
     """
     version = checkpoint.version
     expected_shapes = compute_published_shapes(model, version, prefixes)
     # DINOv2's own training needs the mask token, MoGe does not.
     mask_token = f"{BACKBONE_PREFIX[version]}mask_token"
-    ignored_names = {mask_token, *unused_names} - set(expected_shapes)
+    ignored_names = {mask_token, *ignorable_names} - set(expected_shapes)
     shapes = {
         name: tuple(weight.shape)
         for name, weight in checkpoint.weights.items()

@@ -7,6 +7,7 @@ a focal length f is f · √(w² + h²) / 2 pixels.
 
 import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -39,7 +40,7 @@ class Geometry:
 
 @torch.inference_mode()
 def infer_geometry(
-    model: MogeV1 | MogeV2, images: Tensor, dtype: torch.dtype = torch.float32
+    model: MogeV1 | MogeV2, pixels: Tensor, dtype: torch.dtype = torch.float32
 ) -> Geometry:
     """Predict the geometry of a batch of images of one size.
 
@@ -47,8 +48,8 @@ def infer_geometry(
 
     Args:
         model: The network.
-        images: [B, 3, h, w] uint8. They are cut into the largest number of patches for which the
-            network was trained.
+        pixels: [B, 3, h, w] uint8. The images are cut into the largest number of patches for which
+            the network was trained.
         dtype: float16 or bfloat16 compute in automatic mixed precision.
 
     Raises:
@@ -56,8 +57,8 @@ def infer_geometry(
             patches.
     """
     device = next(model.parameters()).device
-    check_pixels("image", images, patch=1)  # the network resizes images of any size
-    images = images.to(device) / 255
+    check_pixels("image", pixels, patch=1)  # the network resizes images of any size
+    images = pixels.to(device) / 255
     with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
         output = model(images, model.max_tokens)
 
@@ -73,7 +74,18 @@ def infer_geometry(
     return Geometry(points, mask & (depth > 0), intrinsics)
 
 
-def recover_focal_and_shift(points: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+class FocalAndShift(NamedTuple):
+    """The camera of each of B point maps, float32.
+
+    focal_in_half_diagonals  [B].
+    shift                    [B] along z, in the points' unit.
+    """
+
+    focal_in_half_diagonals: Tensor
+    shift: Tensor
+
+
+def recover_focal_and_shift(points: Tensor, mask: Tensor) -> FocalAndShift:
     """Find the focal length and the shift along z that make points project to their own pixels.
 
     As MoGe does, we minimize the sum of squares of focal · xy / (z + shift) - uv over a subsampled
@@ -85,9 +97,8 @@ def recover_focal_and_shift(points: Tensor, mask: Tensor) -> tuple[Tensor, Tenso
             unknown, too.
 
     Returns:
-        Focal lengths [B] in half diagonals and shifts [B] in the points' unit, float32. A map with
-        fewer than two known points, or with all points on the camera's axis, has focal length 1
-        and shift 0.
+        The camera of each map. A map with fewer than two known points, or with all points on the
+        camera's axis, has focal length 1 and shift 0.
     """
     batch, height, width = points.shape[:3]
     uv = make_view_plane(width, height, device=points.device).permute(2, 0, 1)
@@ -101,25 +112,25 @@ def recover_focal_and_shift(points: Tensor, mask: Tensor) -> tuple[Tensor, Tenso
         dim=1,
     )
     maps = nn.functional.interpolate(maps, (FIT_SIDE_PX, FIT_SIDE_PX), mode="nearest")
-    rows_per_map = maps.flatten(2).transpose(1, 2).detach().cpu().numpy()  # [B, n, 6]
-    fits = [_fit_focal_and_shift(rows) for rows in rows_per_map]
+    maps_as_rows = maps.flatten(2).transpose(1, 2).detach().cpu().numpy()  # [B, n, 6]
+    fits = [_fit_focal_and_shift(xyzuv_known) for xyzuv_known in maps_as_rows]
     focal_shift = torch.tensor(fits, device=points.device, dtype=torch.float32)
-    return focal_shift[:, 0], focal_shift[:, 1]
+    return FocalAndShift(focal_shift[:, 0], focal_shift[:, 1])
 
 
-def _fit_focal_and_shift(rows: Array) -> tuple[float, float]:
-    """Focal length and shift of one map.
+def _fit_focal_and_shift(xyzuv_known: Array) -> tuple[float, float]:
+    """Focal length (half diagonals) and shift of one map.
 
-    `rows` is [n, 6], and has x, y, z, u, v and whether the point is known (1 or 0) of n pixels.
+    `xyzuv_known` is [n, 6]: x, y, z, u, v and whether the point is known (1 or 0) of n pixels.
     """
     from scipy.optimize import least_squares
 
-    is_known = rows[:, 5] > 0
-    is_finite = np.isfinite(rows[:, :3]).all(axis=1)
-    is_usable = is_known & is_finite & (rows[:, 2] != 0)
-    xy = rows[is_usable, :2].astype(float)
-    z = rows[is_usable, 2].astype(float)
-    uv = rows[is_usable, 3:5]
+    is_known = xyzuv_known[:, 5] > 0
+    is_finite = np.isfinite(xyzuv_known[:, :3]).all(axis=1)
+    is_usable = is_known & is_finite & (xyzuv_known[:, 2] != 0)
+    xy = xyzuv_known[is_usable, :2].astype(float)
+    z = xyzuv_known[is_usable, 2].astype(float)
+    uv = xyzuv_known[is_usable, 3:5]
     is_on_axis = not xy.any()  # then every focal length fits
     if len(z) < 2 or is_on_axis:
         return 1.0, 0.0
@@ -141,14 +152,15 @@ def _fit_focal_and_shift(rows: Array) -> tuple[float, float]:
     return focal, float(shift[0])
 
 
-def make_centered_intrinsics(focal: Tensor, width: int, height: int) -> Tensor:
+def make_centered_intrinsics(focal_in_half_diagonals: Tensor, width: int, height: int) -> Tensor:
     """Intrinsics [B, 3, 3] in pixels, from focal lengths [B] in half diagonals.
 
     The camera's axis passes through the image's center. The centers of pixels have the coordinates
     integer + 0.5.
     """
-    focal_px = focal * math.hypot(width, height) / 2
-    intrinsics = torch.eye(3, dtype=focal.dtype, device=focal.device).repeat(len(focal), 1, 1)
+    focal_px = focal_in_half_diagonals * math.hypot(width, height) / 2
+    identity = torch.eye(3, dtype=focal_px.dtype, device=focal_px.device)
+    intrinsics = identity.repeat(len(focal_px), 1, 1)
     intrinsics[:, 0, 0] = focal_px
     intrinsics[:, 1, 1] = focal_px
     intrinsics[:, 0, 2] = width / 2

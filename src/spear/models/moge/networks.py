@@ -13,14 +13,14 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from transformers import Dinov2Config
 
 from spear.errors import SpearError, check_known
-from spear.models.vision import MogeEncoder, normalize_by_imagenet
+from spear.models.vision import FeatureMap, MogeEncoder, normalize_by_imagenet
 from spear.types import Unit
 
 PATCH_SIZE_PX = 14
@@ -177,12 +177,22 @@ def resize(x: Tensor, height: int, width: int) -> Tensor:
     return nn.functional.interpolate(x, (height, width), mode="bilinear", align_corners=False)
 
 
-def upsample_output(raw_points: Tensor, raw_mask: Tensor, images: Tensor) -> tuple[Tensor, Tensor]:
-    """Resize a head's raw outputs to the size of the images, and convert them to points.
+class RawMogeOutput(NamedTuple):
+    """What MoGe's heads predict, in the form that its config calls "exp".
+
+    points  [B, 3, h, w], the channels x / z, y / z and log z.
+    mask    [B, 1, h, w].
+    """
+
+    points: Tensor
+    mask: Tensor
+
+
+def upsample_to_points_and_mask(raw_output: RawMogeOutput, images: Tensor) -> tuple[Tensor, Tensor]:
+    """Resize a head's raw output to the size of the images, and convert it to points.
 
     Args:
-        raw_points: [B, 3, h, w]. In MoGe's form "exp", the channels are x / z, y / z and log z.
-        raw_mask: [B, 1, h, w].
+        raw_output: The head's output.
         images: [B, 3, H, W], of which only the size is read.
 
     Returns:
@@ -190,14 +200,14 @@ def upsample_output(raw_points: Tensor, raw_mask: Tensor, images: Tensor) -> tup
     """
     height, width = images.shape[2:]
     with torch.autocast(images.device.type, enabled=False):
-        points = resize(raw_points.float(), height, width)
-        mask = resize(raw_mask.float(), height, width)
+        points = resize(raw_output.points.float(), height, width)
+        mask = resize(raw_output.mask.float(), height, width)
         xy_over_z, log_z = points.permute(0, 2, 3, 1).split([2, 1], dim=-1)
         z = log_z.exp()
         return torch.cat([xy_over_z * z, z], dim=-1), mask[:, 0]
 
 
-def to_feature_map(layer_output: Tensor, encoder_input: Tensor) -> Tensor:
+def to_feature_map(layer_output: Tensor, encoder_input: Tensor) -> FeatureMap:
     """Reshape a layer's output to an image of patches, without the class token.
 
     Args:
@@ -234,6 +244,18 @@ _SUPPORTED_V1 = {
 }
 
 
+class MogeV1Input(NamedTuple):
+    """Images that `MogeV1` has resized.
+
+    encoder_input     [B, 3, 14 · rows, 14 · columns], normalized.
+    head_output_size  (height, width) of the head's output. It has the aspect of the images, and
+                      nearly as many pixels as the encoder's input.
+    """
+
+    encoder_input: Tensor
+    head_output_size: tuple[int, int]
+
+
 class MogeV1(nn.Module):
     """MoGe v1: DINOv2, and a convolutional head on the outputs of its last layers.
 
@@ -265,19 +287,12 @@ class MogeV1(nn.Module):
         self.feature_layers = range(num_layers - num_feature_layers, num_layers)
         self.head = MogeV1Head(config, encoder_config.hidden_size)
 
-    def resize_and_normalize(
-        self, images: Tensor, num_tokens: int
-    ) -> tuple[Tensor, tuple[int, int]]:
+    def resize_and_normalize(self, images: Tensor, num_tokens: int) -> MogeV1Input:
         """Resize and normalize images, so that they consist of about `num_tokens` patches.
 
         Args:
             images: [B, 3, h, w], values from 0 to 1.
             num_tokens: Number of patches.
-
-        Returns:
-            The encoder's input [B, 3, 14 · rows, 14 · columns], normalized; and the size (height,
-            width) of the head's output, which has the aspect of the images, and nearly as many
-            pixels as the encoder's input.
 
         Raises:
             SpearError: The images are too long and thin for so few patches.
@@ -300,15 +315,14 @@ class MogeV1(nn.Module):
             antialias=True,
             align_corners=False,
         )
-        return encoder_input, head_size
+        return MogeV1Input(encoder_input, head_size)
 
     def forward(self, images: Tensor, num_tokens: int) -> MogeOutput:
         """Points and mask of images, whose arguments are those of `resize_and_normalize`."""
         encoder_input, head_size = self.resize_and_normalize(images, num_tokens)
-        layer_outputs = self.encoder.layers(encoder_input, self.feature_layers)
+        layer_outputs = self.encoder.compute_layer_outputs(encoder_input, self.feature_layers)
         features = [to_feature_map(output, encoder_input) for output in layer_outputs]
-        raw_points, raw_mask = self.head(features, head_size)
-        points, mask = upsample_output(raw_points, raw_mask, images)
+        points, mask = upsample_to_points_and_mask(self.head(features, head_size), images)
         return MogeOutput(points, mask)
 
 
@@ -345,17 +359,16 @@ class MogeV1Head(nn.Module):
             output_blocks.append(nn.Sequential(first_conv, nn.ReLU(), last_conv))
         self.output_block = nn.ModuleList(output_blocks)
 
-    def forward(self, features: Sequence[Tensor], size: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, features: Sequence[FeatureMap], output_size: tuple[int, int]
+    ) -> RawMogeOutput:
         """Compute raw points and a raw mask.
 
         Args:
             features: [B, width, rows, columns] of each layer.
-            size: (height, width) of the result. All uv channels have its aspect.
-
-        Returns:
-            Raw points [B, 3, height, width] and raw mask [B, 1, height, width].
+            output_size: (height, width) of the result. All uv channels have its aspect.
         """
-        height, width = size
+        height, width = output_size
         aspect = width / height
         projected = []
         for project, layer_features in zip(self.projects, features, strict=True):
@@ -365,7 +378,7 @@ class MogeV1Head(nn.Module):
             x = block(append_uv(x, aspect))
         x = append_uv(resize(x, height, width), aspect)
         points_block, mask_block = self.output_block
-        return points_block(x), mask_block(x)
+        return RawMogeOutput(points_block(x), mask_block(x))
 
 
 # MoGe-2
@@ -452,14 +465,14 @@ class MogeV2(nn.Module):
         )
         return normalize_by_imagenet(resized)
 
-    def encode(self, encoder_input: Tensor) -> tuple[Tensor, Tensor]:
+    def encode(self, encoder_input: Tensor) -> tuple[FeatureMap, Tensor]:
         """Encode normalized images [B, 3, 14 · rows, 14 · columns].
 
         Returns:
             The features [B, project width, rows, columns], which are the sum over the layers
             `feature_layers`; and the class token [B, width] of the last of these layers.
         """
-        layer_outputs = self.encoder.layers(encoder_input, self.feature_layers)
+        layer_outputs = self.encoder.compute_layer_outputs(encoder_input, self.feature_layers)
         projected = []
         for projection, output in zip(self.output_projections, layer_outputs, strict=True):
             projected.append(projection(to_feature_map(output, encoder_input)))
@@ -491,10 +504,9 @@ class MogeV2(nn.Module):
         levels = self.neck(pyramid)
 
         # A head's output is that of its finest level.
-        raw_points = self.points_head(levels)[-1]
-        raw_mask = self.mask_head(levels)[-1]
+        raw_output = RawMogeOutput(self.points_head(levels)[-1], self.mask_head(levels)[-1])
         log_scale = self.scale_head(class_token)
-        points, mask = upsample_output(raw_points, raw_mask, images)
+        points, mask = upsample_to_points_and_mask(raw_output, images)
         return MogeOutput(points, mask.sigmoid(), log_scale.float()[:, 0].exp())
 
 

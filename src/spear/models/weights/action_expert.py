@@ -205,7 +205,7 @@ def _list_new_weights(
     expected_weights: Mapping[str, Tensor], pi0: Pi0Checkpoint, config: Spear1Config
 ) -> list[str]:
     """Return the names of weights that cannot be the checkpoint's."""
-    new_layers = _find_new_layers(pi0, config)
+    new_layers = _find_new_layers_around_expert(pi0, config)
     new_names = []
     for name in expected_weights:
         is_in_new_layer = name.split(".")[0] in new_layers
@@ -215,7 +215,7 @@ def _list_new_weights(
     return new_names
 
 
-def _find_new_layers(pi0: Pi0Checkpoint, config: Spear1Config) -> set[str]:
+def _find_new_layers_around_expert(pi0: Pi0Checkpoint, config: Spear1Config) -> set[str]:
     """Return the names of layers around the expert that cannot be the checkpoint's, because it has
     other states or actions, predicts another quantity, or has no such layer (π0.5)."""
     new_layers = set(NEW_LAYERS_OF_PI05 if pi0.is_pi05 else ())

@@ -203,7 +203,7 @@ def plan_vlm(
         readers.insert(0, encoder_plan.reader)
         if keeps_visual_tokens:
             readers.append(make_zero_reader(_select_moge_projector_shapes(expected_weights)))
-        sources["MoGe"] = depth_encoder.describe()
+        sources["MoGe"] = depth_encoder.describe_source()
 
     entries += _list_statuses_of_left_out(checkpoint, stored_names, vocabulary, expected_weights)
     return Conversion(
@@ -218,14 +218,15 @@ def plan_vlm(
 
 
 def _make_network_readers(
-    checkpoint: StoredCheckpoint, loaded_names: Mapping[str, str], is_doubled: bool
+    checkpoint: StoredCheckpoint, loaded_names: Mapping[str, str], is_siglip_projector_doubled: bool
 ) -> list[WeightReader]:
     """Return readers of PaliGemma's networks.
 
-    If `is_doubled`, they double SigLIP's projection. The new model averages the projections of
-    SigLIP and MoGe. MoGe's projection is 0 at first, so the average is what PaliGemma computes.
+    With `is_siglip_projector_doubled`, they double SigLIP's projection. The new model averages the
+    projections of SigLIP and MoGe. MoGe's projection is 0 at first, so the average is what
+    PaliGemma computes.
     """
-    if not is_doubled:
+    if not is_siglip_projector_doubled:
         return [make_weight_reader(checkpoint, loaded_names)]
     projector_names: dict[str, str] = {}
     other_names: dict[str, str] = {}

@@ -69,7 +69,7 @@ class PublishedMoge:
         """Return the `moge_config` of a SPEAR-VLM with this encoder."""
         return make_encoder_config(self.checkpoint)
 
-    def describe(self) -> str:
+    def describe_source(self) -> str:
         """Return where it is, for the model card."""
         return describe_source(self.name, self.checkpoint.path.parent)
 
@@ -102,7 +102,7 @@ class TrainedDepthEncoder:
         """Return the `moge_config` of a SPEAR-VLM with this encoder."""
         return dict(self.config)
 
-    def describe(self) -> str:
+    def describe_source(self) -> str:
         """Return where it is, for the model card."""
         return self.name
 

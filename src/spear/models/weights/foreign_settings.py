@@ -164,14 +164,15 @@ def _read_values(folder: Path) -> Iterator[ForeignValue]:
 def _parse_file(path: Path) -> Iterator[tuple[tuple[str, ...], str]]:
     """Yield (keys, value) of a file."""
     if path.suffix == ".json":
-        yield from _flatten(read_json_as(dict[str, Any], path, "copy it again"))
+        yield from _flatten_with_inner_dicts(read_json_as(dict[str, Any], path, "copy it again"))
         return
     try:
         text = path.read_text(encoding="utf-8")
         if path.suffix == ".py":
-            values = list(_read_python_defaults(ast.parse(text)))
+            values = list(_read_python_assignments_and_defaults(ast.parse(text)))
         else:
-            values = list(_flatten(yaml.load(text, Loader=_LoaderWithoutAliases)))  # a SafeLoader
+            content = yaml.load(text, Loader=_LoaderWithoutAliases)  # a SafeLoader
+            values = list(_flatten_with_inner_dicts(content))
     except (OSError, ValueError, SyntaxError, RecursionError, yaml.YAMLError) as error:
         raise SpearError(
             f"{path} cannot be read ({summarize_error(error)}). Copy it again."
@@ -189,16 +190,18 @@ class _LoaderWithoutAliases(yaml.SafeLoader):
         return super().compose_node(parent, index)
 
 
-def _flatten(content: Any, keys: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], str]]:
+def _flatten_with_inner_dicts(
+    content: Any, keys: tuple[str, ...] = ()
+) -> Iterator[tuple[tuple[str, ...], str]]:
     """Yield the keys and the value of each entry of nested dicts, the dicts themselves included."""
     if keys:
         yield keys, json.dumps(content, ensure_ascii=False, default=str)
     if isinstance(content, Mapping):
         for key, value in content.items():
-            yield from _flatten(value, (*keys, str(key)))
+            yield from _flatten_with_inner_dicts(value, (*keys, str(key)))
 
 
-def _read_python_defaults(
+def _read_python_assignments_and_defaults(
     node: ast.AST, names: tuple[str, ...] = ()
 ) -> Iterator[tuple[tuple[str, ...], str]]:
     """Yield the values that Python code gives to names and to parameters, as the code writes them.
@@ -210,7 +213,7 @@ def _read_python_defaults(
             inner_names = (*names, child.name)
             if isinstance(child, ast.FunctionDef):
                 yield from _read_parameter_defaults(child, inner_names)
-            yield from _read_python_defaults(child, inner_names)
+            yield from _read_python_assignments_and_defaults(child, inner_names)
         elif isinstance(child, ast.AnnAssign) and isinstance(child.target, ast.Name):
             if child.value is not None:
                 yield (*names, child.target.id), _format_expression(child.value)

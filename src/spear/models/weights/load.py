@@ -47,8 +47,8 @@ MAX_READ_BYTES = 8 * 2**20
 bytes do not stay in memory."""
 
 DIGEST_TAIL_BYTES = 4096
-"""How many bytes at the end of each weight `hash_weights` reads. At the end of the embeddings are
-those of the 3D tokens."""
+"""How many bytes at the end of each weight `hash_weight_tails` reads. At the end of the embeddings
+are those of the 3D tokens."""
 
 # What the error of `read_json` advises if config.json is missing or broken.
 _NEEDS_WHOLE_CHECKPOINT = "give the folder of a whole checkpoint"
@@ -273,7 +273,7 @@ class StoredCheckpoint:
             )
         return stored_names
 
-    def hash_weights(self) -> str:
+    def hash_weight_tails(self) -> str:
         """A hash of the names, the shapes and the last values of all weights.
 
         All weights are part of it, because a training may change only a few of them. Only their
@@ -386,26 +386,26 @@ generator."""
 
 
 def make_weight_reader(
-    checkpoint: StoredCheckpoint, names: Mapping[str, str], factor: float = 1.0
+    checkpoint: StoredCheckpoint, stored_names: Mapping[str, str], factor: float = 1.0
 ) -> WeightReader:
     """Return a reader of weights under new names.
 
     Args:
         checkpoint: The checkpoint.
-        names: New name -> stored name.
+        stored_names: New name -> stored name.
         factor: A number that all weights are multiplied by.
     """
 
     def file_and_name(new_name: str) -> tuple[str, str]:
-        return str(checkpoint.weights[names[new_name]].file), new_name
+        return str(checkpoint.weights[stored_names[new_name]].file), new_name
 
     # Read one file after the other.
-    new_names = sorted(names, key=file_and_name)
+    new_names = sorted(stored_names, key=file_and_name)
 
     def read(dtype: torch.dtype, _: torch.Generator) -> dict[str, Tensor]:
         weights = {}
         for new_name in new_names:
-            stored_name = names[new_name]
+            stored_name = stored_names[new_name]
             buffer = torch.empty(checkpoint.weights[stored_name].shape, dtype=dtype)
             weights[new_name] = checkpoint.read_into(stored_name, buffer)
         if factor == 1.0:

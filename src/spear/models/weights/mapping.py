@@ -190,7 +190,7 @@ def plan_mapped(
     }
     loaded_tokenizer = None
     if tokenizer is not None:
-        loaded_tokenizer = _load_tokenizer(tokenizer, config.vlm_config)
+        loaded_tokenizer = _load_and_extend_tokenizer(tokenizer, config.vlm_config)
         sources["tokenizer"] = describe_source(tokenizer, get_or_download_tokenizer(tokenizer))
     return Conversion(
         model_class=Spear1ForActionPrediction,
@@ -263,7 +263,7 @@ def _make_joined_reader(
     return read
 
 
-def _load_tokenizer(name: Path | str, vlm_config: Any) -> Any:
+def _load_and_extend_tokenizer(name: Path | str, vlm_config: Any) -> Any:
     """Load a tokenizer, and add the 3D tokens unless it has them.
 
     Raises:
