@@ -22,7 +22,7 @@ from spear.cli import run_reporting_errors
 from spear.evaluate.vqa.ask import AskSettings, ask_question, load_picture
 from spear.evaluate.vqa.calibration import Trust
 from spear.evaluate.vqa.classifier import EXAMPLES_FILE
-from spear.models.weights.folders import BUNDLED_WEIGHTS, read_taught_questions
+from spear.models.weights.folders import BUNDLED_WEIGHTS, read_taught_question_types
 from spear.policy import load_vlm
 
 MODEL = "nano-vlm"
@@ -46,7 +46,7 @@ class Options:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command."""
     options = tyro.cli(Options, args=arguments)
-    taught_types = read_taught_questions(BUNDLED_WEIGHTS / MODEL) or set()
+    taught_types = read_taught_question_types(BUNDLED_WEIGHTS / MODEL) or set()
     if options.list is None:
         questions = load_list(EXAMPLES_FILE)
         misses = find_cross_validated_misses(questions, taught_types)

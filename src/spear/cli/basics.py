@@ -72,7 +72,7 @@ def ask(options: AskOptions) -> None:
     """
     from spear.evaluate.vqa.ask import AskSettings, ask_question, load_picture
     from spear.evaluate.vqa.calibration import Trust
-    from spear.models.weights.folders import is_simulator_only, read_taught_questions
+    from spear.models.weights.folders import is_simulator_only, read_taught_question_types
     from spear.policy import load_vlm, locate
     from spear.util.images import get_image_format
 
@@ -90,7 +90,7 @@ def ask(options: AskOptions) -> None:
         decode=options.decode,
         trust=trust,
         view=options.view,
-        taught_types=read_taught_questions(folder),
+        taught_types=read_taught_question_types(folder),
         is_free=options.free,
     )
     answer, reply = ask_question(

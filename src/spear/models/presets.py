@@ -194,7 +194,7 @@ def build_vlm_config(
     preset: Preset,
     vocabulary_size: int | None = None,
     coordinate_start: int | None = None,
-    networks: Mapping[str, Any] | None = None,
+    network_configs: Mapping[str, Any] | None = None,
 ) -> "SpearVLMConfig":
     """Build the SPEAR-VLM config of a preset.
 
@@ -203,19 +203,19 @@ def build_vlm_config(
         vocabulary_size: Number of tokens of the tokenizer, 3D tokens included.
         coordinate_start: The id of `<3d0000>`. By default the 3D tokens follow the preset's text
             vocabulary.
-        networks: `vision_config`, `text_config` and `moge_config` of existing networks, such as
-            published ones. By default they are the preset's.
+        network_configs: `vision_config`, `text_config` and `moge_config` of existing networks, such
+            as published ones. By default they are the preset's.
     """
     # Imported here, so that a preset can be looked up without importing PyTorch.
     from spear.models.vlm import SpearVLMConfig
 
-    if networks is None:
+    if network_configs is None:
         moge = None
         if preset.moge is not None:
             moge = {**preset.moge, "stem": preset.stem, "use_mask_token": False}
         if not vocabulary_size:
             vocabulary_size = preset.vocabulary_size + preset.bins
-        networks = {
+        network_configs = {
             "vision_config": {**preset.vision, "stem": preset.stem, "vision_use_head": False},
             "moge_config": moge,
             "text_config": {**preset.text, "vocab_size": vocabulary_size, **SPECIAL_TOKEN_IDS},
@@ -223,7 +223,7 @@ def build_vlm_config(
     if coordinate_start is None:
         coordinate_start = preset.vocabulary_size
     return SpearVLMConfig(
-        **networks,
+        **network_configs,
         views=list(preset.image_sizes),
         coordinate_start=coordinate_start,
         coordinate_bins=preset.bins,

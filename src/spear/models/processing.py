@@ -185,7 +185,7 @@ class Processor:
 
     def __post_init__(self) -> None:
         self.coordinate_ids = extend_tokenizer(self.tokenizer, self.coordinates.num_bins)
-        check_tokenizer(self.tokenizer)
+        check_paligemma_tokens(self.tokenizer)
         self.location_start = int(self.tokenizer.convert_tokens_to_ids(LOCATION_FORMAT.format(0)))
         self._token_cache: dict[str, list[int]] = {}  # text -> token ids
         self._notified: set[tuple[str, Size]] = set()  # (view, size of images)
@@ -523,7 +523,7 @@ class Processor:
                 )
 
 
-def check_tokenizer(tokenizer: Any) -> None:
+def check_paligemma_tokens(tokenizer: Any) -> None:
     """Check that a tokenizer has PaliGemma's location tokens and special tokens.
 
     Raises:

@@ -63,7 +63,7 @@ def normalize_by_imagenet(images_0_to_1: Tensor) -> Tensor:
     return (images_0_to_1 - mean) / std
 
 
-def check_pixels(name: str, pixels: Any, patch: int) -> None:
+def check_pixels(view: str, pixels: Any, patch_px: int) -> None:
     """Check that a view's pixels are uint8 [B, 3, h, w], with h and w multiples of the patch size.
 
     Without the check, Transformers would ignore the pixels after the last whole patch.
@@ -78,10 +78,10 @@ def check_pixels(name: str, pixels: Any, patch: int) -> None:
     else:
         problem = ""
     if problem:
-        raise SpearError(f"view {name!r} is {problem}. Pass uint8 tensors [B, 3, h, w].")
+        raise SpearError(f"view {view!r} is {problem}. Pass uint8 tensors [B, 3, h, w].")
     height, width = pixels.shape[2:]
-    if height % patch or width % patch:
-        raise SpearError(f"view {name!r} is {width}×{height}. Use multiples of {patch}.")
+    if height % patch_px or width % patch_px:
+        raise SpearError(f"view {view!r} is {width}×{height}. Use multiples of {patch_px}.")
 
 
 # The stem: from pixels to patch embeddings

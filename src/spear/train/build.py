@@ -144,7 +144,7 @@ def check(recipe: Recipe, inputs: TrainingInputs) -> None:
 
     # The weights to start from.
     init_config = None if inputs.init is None else _read_init_config(recipe, preset, inputs)
-    _check_policy_settings(recipe, preset, init_config)
+    _check_recipe_fits_policy(recipe, preset, init_config)
     if inputs.init_depth_encoder is not None:
         weights.read_compatible_config(MogeForDepth, inputs.init_depth_encoder)
 
@@ -260,7 +260,7 @@ def _check_moge(recipe: Recipe, inputs: TrainingInputs, has_moge: bool) -> None:
         )
 
 
-def _check_policy_settings(recipe: Recipe, preset: Preset, init_config: Any) -> None:
+def _check_recipe_fits_policy(recipe: Recipe, preset: Preset, init_config: Any) -> None:
     """Check that the recipe's flow settings and committed prefix fit the policy.
 
     If `--init` is a policy, its own flow settings and horizon count, otherwise the preset's.

@@ -24,7 +24,7 @@ from spear.evaluate import film
 from spear.evaluate.vqa import ask
 from spear.evaluate.vqa.calibration import Trust
 from spear.labels.fit.box3d import BOX_EDGES
-from spear.models.weights.folders import read_taught_questions
+from spear.models.weights.folders import read_taught_question_types
 from spear.policy import Spear1Policy, VlmBundle
 from spear.sim.scene import EXTERNAL_CAMERA_FOV_Y_DEG, FAMILIES, NOMINAL_START_POSITION_M
 from spear.types import Array
@@ -72,7 +72,7 @@ class SharedModel:
         # How far the model's probabilities can be trusted; None if no evaluation measured this.
         self.trust = Trust.load(policy.folder) if policy.folder else None
         # The question types that the model was taught; None if they are not known.
-        self.taught_types = read_taught_questions(policy.folder) if policy.folder else None
+        self.taught_types = read_taught_question_types(policy.folder) if policy.folder else None
 
     @property
     def is_vlm_unit_meters(self) -> bool:

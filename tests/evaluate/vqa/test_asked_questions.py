@@ -16,7 +16,7 @@ from spear.evaluate.vqa.calibration import Trust
 from spear.evaluate.vqa.classifier import EXAMPLES_FILE
 from spear.evaluate.vqa.wording import match_templates, understand_question
 from spear.labels.questions.types import PROMPT_TEMPLATES
-from spear.models.weights.folders import BUNDLED_WEIGHTS, read_taught_questions
+from spear.models.weights.folders import BUNDLED_WEIGHTS, read_taught_question_types
 from spear.policy import load_vlm
 
 VALIDATION_FILE = Path(__file__).with_name("validation_questions.toml")
@@ -24,7 +24,7 @@ EXAMPLES = load_list(EXAMPLES_FILE)
 VALIDATION = load_list(VALIDATION_FILE)
 EARLIER = load_list(Path(__file__).with_name("earlier_questions.toml"))
 HELD_OUT = load_list(Path(__file__).with_name("held_out_questions.toml"))
-TAUGHT_TYPES = frozenset(read_taught_questions(BUNDLED_WEIGHTS / "nano-vlm") or ())
+TAUGHT_TYPES = frozenset(read_taught_question_types(BUNDLED_WEIGHTS / "nano-vlm") or ())
 GROUPS = ("taught", "untaught", "absent")
 MIN_RIGHT = 0.95  # smallest fraction of each group
 

@@ -57,7 +57,7 @@ def infer_geometry(
             patches.
     """
     device = next(model.parameters()).device
-    check_pixels("image", pixels, patch=1)  # the network resizes images of any size
+    check_pixels("image", pixels, patch_px=1)  # the network resizes images of any size
     images = pixels.to(device) / 255
     with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
         output = model(images, model.max_tokens)

@@ -16,7 +16,7 @@ from transformers import PaliGemmaConfig
 
 from spear.errors import SpearError
 from spear.models.presets import SPECIAL_TOKEN_IDS, Preset, build_vlm_config, get_preset
-from spear.models.processing import check_tokenizer
+from spear.models.processing import check_paligemma_tokens
 from spear.models.vlm import SpearVLMConfig, SpearVLMForConditionalGeneration
 from spear.models.weights.conversion import (
     Conversion,
@@ -344,7 +344,7 @@ def _load_and_extend_tokenizer(folder: Path, num_rows: int, num_new_tokens: int)
     if not has_tokenizer:
         return None, num_rows
     tokenizer = load_tokenizer(folder)
-    check_tokenizer(tokenizer)
+    check_paligemma_tokens(tokenizer)
     if TOKEN_FORMAT.format(0) in tokenizer.get_vocab():
         raise SpearError(
             f"the tokenizer in {folder} has 3D tokens already. Give a PaliGemma's own."
@@ -371,12 +371,14 @@ def _make_vlm_config(
     text_config["vocab_size"] = max(vocabulary.num_rows, new_tokens.end)
     vision_config = _copy_network_config(published_config.vision_config)
     vision_config["vision_use_head"] = False
-    networks = {
+    network_configs = {
         "vision_config": vision_config,
         "moge_config": None if moge is None else moge.make_config(),
         "text_config": {**text_config, **SPECIAL_TOKEN_IDS},
     }
-    return build_vlm_config(preset, coordinate_start=new_tokens.start, networks=networks)
+    return build_vlm_config(
+        preset, coordinate_start=new_tokens.start, network_configs=network_configs
+    )
 
 
 def _copy_network_config(config: Any) -> dict[str, Any]:

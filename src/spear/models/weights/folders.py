@@ -115,7 +115,7 @@ def is_simulator_only(folder: Path) -> bool:
     return folder.resolve().is_relative_to(BUNDLED_WEIGHTS.resolve())
 
 
-def read_taught_questions(folder: Path) -> set[str] | None:
+def read_taught_question_types(folder: Path) -> set[str] | None:
     """Read which types of questions the model in a folder was taught, in all of its stages.
 
     Returns None if its recipe.json names no types of questions.

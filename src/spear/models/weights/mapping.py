@@ -17,7 +17,7 @@ from torch import Tensor
 
 from spear.errors import SpearError, check_known, format_count, summarize_error
 from spear.models.presets import build_spear1_config, get_preset
-from spear.models.processing import check_tokenizer
+from spear.models.processing import check_paligemma_tokens
 from spear.models.spear1 import Spear1ForActionPrediction
 from spear.models.weights.conversion import (
     Conversion,
@@ -271,7 +271,7 @@ def _load_and_extend_tokenizer(name: Path | str, vlm_config: Any) -> Any:
     """
     folder = get_or_download_tokenizer(name)
     tokenizer = load_tokenizer(folder)
-    check_tokenizer(tokenizer)
+    check_paligemma_tokens(tokenizer)
     first_id = extend_tokenizer(tokenizer, vlm_config.coordinate_bins).start
     if first_id != vlm_config.coordinate_start:
         raise SpearError(
