@@ -279,4 +279,4 @@ def _prepare_and_split_episodes(source: Path, out: Path) -> tuple[EpisodeStore, 
         )
     training = open_or_prepare_store(source, out, f"{split}[:{num_training}]").store
     held_out = open_or_prepare_store(source, out, f"{split}[{num_training}:{num_used}]").store
-    return training.select_demonstrations(), held_out.select_demonstrations()
+    return training.drop_failed_episodes(), held_out.drop_failed_episodes()

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from spear import flow
-from spear.data.frames import FrameVersions, choose_frame_versions_of_policy
+from spear.data.frames import FrameVersions, fill_in_frame_versions_if_simulator_only
 from spear.data.normalize import Normalizer
 from spear.embodiments.actions import validate_chunk
 from spear.embodiments.observations import (
@@ -389,13 +389,15 @@ class Spear1Policy:
         return Spear1Policy(
             model=model,
             processor=Processor.load(folder, model.config.vlm_config),
-            normalizer=normalizer.for_dataset(dataset),
+            normalizer=normalizer.resolve_for_dataset(dataset),
             steps=model.flow_config.steps if steps is None else steps,
             seed=seed,
             folder=folder,
             dataset=dataset,
             training_distribution=TrainingDistribution.load(folder / "seen.json"),
-            frames=choose_frame_versions_of_policy(normalizer.frames, is_simulator_only(folder)),
+            frames=fill_in_frame_versions_if_simulator_only(
+                normalizer.frames, is_simulator_only(folder)
+            ),
             quantize=quantize,
         )
 

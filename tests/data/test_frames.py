@@ -8,9 +8,9 @@ import pytest
 from refusals import refuses
 from spear.data.frames import (
     LAYOUT_DEFAULTS,
-    choose_frame_versions_of_policy,
+    fill_in_frame_versions_if_simulator_only,
     get_newest_frame_version,
-    hash_layout,
+    hash_layout_for_preparation,
     list_names_with_outdated_frames,
     merge_frame_versions,
     read_store_frame_versions,
@@ -70,7 +70,7 @@ def test_an_earlier_store_of_a_dataset_like_a_known_one_is_recognized(name: str)
     """
     first_fields = {field: LAYOUT_DEFAULTS[field] for field in FRAME_FIELDS}
     first_layout = dataclasses.replace(REGISTRY[name], name="mine", **first_fields)
-    request_fields = {"path": "/data/mine", "layout": hash_layout(first_layout)}
+    request_fields = {"path": "/data/mine", "layout": hash_layout_for_preparation(first_layout)}
 
     assert read_store_frame_versions(request_fields) == {name: 1}
 
@@ -86,4 +86,4 @@ def test_an_earlier_store_of_a_dataset_like_a_known_one_is_recognized(name: str)
 def test_policies_before_versions_have_known_frames_if_they_saw_the_simulator_only(
     recorded: dict[str, int] | None, is_simulator_only: bool, expected: dict[str, int] | None
 ) -> None:
-    assert choose_frame_versions_of_policy(recorded, is_simulator_only) == expected
+    assert fill_in_frame_versions_if_simulator_only(recorded, is_simulator_only) == expected

@@ -231,9 +231,9 @@ def test_each_dataset_has_its_own_statistics(
     per_dataset: Normalizer, small_store: EpisodeStore, large_store: EpisodeStore
 ) -> None:
     """The weight of a dataset does not matter to its own statistics."""
-    assert per_dataset.for_dataset("small") == Normalizer.fit([(small_store, 5.0)])
-    assert per_dataset.for_dataset("large") == Normalizer.fit([(large_store, 5.0)])
-    small_scale = per_dataset.for_dataset("small").translation_scale
+    assert per_dataset.resolve_for_dataset("small") == Normalizer.fit([(small_store, 5.0)])
+    assert per_dataset.resolve_for_dataset("large") == Normalizer.fit([(large_store, 5.0)])
+    small_scale = per_dataset.resolve_for_dataset("small").translation_scale
     # The 1st and 99th percentile of a uniform distribution in ± 0.01 m are ± 0.0098 m.
     np.testing.assert_allclose(small_scale, 0.0098, rtol=0.05)
 
@@ -249,7 +249,7 @@ def test_statistics_per_dataset_include_those_of_the_mixture(
 def test_statistics_of_a_mixture_are_those_of_any_dataset() -> None:
     normalizer = make_normalizer()
 
-    assert normalizer.for_dataset(None) is normalizer
+    assert normalizer.resolve_for_dataset(None) is normalizer
 
 
 def test_statistics_are_saved_and_loaded(per_dataset: Normalizer, tmp_path: Path) -> None:
@@ -259,11 +259,11 @@ def test_statistics_are_saved_and_loaded(per_dataset: Normalizer, tmp_path: Path
 
 
 def test_the_dataset_must_be_named_if_there_are_several(per_dataset: Normalizer) -> None:
-    refuses("which one the robot is like", per_dataset.for_dataset, None)
+    refuses("which one the robot is like", per_dataset.resolve_for_dataset, None)
 
 
 def test_an_unknown_dataset_is_refused_with_a_suggestion(per_dataset: Normalizer) -> None:
-    refuses("Did you mean 'small'", per_dataset.for_dataset, "smal")
+    refuses("Did you mean 'small'", per_dataset.resolve_for_dataset, "smal")
 
 
 def test_datasets_of_the_same_name_are_refused(

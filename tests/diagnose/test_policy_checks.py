@@ -193,7 +193,7 @@ def examine_overfitting(tmp_path: Path, num_known: int) -> Result:
     store = make_training(tmp_path / "train")
     folder = tmp_path / "policy"
     folder.mkdir()
-    learned = " ".join(store.episode_fingerprints()[:6])
+    learned = " ".join(store.list_episode_fingerprints()[:6])
     write_provenance(folder, {"learned": learned})
     policy = MemorizingPolicy(Normalizer.fit([(store, 1.0)], "quantile"), folder=folder)
     answers = {}

@@ -157,7 +157,7 @@ def test_the_policy_records_the_loss_of_its_questions(walked: SimpleNamespace) -
 def test_the_result_lists_all_that_was_learned_from(walked: SimpleNamespace) -> None:
     learned = read_origin(walked.folders["nano-vla"])["learned"].split()
 
-    expected = list(walked.episodes.episode_fingerprints())
+    expected = list(walked.episodes.list_episode_fingerprints())
     for view in ("external", "wrist"):
         labels = read_labels(walked.labels / view)
         expected.extend(hash_content(label.image) for label in labels)
@@ -450,7 +450,7 @@ def test_the_result_lists_its_files_and_episodes(
     origin = read_origin(final)
     assert origin["files"].keys() >= {"model.safetensors", "normalizer.json", "tokenizer.json"}
     store = one_episode.episodes[0].store
-    assert origin["learned"].split() == store.episode_fingerprints()
+    assert origin["learned"].split() == store.list_episode_fingerprints()
 
 
 def test_a_continued_run_keeps_its_pieces_and_says_so(
@@ -599,7 +599,7 @@ def test_a_run_that_began_with_failed_episodes_goes_on_with_them(
 ) -> None:
     # An older version of the package learned from failed episodes, too.
     with monkeypatch.context() as older_version:
-        older_version.setattr(EpisodeStore, "select_demonstrations", lambda store: store)
+        older_version.setattr(EpisodeStore, "drop_failed_episodes", lambda store: store)
         expected = learn("all", out="uninterrupted")
         learn("all", out="continued", steps=1)
 

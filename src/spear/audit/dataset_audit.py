@@ -49,10 +49,10 @@ from spear.checks.states import examine_speeds, find_state_problems
 from spear.data.actions import check_instruction, compute_and_check_norms
 from spear.data.readers.bad_rows import mask_actions_before_gaps
 from spear.data.readers.build_episode import (
-    drop_bad_rows_and_list_good_ones,
+    drop_bad_rows_unless_most_are_bad,
     read_instruction,
     read_measured_and_commanded_openings,
-    read_recorded_poses,
+    read_poses_in_recorded_frames,
     read_success,
 )
 from spear.data.readers.columns import RawEpisodes, Steps, read_encoded_images, read_numbers
@@ -424,7 +424,7 @@ def summarize_cameras(
         try:
             if isinstance(steps, SpearError):
                 raise steps
-            position, _, _ = read_recorded_poses(steps, layout, source)
+            position, _, _ = read_poses_in_recorded_frames(steps, layout, source)
         except SpearError as error:
             skipped(error)
             continue
@@ -454,7 +454,7 @@ def examine_instruction_and_success(
     if isinstance(folder, EpisodeStore):  # its writer already refused unreadable texts
         return []
     first_episodes = []
-    raw_episodes = read_steps_with_task_texts(folder, split, layout, images=())
+    raw_episodes = read_steps_with_task_texts(folder, split, layout, image_columns=())
     for source, steps in itertools.islice(raw_episodes, MAX_VIEWED_EPISODES):
         if not isinstance(steps, SpearError):
             first_episodes.append((steps, source))
@@ -532,12 +532,12 @@ def make_recording(steps: Steps, layout: DatasetLayout, source: str) -> Recordin
         rotation_column = f"{layout.action}[3:7]"
         layout_with_command = replace(layout, command=f"{layout.action}[7]")
 
-    steps, rows = drop_bad_rows_and_list_good_ones(steps, layout, source)
+    steps, rows = drop_bad_rows_unless_most_are_bad(steps, layout, source)
     logged_translation = _read_optional(steps, translation_column, source)
     logged_rotation = _read_optional(steps, rotation_column, source)
     if layout.logged_rotation_format == "urdf_joints" and logged_rotation is not None:
         logged_translation, logged_rotation = compute_tip_poses(logged_rotation, layout, source)
-    position, rotation, rotation_format = read_recorded_poses(steps, layout, source)
+    position, rotation, rotation_format = read_poses_in_recorded_frames(steps, layout, source)
     opening, command = _read_moving_gripper(steps, layout_with_command, source)
     is_valid = np.ones(len(position), bool)
     if layout.action_mask is not None:
@@ -597,9 +597,9 @@ def _convert_if_trusted_format(
     """Convert recorded orientations to what hypotheses can read.
 
     Args:
-        rotation: [T, d] orientations as `read_recorded_poses` returns them.
+        rotation: [T, d] orientations as `read_poses_in_recorded_frames` returns them.
         rotation_format: their format, which is that of the layout except for "franka_joints", where
-            `read_recorded_poses` computes quaternions from joint angles.
+            `read_poses_in_recorded_frames` computes quaternions from joint angles.
         layout: the dataset's layout.
         source: names the episode in errors.
 

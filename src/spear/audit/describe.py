@@ -60,7 +60,7 @@ from spear.data.readers.lerobot import (
     may_be_task_indices,
 )
 from spear.data.store.episode_store import EpisodeStore
-from spear.data.store.lerobot_write import describe_layout, is_own_format
+from spear.data.store.lerobot_write import is_own_format, make_layout_fields
 from spear.errors import SpearError
 from spear.types import Array
 from spear.util.files import read_json
@@ -252,7 +252,7 @@ def _make_layout_of_exported_dataset(folder: LeRobotFolder) -> dict[str, Any]:
         if not folder.info.features[feature_name].is_depth:
             cameras.append(feature_name.removeprefix("observation.images."))
     facts = {"action": "`spear data export` wrote this dataset: its actions are canonical"}
-    layout = {**describe_layout(cameras), "facts": facts}
+    layout = {**make_layout_fields(cameras), "facts": facts}
     written_file = folder.path / LAYOUT_FILE
     if written_file.is_file():  # no column says which version the frames have
         frames = read_json(written_file, "remove it").get("frames")
@@ -267,7 +267,7 @@ def _read_first_episodes(folder: Dataset, split: str, path: str | Path) -> list[
     Episodes are left out if their columns are not the same as those of most episodes.
     """
     episodes = []
-    for _, steps in itertools.islice(folder.read_steps(split, images=()), MAX_EPISODES):
+    for _, steps in itertools.islice(folder.read_steps(split, image_columns=()), MAX_EPISODES):
         if not isinstance(steps, SpearError):
             episodes.append(dict(walk_columns(steps)))
     if not episodes:

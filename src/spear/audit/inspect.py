@@ -235,7 +235,7 @@ def _read_and_check_lerobot_episode(folder: LeRobotFolder, index: int) -> Steps 
     """
     episode = folder.episodes[index]
     try:
-        steps = folder.read_episode_columns(index, images=())
+        steps = folder.read_episode_columns(index, image_columns=())
         for file, first_s, end_s in episode.videos.values():
             # An incomplete download lacks the end of a video. Try to read the episode's last frame:
             # the first one after the middle between the last two.

@@ -5,7 +5,7 @@ import itertools
 import numpy as np
 
 from spear.checks.result import Check
-from spear.data.readers.build_episode import drop_bad_rows_and_list_good_ones
+from spear.data.readers.build_episode import drop_bad_rows_unless_most_are_bad
 from spear.data.readers.columns import read_numbers
 from spear.data.readers.dataset_layout import DatasetLayout
 from spear.data.readers.formats import Dataset
@@ -35,7 +35,7 @@ def judge_joint_limits(folder: Dataset, split: str, layout: DatasetLayout) -> li
     for source, recorded_steps in itertools.islice(folder.read_steps(split, ()), MAX_EPISODES):
         if isinstance(recorded_steps, SpearError):
             continue
-        steps, _ = drop_bad_rows_and_list_good_ones(recorded_steps, layout, source)
+        steps, _ = drop_bad_rows_unless_most_are_bad(recorded_steps, layout, source)
         numbers = read_numbers(steps, str(layout.position), source)
         converted = convert_joint_units(numbers, layout, source)
         positions, _ = compute_urdf_pose(layout.arm, converted, layout.joints, source)

@@ -250,13 +250,13 @@ def evaluate_data(options: EvaluateDataOptions) -> None:
         held_out_frames = (str(options.episodes), held_out_store.frame_versions)
         # Raises an error if the policy learned another version of the robot's frames.
         merge_frame_versions([(options.policy, policy.frames or {}), held_out_frames])
-        held_out = held_out_store.select_demonstrations()
+        held_out = held_out_store.drop_failed_episodes()
         training = held_out  # without training episodes, the baselines are fitted to these
         if options.train or options.train_split:
             training_store = open_or_prepare_episodes(
                 train_folder, Path(scratch) / "train", train_split
             )
-            training = training_store.select_demonstrations()
+            training = training_store.drop_failed_episodes()
             _check_episodes_are_disjoint(options, held_out, training, train_split)
         _notice_learned_episodes(options.policy, held_out)
 
@@ -309,7 +309,7 @@ def _check_episodes_are_disjoint(
     train_split: str,
 ) -> None:
     """Check that no episode is in both stores, also if their folders differ."""
-    shared = {*held_out.episode_fingerprints()} & {*training.episode_fingerprints()}
+    shared = {*held_out.list_episode_fingerprints()} & {*training.list_episode_fingerprints()}
     if shared:
         raise SpearError(_describe_shared_episodes(options, train_split, len(shared)))
 
@@ -326,7 +326,7 @@ def _describe_shared_episodes(
 
 def _notice_learned_episodes(policy: str, held_out: "EpisodeStore") -> None:
     """Give a notice if the policy was trained on held-out episodes."""
-    fingerprints = set(held_out.episode_fingerprints())
+    fingerprints = set(held_out.list_episode_fingerprints())
     num_learned = len(fingerprints & _read_learned_fingerprints(policy))
     if num_learned:
         notice(

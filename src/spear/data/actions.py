@@ -245,57 +245,57 @@ def validate_episode(episode: Episode) -> Episode:
             instruction, a rate that is not positive, or a gripper opening outside [0, 1] by more
             than 1e-3. The message names the episode and, if there is one, the bad step.
     """
-    name = episode.source
+    source = episode.source
     num_steps = len(episode)
     if num_steps == 0:
-        raise make_empty_episode_error(name)
-    check_instruction(episode.instruction, name)
+        raise make_empty_episode_error(source)
+    check_instruction(episode.instruction, source)
     if not (np.isfinite(episode.rate_hz) and episode.rate_hz > 0):
         raise SpearError(
-            f"{name} has {episode.rate_hz} steps per second, which is no rate. Give a number "
+            f"{source} has {episode.rate_hz} steps per second, which is no rate. Give a number "
             "above 0 as rate_hz."
         )
-    _check_images(episode)
+    _check_every_step_has_images(episode)
 
-    gripper = _validate_array(name, "gripper", episode.gripper, (num_steps,))
+    gripper = _validate_array(source, "gripper", episode.gripper, (num_steps,))
     checked = dataclasses.replace(
         episode,
-        position=_validate_array(name, "position", episode.position, (num_steps, 3)),
-        rotation=_validate_array(name, "rotation", episode.rotation, (num_steps, 4)),
-        gripper=_clip_opening(name, "gripper", gripper),
+        position=_validate_array(source, "position", episode.position, (num_steps, 3)),
+        rotation=_validate_array(source, "rotation", episode.rotation, (num_steps, 4)),
+        gripper=_clip_opening(source, "gripper", gripper),
     )
     return validate_rotations_and_actions(checked)
 
 
-def _check_images(episode: Episode) -> None:
+def _check_every_step_has_images(episode: Episode) -> None:
     """Raise SpearError unless each camera has an encoded image of every step.
 
     The images are not decoded.
     """
-    name = episode.source
+    source = episode.source
     if not episode.images:
-        raise SpearError(f"{name} has no camera. Give the images of at least one.")
+        raise SpearError(f"{source} has no camera. Give the images of at least one.")
     for camera, images in episode.images.items():
-        _check_length(name, f"camera {camera!r}", len(images), len(episode))
+        _check_length(source, f"camera {camera!r}", len(images), len(episode))
         if b"" in images:
             step = images.index(b"")
             raise SpearError(
-                f"{name} has an empty image at step {step} of the camera {camera!r}. Leave the "
+                f"{source} has an empty image at step {step} of the camera {camera!r}. Leave the "
                 "episode out."
             )
 
 
-def check_instruction(text: str, name: str) -> None:
-    """Raise SpearError if an instruction has no words; `name` is the episode, for the message."""
+def check_instruction(text: str, source: str) -> None:
+    """Raise SpearError if the instruction of the episode `source` has no words."""
     if not any(character.isalnum() for character in text):
         raise SpearError(
-            f"{name} has an empty instruction. Say what the robot does, or leave the episode out."
+            f"{source} has an empty instruction. Say what the robot does, or leave the episode out."
         )
 
 
-def make_empty_episode_error(name: str) -> SpearError:
+def make_empty_episode_error(source: str) -> SpearError:
     """The error for an episode without steps."""
-    return SpearError(f"{name} has no steps. Leave the episode out.")
+    return SpearError(f"{source} has no steps. Leave the episode out.")
 
 
 def validate_rotations_and_actions(episode: Episode) -> Episode:
@@ -303,17 +303,17 @@ def validate_rotations_and_actions(episode: Episode) -> Episode:
 
     Call this after a change of the rotations or actions of an episode that was checked before.
     """
-    name = episode.source
+    source = episode.source
     num_steps = len(episode)
-    fields: dict[str, Any] = {"rotation": _normalize_rotation(name, "rotation", episode.rotation)}
+    fields: dict[str, Any] = {"rotation": _normalize_rotation(source, "rotation", episode.rotation)}
     if episode.action is not None:
-        action = _validate_array(name, "action", episode.action, (num_steps, ACTION_DIM)).copy()
-        action[:, 3:7] = _normalize_rotation(name, "action rotation", action[:, 3:7])
-        action[:, 7] = _clip_opening(name, "action gripper", action[:, 7])
+        action = _validate_array(source, "action", episode.action, (num_steps, ACTION_DIM)).copy()
+        action[:, 3:7] = _normalize_rotation(source, "action rotation", action[:, 3:7])
+        action[:, 7] = _clip_opening(source, "action gripper", action[:, 7])
         fields["action"] = action
     if episode.action_mask is not None:
         mask = np.asarray(episode.action_mask, bool)
-        _check_length(name, "action_mask", len(mask), num_steps)
+        _check_length(source, "action_mask", len(mask), num_steps)
         fields["action_mask"] = mask
     return dataclasses.replace(episode, **fields)
 
@@ -323,19 +323,19 @@ def find_first(mask: Any) -> int | None:
     return int(mask.argmax()) if mask.any() else None
 
 
-def _check_length(name: str, field: str, length: int, num_steps: int) -> None:
+def _check_length(source: str, field: str, length: int, num_steps: int) -> None:
     if length != num_steps:
         raise SpearError(
-            f"{field} of {name} has {format_count(length, 'rows')}, but the episode has "
+            f"{field} of {source} has {format_count(length, 'rows')}, but the episode has "
             f"{num_steps} steps. Give one row for each step."
         )
 
 
-def _validate_array(name: str, field: str, values: Array, shape: tuple[int, ...]) -> Array:
+def _validate_array(source: str, field: str, values: Array, shape: tuple[int, ...]) -> Array:
     """Convert an array to float32. Raise SpearError for a wrong shape, or a number not finite.
 
     Args:
-        name: The episode, for the message.
+        source: The name of the episode, for the message.
         field: The field of the episode, for the message.
         values: The array.
         shape: The shape that it should have, [T, ...].
@@ -343,24 +343,24 @@ def _validate_array(name: str, field: str, values: Array, shape: tuple[int, ...]
     array = np.asarray(values, np.float32)
     if array.shape != shape:
         raise SpearError(
-            f"{field} of {name} has the shape {array.shape}, not {shape}. Give an array of this "
+            f"{field} of {source} has the shape {array.shape}, not {shape}. Give an array of this "
             "shape."
         )
     is_finite = np.isfinite(array.reshape(shape[0], -1)).all(axis=1)  # [T]
     step = find_first(~is_finite)
     if step is not None:
         raise SpearError(
-            f"{field} of {name} is NaN or infinite at step {step}. Leave the episode out."
+            f"{field} of {source} is NaN or infinite at step {step}. Leave the episode out."
         )
     return array
 
 
-def compute_and_check_norms(quaternion: Array, name: str, field: str) -> Array:
+def compute_and_check_norms(quaternion: Array, source: str, field: str) -> Array:
     """Compute the norms of quaternions [T, 4], and check that they are within 1e-3 of 1.
 
     Args:
         quaternion: [T, 4] the quaternions.
-        name: The episode, for the message.
+        source: The name of the episode, for the message.
         field: What the quaternions are, for the message.
 
     Returns:
@@ -373,28 +373,28 @@ def compute_and_check_norms(quaternion: Array, name: str, field: str) -> Array:
     step = find_first(np.abs(norm - 1) > UNIT_NORM_TOLERANCE)
     if step is not None:
         raise SpearError(
-            f"{field} of {name} is a quaternion of norm {norm[step]:.4g} at step {step}, so it "
+            f"{field} of {source} is a quaternion of norm {norm[step]:.4g} at step {step}, so it "
             "is no rotation. Check its rotation_format in spear.json (ours is w x y z), or "
             "leave the episode out."
         )
     return norm
 
 
-def _normalize_rotation(name: str, field: str, quaternion: Array) -> Array:
+def _normalize_rotation(source: str, field: str, quaternion: Array) -> Array:
     """Normalize quaternions [T, 4] to norm 1 and w >= 0, after checking their norms."""
-    norms = compute_and_check_norms(quaternion, name, field)  # [T]
+    norms = compute_and_check_norms(quaternion, source, field)  # [T]
     unit = quaternion / norms[:, None]  # [T, 4]
     real_part = unit[:, :1]  # [T, 1]
     return np.where(real_part < 0, -unit, unit).astype(np.float32)
 
 
-def _clip_opening(name: str, field: str, opening: Array) -> Array:
+def _clip_opening(source: str, field: str, opening: Array) -> Array:
     """Clip openings [T] to 0 … 1. Raise SpearError if one is outside by more than the tolerance."""
     is_outside = (opening < -OPENING_TOLERANCE) | (opening > 1 + OPENING_TOLERANCE)
     step = find_first(is_outside)
     if step is not None:
         raise SpearError(
-            f"{field} of {name} is {opening[step]:.4g} at step {step}. It must be from 0 "
+            f"{field} of {source} is {opening[step]:.4g} at step {step}. It must be from 0 "
             "(closed) to 1 (open)."
         )
     return np.clip(opening, 0, 1)

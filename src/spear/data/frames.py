@@ -53,10 +53,10 @@ this program did not have these fields, and folders that they prepared should re
 LAYOUT_DEFAULTS = vars(DatasetLayout(name=""))  # all fields but the name have a default
 
 
-def get_newest_frame_version(name: str) -> int:
+def get_newest_frame_version(dataset_or_robot: str) -> int:
     """Get the newest version of the frames of a dataset or robot; 1 if the name is not known."""
-    layout = REGISTRY.get(name)
-    return 1 if layout is None else layout.frames[name]
+    layout = REGISTRY.get(dataset_or_robot)
+    return 1 if layout is None else layout.frames[dataset_or_robot]
 
 
 def list_names_with_outdated_frames(frames: FrameVersions) -> list[str]:
@@ -91,10 +91,10 @@ def merge_frame_versions(sources: Iterable[tuple[str, FrameVersions]]) -> dict[s
     return merged
 
 
-def choose_frame_versions_of_policy(
+def fill_in_frame_versions_if_simulator_only(
     recorded_frames: FrameVersions | None, is_simulator_only: bool
 ) -> FrameVersions | None:
-    """Decide in which frames a policy acts.
+    """Fill in the frames of a policy of the simulator, and so decide in which frames it acts.
 
     Args:
         recorded_frames: The frames that its statistics record; None if the statistics were made
@@ -149,10 +149,10 @@ def _hash_layout_of_frame_version_1(name: str, folder_name: str) -> str:
     """
     default_fields = {field: LAYOUT_DEFAULTS[field] for field in FRAME_FIELDS}
     layout = dataclasses.replace(REGISTRY[name], name=folder_name, **default_fields)
-    return hash_layout(layout)
+    return hash_layout_for_preparation(layout)
 
 
-def hash_layout(layout: DatasetLayout | None) -> str:
+def hash_layout_for_preparation(layout: DatasetLayout | None) -> str:
     """Hash the fields of a layout on which prepared episodes depend.
 
     The hashed text is the one that earlier versions of this program hashed, so that folders that

@@ -72,8 +72,8 @@ class Normalizer:
             the data to which the statistics belong. None if they were made before versions were
             recorded.
         datasets: The name of each dataset → its own normalizer, in the order of the mixture, for
-            the ablation in which datasets are normalized separately (see `for_dataset`). Otherwise
-            empty.
+            the ablation in which datasets are normalized separately (see `resolve_for_dataset`).
+            Otherwise empty.
         action_reference: From which pose normalized actions are measured. Actions in meters are
             always steps, measured from the pose before.
         chunk_offset: Offset of the translations of a chunk's H actions, m, if these are measured
@@ -126,7 +126,7 @@ class Normalizer:
         per_dataset = {dataset.name: fit([(dataset.store, 1.0)]) for dataset in stores}
         return replace(over_mixture, datasets=per_dataset)
 
-    def for_dataset(self, dataset: str | None) -> "Normalizer":
+    def resolve_for_dataset(self, dataset: str | None) -> "Normalizer":
         """Get the normalizer of a dataset.
 
         That is this normalizer, unless datasets have their own ones.
@@ -367,7 +367,7 @@ def make_and_write_sketches(store: EpisodeStore) -> None:
     Training reads this file instead of making the sketches from all episodes.
     """
     with suppress_notices():
-        demonstrations = store.select_demonstrations()
+        demonstrations = store.drop_failed_episodes()
     write_sketches(demonstrations, _make_sketches(demonstrations))
 
 
@@ -379,7 +379,7 @@ def write_sketches(store: EpisodeStore, sketches: Sequence[QuantileSketch]) -> N
         sketches: The sketches of translation x, y, z and position x, y, z.
     """
     # The key "of" has the fingerprint. The arrays of axis 0 have the keys "0 moments" and so on.
-    arrays: dict[str, Any] = {"of": np.array(store.fingerprint())}
+    arrays: dict[str, Any] = {"of": np.array(store.fingerprint_states_and_actions())}
     for axis, sketch in enumerate(sketches):
         for name, values in sketch.to_arrays().items():
             arrays[f"{axis} {name}"] = values
@@ -411,7 +411,7 @@ def _load_sketches(file: Path, store: EpisodeStore) -> list[QuantileSketch] | No
     """
     with np.load(file, allow_pickle=False) as arrays:
         # "of" is the fingerprint of the episodes (see `write_sketches`).
-        if "of" not in arrays.files or str(arrays["of"]) != store.fingerprint():
+        if "of" not in arrays.files or str(arrays["of"]) != store.fingerprint_states_and_actions():
             return None
 
         sketches: list[QuantileSketch] = []

@@ -46,7 +46,7 @@ class Conversion(Options):
         for text in self.image_size:
             # Without "=", the camera is "", which is `ALL_OTHER_CAMERAS`.
             camera, _, size_text = text.rpartition("=")
-            size = _parse_size(size_text)
+            size = _parse_size_if_valid(size_text)
             if size is None:
                 raise SpearError(
                     f"--image-size {text} is no size. Write it as 280x210, or for one camera as "
@@ -60,7 +60,7 @@ class Conversion(Options):
         return sizes
 
 
-def _parse_size(text: str) -> "WidthAndHeight | None":
+def _parse_size_if_valid(text: str) -> "WidthAndHeight | None":
     """Parse "280x210" as (width, height) in pixels.
 
     Returns:

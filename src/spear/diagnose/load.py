@@ -11,7 +11,7 @@ import numpy as np
 from spear.checks.rollout.episode import CameraPictures, RecordedEpisode, ServedTimes
 from spear.checks.rollout.pictures import PICTURE_WIDTH_PX, PictureReferences
 from spear.data.actions import get_or_derive_actions
-from spear.data.readers.formats import find_format, find_prepared_stores, open_dataset
+from spear.data.readers.formats import find_format, find_stores_in_subfolders, open_dataset
 from spear.data.store.episode_store import EpisodeStore
 from spear.diagnose.policy_case import PolicyCase
 from spear.embodiments import load as load_embodiment
@@ -193,7 +193,7 @@ def _open_demonstrations(path: Path) -> EpisodeStore:
         SpearError: the folder contains several stores, or episodes in another format than ours.
     """
     if find_format(path) is None:
-        stores = find_prepared_stores(path)
+        stores = find_stores_in_subfolders(path)
         path = stores[0] if len(stores) == 1 else path
     if not isinstance(open_dataset(path), EpisodeStore):
         raise SpearError(
@@ -201,4 +201,4 @@ def _open_demonstrations(path: Path) -> EpisodeStore:
             "--episodes prepared."
         )
     with suppress_notices():
-        return EpisodeStore(path).select_demonstrations()
+        return EpisodeStore(path).drop_failed_episodes()

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import torch
 
 from spear.data.frames import (
-    choose_frame_versions_of_policy,
+    fill_in_frame_versions_if_simulator_only,
     get_newest_frame_version,
     list_names_with_outdated_frames,
     merge_frame_versions,
@@ -450,7 +450,7 @@ def _build_vla(recipe: Recipe, preset: Preset, inputs: TrainingInputs, seed: int
         view: (height, width) for view, (width, height) in processor.image_sizes.items()
     }
     datasets = [
-        dataset._replace(store=dataset.store.select_episodes_with_cameras(image_shapes))
+        dataset._replace(store=dataset.store.select_episodes_with_any_camera(image_shapes))
         for dataset in inputs.episodes
     ]
     _record_image_aspects(datasets, processor)
@@ -542,7 +542,9 @@ def _merge_frame_versions(init: Path | None, datasets: Sequence[WeightedStore]) 
     normalizer_file = None if init is None else init / "normalizer.json"
     if init is not None and normalizer_file is not None and normalizer_file.is_file():
         recorded_frames = Normalizer.load(normalizer_file).frames
-        init_frames = choose_frame_versions_of_policy(recorded_frames, is_simulator_only(init))
+        init_frames = fill_in_frame_versions_if_simulator_only(
+            recorded_frames, is_simulator_only(init)
+        )
         if init_frames is None:
             _raise_if_frames_are_newer_than_policy(init, sources)
             init_frames = {}

@@ -196,7 +196,7 @@ def _has_same_episodes(inputs: TrainingInputs, checkpoint: SavedCheckpoint | Non
 def _drop_failed_episodes(inputs: TrainingInputs) -> TrainingInputs:
     """Return the inputs without the episodes that are known to have failed."""
     episodes = [
-        dataset._replace(store=dataset.store.select_demonstrations()) for dataset in inputs.episodes
+        dataset._replace(store=dataset.store.drop_failed_episodes()) for dataset in inputs.episodes
     ]
     return dataclasses.replace(inputs, episodes=episodes)
 
@@ -246,10 +246,11 @@ def _list_episode_settings(inputs: TrainingInputs) -> dict[str, Any]:
     """Describe the episodes of all datasets, as run settings by name."""
     datasets = []
     for name, store, weight in inputs.episodes:
-        datasets.append(
-            [name, f"{len(store)} episodes ({store.fingerprint()[:12]}), share {weight:g}"]
-        )
-    contents_hashes = [dataset.store.content_fingerprint()[:12] for dataset in inputs.episodes]
+        states_and_actions = store.fingerprint_states_and_actions()[:12]
+        datasets.append([name, f"{len(store)} episodes ({states_and_actions}), share {weight:g}"])
+    contents_hashes = [
+        dataset.store.fingerprint_images_and_instructions()[:12] for dataset in inputs.episodes
+    ]
     return {EPISODES_KEY: datasets, EPISODE_CONTENT_KEY: contents_hashes}
 
 
@@ -351,7 +352,7 @@ def _join_learned_fingerprints(
     """
     fingerprints = (init_origin or {}).get("learned", "").split()
     for dataset in inputs.episodes:
-        fingerprints.extend(dataset.store.episode_fingerprints())
+        fingerprints.extend(dataset.store.list_episode_fingerprints())
     questions = getattr(task, "questions", None)
     if questions is not None:
         fingerprints.extend(questions.fingerprints())
@@ -510,7 +511,7 @@ def _notice_repeated_episodes(stores: Sequence[EpisodeStore]) -> None:
     """Print a notice if an episode is in several datasets."""
     fingerprints: list[str] = []
     for store in stores:
-        fingerprints.extend(set(store.episode_fingerprints()))
+        fingerprints.extend(set(store.list_episode_fingerprints()))
     num_repeated = len(fingerprints) - len(set(fingerprints))
     if num_repeated:
         notice(

@@ -17,7 +17,7 @@ from scipy.spatial.transform import Rotation
 from refusals import no_warning, refuses
 from rotation_writers import ROTATION_WRITERS
 from spear.data.actions import with_canonical_actions
-from spear.data.readers.build_episode import build_episode, read_recorded_poses
+from spear.data.readers.build_episode import build_episode, read_poses_in_recorded_frames
 from spear.data.readers.columns import parse_column, read_column
 from spear.data.readers.dataset_layout import (
     ANGLE_FORMATS,
@@ -237,8 +237,8 @@ def test_millimeters_and_degrees_are_converted(rotation_format: RotationFormat) 
     layout = DatasetLayout("mine", position="at", rotation="turn", rotation_format=rotation_format)
     layout_mm_deg = dataclasses.replace(layout, length_unit="mm", angle_unit="deg")
 
-    expected_position, expected_rotation, _ = read_recorded_poses(steps, layout, "mine")
-    position, rotation, _ = read_recorded_poses(steps_mm_deg, layout_mm_deg, "mine")
+    expected_position, expected_rotation, _ = read_poses_in_recorded_frames(steps, layout, "mine")
+    position, rotation, _ = read_poses_in_recorded_frames(steps_mm_deg, layout_mm_deg, "mine")
 
     np.testing.assert_allclose(position, expected_position, atol=1e-12)
     np.testing.assert_allclose(rotation, expected_rotation, atol=1e-12)

@@ -17,7 +17,7 @@ from joint_datasets import (
     write_pose_layout,
 )
 from refusals import refuses
-from spear.data.frames import hash_layout
+from spear.data.frames import hash_layout_for_preparation
 from spear.data.readers.formats import open_dataset, read_episodes
 
 
@@ -99,9 +99,9 @@ def test_percent_of_a_joints_range_are_refused(tmp_path: Path) -> None:
 def test_prepared_episodes_depend_on_the_content_of_the_urdf(tmp_path: Path) -> None:
     joints, _ = write_joint_and_pose_datasets(tmp_path, num_episodes=1)
     write_layout(joints)
-    hash_before = hash_layout(open_dataset(joints).load_layout())  # type: ignore[union-attr]
+    hash_before = hash_layout_for_preparation(open_dataset(joints).load_layout())  # type: ignore[union-attr]
 
     urdf = joints / "arm.urdf"
     urdf.write_text(urdf.read_text().replace("-0.135", "-0.136"))
 
-    assert hash_layout(open_dataset(joints).load_layout()) != hash_before  # type: ignore[union-attr]
+    assert hash_layout_for_preparation(open_dataset(joints).load_layout()) != hash_before  # type: ignore[union-attr]

@@ -59,7 +59,7 @@ def test_rows_of_two_episodes_may_alternate(tmp_path: Path) -> None:
     file = tmp_path / "rows.parquet"
     pq.write_table(pa.table({"episode_index": [1, 0, 1, 0], "row": [0, 1, 2, 3]}), file)
 
-    rows = read_episode_rows(file, episode_index=1, num_rows=2, skipped_columns=())
+    rows = read_episode_rows(file, episode_index=1, num_expected_rows=2, skipped_columns=())
 
     assert rows.column("row").to_pylist() == [0, 2]
 
@@ -69,7 +69,7 @@ def test_an_unknown_episode_has_no_rows(tmp_path: Path, structure: str) -> None:
     file = tmp_path / "rows.parquet"
     pq.write_table(make_table(), file, **STRUCTURES[structure])
 
-    rows = read_episode_rows(file, episode_index=99, num_rows=5, skipped_columns=())
+    rows = read_episode_rows(file, episode_index=99, num_expected_rows=5, skipped_columns=())
 
     assert len(rows) == 0
 
@@ -79,7 +79,9 @@ def test_skipped_columns_are_not_read(tmp_path: Path) -> None:
     pq.write_table(make_table(), file)
 
     skipped_columns = ["observation.images.front"]
-    rows = read_episode_rows(file, episode_index=3, num_rows=5, skipped_columns=skipped_columns)
+    rows = read_episode_rows(
+        file, episode_index=3, num_expected_rows=5, skipped_columns=skipped_columns
+    )
 
     assert rows.column_names == ["episode_index", "observation.state"]
 
@@ -87,11 +89,11 @@ def test_skipped_columns_are_not_read(tmp_path: Path) -> None:
 def test_a_changed_file_is_read_again(tmp_path: Path) -> None:
     file = tmp_path / "rows.parquet"
     pq.write_table(make_table(), file)
-    read_episode_rows(file, episode_index=0, num_rows=5, skipped_columns=())
+    read_episode_rows(file, episode_index=0, num_expected_rows=5, skipped_columns=())
 
     pq.write_table(pa.table({"episode_index": [0], "row": [7]}), file)
 
-    rows = read_episode_rows(file, episode_index=0, num_rows=5, skipped_columns=())
+    rows = read_episode_rows(file, episode_index=0, num_expected_rows=5, skipped_columns=())
     assert rows.column("row").to_pylist() == [7]
 
 
@@ -99,7 +101,7 @@ def test_the_rows_do_not_keep_the_row_group_in_memory(tmp_path: Path) -> None:
     file = tmp_path / "rows.parquet"
     pq.write_table(make_table(), file)
 
-    rows = read_episode_rows(file, episode_index=4, num_rows=5, skipped_columns=())
+    rows = read_episode_rows(file, episode_index=4, num_expected_rows=5, skipped_columns=())
 
     # The rows are a twelfth of the table, so half of it leaves room for overhead.
     assert rows.get_total_buffer_size() < make_table().get_total_buffer_size() / 2

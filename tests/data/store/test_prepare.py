@@ -198,7 +198,7 @@ def copy_shard(folder: Path, number: int, new_number: int) -> None:
 
 
 def test_the_sketches_give_the_same_statistics(prepared: Path) -> None:
-    store = EpisodeStore(prepared).select_demonstrations()
+    store = EpisodeStore(prepared).drop_failed_episodes()
 
     assert Normalizer.fit([(store, 1.0)]) == fit_without_sketches(store)
 
@@ -213,7 +213,7 @@ def test_the_statistics_of_demonstrations_leave_out_failures(prepared: Path) -> 
     store = EpisodeStore(prepared)
     good_indices = [index for index, episode in enumerate(store) if episode.success is not False]
 
-    statistics = Normalizer.fit([(store.select_demonstrations(), 1.0)])
+    statistics = Normalizer.fit([(store.drop_failed_episodes(), 1.0)])
 
     assert statistics == Normalizer.fit([(store.subset(good_indices), 1.0)])
 
@@ -222,7 +222,7 @@ def test_broken_sketches_are_named(prepared_copy: Path) -> None:
     (prepared_copy / SKETCHES_FILE).write_bytes(b"no statistics")
     store = EpisodeStore(prepared_copy)
 
-    refuses(SKETCHES_FILE, Normalizer.fit, [(store.select_demonstrations(), 1.0)])
+    refuses(SKETCHES_FILE, Normalizer.fit, [(store.drop_failed_episodes(), 1.0)])
 
 
 def test_a_part_of_a_dataset_does_not_need_its_sketches(prepared_copy: Path) -> None:
@@ -235,8 +235,8 @@ def test_a_part_of_a_dataset_does_not_need_its_sketches(prepared_copy: Path) -> 
 def test_sketches_of_another_shard_are_not_used(prepared: Path, prepared_copy: Path) -> None:
     """Shard 4 replaces shard 1, which has as many known steps."""
     copy_shard(prepared_copy, number=4, new_number=1)
-    store = EpisodeStore(prepared_copy).select_demonstrations()
-    original = EpisodeStore(prepared).select_demonstrations()
+    store = EpisodeStore(prepared_copy).drop_failed_episodes()
+    original = EpisodeStore(prepared).drop_failed_episodes()
 
     assert store.num_known_actions.sum() == original.num_known_actions.sum()
     assert Normalizer.fit([(store, 1.0)]) == fit_without_sketches(store)
@@ -264,7 +264,7 @@ def test_episodes_that_all_failed_are_prepared_with_one_notice(tmp_path: Path) -
 
     assert len(notices) == 1
     assert not (tmp_path / "out" / SKETCHES_FILE).exists()
-    refuses("failed", EpisodeStore(tmp_path / "out").select_demonstrations)
+    refuses("failed", EpisodeStore(tmp_path / "out").drop_failed_episodes)
 
 
 def test_two_workers_write_the_same_bytes_as_none(
@@ -619,8 +619,14 @@ def test_an_episode_that_shows_nothing_is_skipped_by_name(tmp_path: Path) -> Non
 def test_the_fingerprint_depends_on_the_episodes_of_the_store(recorded_folder: Path) -> None:
     store = EpisodeStore(recorded_folder)
 
-    assert store.subset(range(3)).fingerprint() != store.subset(range(1, 4)).fingerprint()
-    assert store.subset(range(NUM_RECORDED)).fingerprint() == store.fingerprint()
+    assert (
+        store.subset(range(3)).fingerprint_states_and_actions()
+        != store.subset(range(1, 4)).fingerprint_states_and_actions()
+    )
+    assert (
+        store.subset(range(NUM_RECORDED)).fingerprint_states_and_actions()
+        == store.fingerprint_states_and_actions()
+    )
 
 
 @pytest.fixture
@@ -651,8 +657,14 @@ def hand_camera_store(tmp_path: Path) -> EpisodeStore:
 def test_the_fingerprint_of_motions_ignores_words_and_images(
     plain_store: EpisodeStore, other_words_store: EpisodeStore, other_size_store: EpisodeStore
 ) -> None:
-    assert plain_store.fingerprint() == other_words_store.fingerprint()
-    assert plain_store.fingerprint() == other_size_store.fingerprint()
+    assert (
+        plain_store.fingerprint_states_and_actions()
+        == other_words_store.fingerprint_states_and_actions()
+    )
+    assert (
+        plain_store.fingerprint_states_and_actions()
+        == other_size_store.fingerprint_states_and_actions()
+    )
 
 
 def test_the_fingerprint_of_contents_depends_on_words_images_and_cameras(
@@ -662,10 +674,10 @@ def test_the_fingerprint_of_contents_depends_on_words_images_and_cameras(
     hand_camera_store: EpisodeStore,
 ) -> None:
     fingerprints = {
-        plain_store.content_fingerprint(),
-        other_words_store.content_fingerprint(),
-        other_size_store.content_fingerprint(),
-        hand_camera_store.content_fingerprint(),
+        plain_store.fingerprint_images_and_instructions(),
+        other_words_store.fingerprint_images_and_instructions(),
+        other_size_store.fingerprint_images_and_instructions(),
+        hand_camera_store.fingerprint_images_and_instructions(),
     }
 
     assert len(fingerprints) == 4

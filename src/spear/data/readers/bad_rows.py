@@ -105,49 +105,48 @@ def mark_zeros_for_missing_poses(pose: Array) -> Array:
     return no_row if comes_near_zero else is_zero
 
 
-def list_usable_rows_and_record_drops(is_good: Array) -> Array:
-    """Choose the rows of an episode to use, and record how many are dropped.
+def list_good_rows_or_all_if_most_are_bad(is_good: Array) -> Array:
+    """List the good rows of an episode, or all rows if most are bad.
 
     If more than half of the rows are bad, the layout is probably wrong, or little of the episode
-    would remain. Then all rows are chosen, and their conversion refuses the episode by name.
+    would remain. Then all rows are listed, and their conversion refuses the episode by name.
 
     Args:
         is_good: [T] bool, whether each row can be used.
 
     Returns:
-        [N] the indices of the chosen rows, ascending.
+        [N] the indices of the listed rows, ascending.
     """
     num_rows = len(is_good)
     num_good_rows = int(is_good.sum())
     if num_good_rows < MIN_GOOD_SHARE * num_rows:
         return np.arange(num_rows)
-
-    record_repairs(num_dropped_rows=num_rows - num_good_rows)
     return np.flatnonzero(is_good)
 
 
-def select_rows(columns: Mapping[str, Any], rows: Array, num_rows: int) -> Mapping[str, Any]:
+def select_rows(columns: Mapping[str, Any], rows: Array, num_rows_before: int) -> Mapping[str, Any]:
     """Select the same rows of every column of an episode.
 
     Args:
         columns: The columns of an episode: arrays, lists, or mappings of further columns.
         rows: [N] the indices of the rows to select.
-        num_rows: The number of rows of the episode. Columns of another length stay unchanged.
+        num_rows_before: The number of rows of the episode. Columns of another length stay
+            unchanged.
 
     Returns:
         Columns of the selected rows, nested as in `columns`.
     """
-    selects_all_rows = len(rows) == num_rows
+    selects_all_rows = len(rows) == num_rows_before
     if selects_all_rows:
         return columns
 
     selected: dict[str, Any] = {}
     for name, values in columns.items():
         if isinstance(values, Mapping):
-            selected[name] = select_rows(values, rows, num_rows)
-        elif isinstance(values, np.ndarray) and values.shape[:1] == (num_rows,):
+            selected[name] = select_rows(values, rows, num_rows_before)
+        elif isinstance(values, np.ndarray) and values.shape[:1] == (num_rows_before,):
             selected[name] = values[rows]
-        elif isinstance(values, list) and len(values) == num_rows:
+        elif isinstance(values, list) and len(values) == num_rows_before:
             selected[name] = [values[row] for row in rows]
         else:
             selected[name] = values

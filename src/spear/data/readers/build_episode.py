@@ -19,7 +19,7 @@ from spear.data.actions import (
     validate_rotations_and_actions,
 )
 from spear.data.readers.bad_rows import (
-    list_usable_rows_and_record_drops,
+    list_good_rows_or_all_if_most_are_bad,
     mark_complete_rows,
     mark_zeros_for_missing_poses,
     mask_actions_before_gaps,
@@ -85,8 +85,8 @@ def build_episode(steps: Steps, layout: DatasetLayout, source: str) -> Episode:
     assert layout.rate_hz is not None
     # States and images of the good rows, checked.
     recorded_steps = steps
-    steps, rows = drop_bad_rows_and_list_good_ones(recorded_steps, layout, source)
-    position, rotation, rotation_format = read_recorded_poses(steps, layout, source)
+    steps, rows = drop_bad_rows_unless_most_are_bad(recorded_steps, layout, source)
+    position, rotation, rotation_format = read_poses_in_recorded_frames(steps, layout, source)
     _check_angle_unit(rotation, rotation_format, source)
     gripper, command = read_measured_and_commanded_openings(steps, layout, source)
     episode = validate_episode(
@@ -112,7 +112,7 @@ def build_episode(steps: Steps, layout: DatasetLayout, source: str) -> Episode:
     # Canonical actions of the dataset, or actions derived from states and gripper commands. Layouts
     # with canonical actions have no `drop_idle` (`dataset_layout.DEPENDENT_FIELDS`).
     if layout.action is not None:
-        return _with_logged_canonical_actions(episode, steps, layout, source)
+        return _with_recorded_actions_mask_and_source(episode, steps, layout, source)
     if command is not None:
         command = binarize_commands(command, episode.rate_hz)
     if layout.drop_idle:
@@ -123,13 +123,24 @@ def build_episode(steps: Steps, layout: DatasetLayout, source: str) -> Episode:
     return episode if command is None else _with_derived_actions(episode, command)
 
 
-def drop_bad_rows_and_list_good_ones(
+class RemainingRows(NamedTuple):
+    """The rows of an episode that were not dropped.
+
+    Attributes:
+        steps: The columns of the remaining rows.
+        indices: [T] the indices of the remaining rows in the recording, ascending.
+    """
+
+    steps: Steps
+    indices: Array
+
+
+def drop_bad_rows_unless_most_are_bad(
     steps: Steps, layout: DatasetLayout, source: str
-) -> tuple[Steps, Array]:
+) -> RemainingRows:
     """Drop the rows of an episode that lack a number or a pose (see `spear.data.readers.bad_rows`).
 
-    Returns:
-        The columns without the bad rows, and the indices [T] of the rows that remain.
+    The dropped rows are recorded as repairs. If most rows are bad, all of them remain.
     """
     numbers = _read_needed_numbers(steps, layout, source)
     position = numbers[layout.position]
@@ -144,9 +155,9 @@ def drop_bad_rows_and_list_good_ones(
         is_good &= ~mark_zeros_for_missing_poses(pose_without_nan)
         assert layout.rotation_format is not None
         is_good &= mark_rotations(rotation, layout.rotation_format)
-    rows = list_usable_rows_and_record_drops(is_good)
-    good_steps = select_rows(steps, rows, num_rows)
-    return good_steps, rows
+    rows = list_good_rows_or_all_if_most_are_bad(is_good)
+    record_repairs(num_dropped_rows=num_rows - len(rows))
+    return RemainingRows(select_rows(steps, rows, num_rows), rows)
 
 
 def _read_needed_numbers(steps: Steps, layout: DatasetLayout, source: str) -> dict[Any, Array]:
@@ -236,10 +247,13 @@ def _check_angle_unit(rotation: Array, rotation_format: RotationFormat, source: 
         )
 
 
-def _with_logged_canonical_actions(
+def _with_recorded_actions_mask_and_source(
     episode: Episode, steps: Steps, layout: DatasetLayout, source: str
 ) -> Episode:
-    """Add the canonical actions of a dataset that this program wrote, their mask and source."""
+    """Add the recorded actions, which are canonical already, with their mask and source.
+
+    Datasets that this program wrote have such columns.
+    """
     assert layout.action is not None
     fields: dict[str, Any] = {"action": read_numbers(steps, layout.action, source)}
     if layout.action_mask is not None:
@@ -266,10 +280,13 @@ class RecordedPoses(NamedTuple):
     rotation_format: RotationFormat
 
 
-def read_recorded_poses(steps: Steps, layout: DatasetLayout, source: str) -> RecordedPoses:
-    """Read the recorded end-effector poses, in the dataset's frames and format of orientations.
+def read_poses_in_recorded_frames(
+    steps: Steps, layout: DatasetLayout, source: str
+) -> RecordedPoses:
+    """Read the recorded end-effector poses in SI units, in the dataset's frames.
 
-    Poses that are recorded as joint angles are computed, and their orientations are quaternions.
+    Orientations stay in the dataset's format. Poses that are recorded as joint angles are computed,
+    and their orientations are quaternions.
     """
     assert layout.position is not None
     assert layout.rotation is not None

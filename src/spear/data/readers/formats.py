@@ -83,22 +83,25 @@ def find_format(path: str | Path) -> str | None:
     return None
 
 
-def find_prepared_stores(folder: Path) -> list[Path]:
-    """Find the stores of episodes in a folder, as `spear train` prepares them in `RUN/data`."""
+def find_stores_in_subfolders(folder: Path) -> list[Path]:
+    """Find the stores of episodes in the folders of a folder.
+
+    `spear train` prepares such stores in `RUN/data`.
+    """
     return sorted(child for child in folder.glob("[!.]*") if list_shards(child))
 
 
-def check_holds_no_input(out: Path, action: str) -> None:
+def check_holds_no_input(out: Path, verb: str) -> None:
     """Raise SpearError if an output folder contains robot data, a model or labels.
 
     Args:
         out: The output folder.
-        action: What the command does, as a verb for the message: "train".
+        verb: What the command does, for the message: "train".
     """
     has_robot_data = find_format(out) is not None
     has_model_or_labels = any(any(out.glob(pattern)) for pattern in INPUT_FILES)
     if has_robot_data or has_model_or_labels:
-        raise SpearError(f"{out} contains other files. Choose an empty folder to {action} into.")
+        raise SpearError(f"{out} contains other files. Choose an empty folder to {verb} into.")
 
 
 def open_dataset(path: str | Path) -> Dataset | EpisodeStore:
@@ -125,7 +128,7 @@ def open_dataset(path: str | Path) -> Dataset | EpisodeStore:
 
     format_name = find_format(path)
     if format_name is None:
-        stores = find_prepared_stores(path)
+        stores = find_stores_in_subfolders(path)
         if stores:
             raise SpearError(
                 f"{path} contains {format_count(len(stores), 'prepared datasets')} in a folder "
@@ -179,7 +182,7 @@ def read_episodes(
 
 
 def read_steps_with_task_texts(
-    folder: Dataset, split: str, layout: DatasetLayout, images: Collection[str]
+    folder: Dataset, split: str, layout: DatasetLayout, image_columns: Collection[str]
 ) -> RawEpisodes:
     """Read all columns of each episode of a split, with a text in each row of the instruction.
 
@@ -190,12 +193,12 @@ def read_steps_with_task_texts(
         folder: The dataset.
         split: Which episodes (see `parse_split`).
         layout: What the columns mean.
-        images: The image columns to read.
+        image_columns: The image columns to read.
 
     Yields:
         (source, steps) of each episode. If the episode cannot be read, an error replaces its steps.
     """
-    raw_episodes = folder.read_steps(split, images)
+    raw_episodes = folder.read_steps(split, image_columns)
     if isinstance(folder, LeRobotFolder):
         return folder.replace_task_indices(raw_episodes, layout.instruction)
     return raw_episodes
@@ -265,7 +268,9 @@ def count_episodes(data: str | Path | Dataset | EpisodeStore) -> Mapping[str, in
 def fingerprint_dataset(folder: Dataset | EpisodeStore) -> str:
     """Hash enough of a folder's files to recognize other data, without reading most of them."""
     if isinstance(folder, EpisodeStore):
-        return folder.fingerprint() + folder.content_fingerprint()
+        return (
+            folder.fingerprint_states_and_actions() + folder.fingerprint_images_and_instructions()
+        )
 
     # The last bytes of a file of records say nothing about earlier records. Their checksums do.
     record_files = sorted(folder.path.glob("*.tfrecord*"))

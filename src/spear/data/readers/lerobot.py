@@ -263,12 +263,13 @@ class LeRobotFolder:
                 return feature.component_names[selected_components]
         return []
 
-    def read_steps(self, split: str, images: Collection[str] | None = None) -> RawEpisodes:
+    def read_steps(self, split: str, image_columns: Collection[str] | None = None) -> RawEpisodes:
         """Read the columns of each episode of a split, in order.
 
         Args:
             split: For example "train[:10]" (see `parse_split`).
-            images: The image columns to read, such as "observation/images/top"; None for all.
+            image_columns: The image columns to read, such as "observation/images/top"; None
+                for all.
 
         Yields:
             (source, steps) of each episode. If the episode cannot be read, an error replaces its
@@ -279,12 +280,12 @@ class LeRobotFolder:
             for index in range(split_start + first, split_start + end):
                 source = f"{self.name}/{name}#{index}"
                 try:
-                    yield source, self.read_episode_columns(index, images)
+                    yield source, self.read_episode_columns(index, image_columns)
                 except SpearError as error:
                     yield source, error
 
     def read_episode_columns(
-        self, index: int, images: Collection[str] | None = None
+        self, index: int, image_columns: Collection[str] | None = None
     ) -> dict[str, Any]:
         """Read the columns of one episode.
 
@@ -292,7 +293,7 @@ class LeRobotFolder:
 
         Args:
             index: The episode's number in the dataset.
-            images: The image columns to read; None for all.
+            image_columns: The image columns to read; None for all.
 
         Returns:
             Column → array with the steps first, or list of bytes for images and texts.
@@ -310,7 +311,7 @@ class LeRobotFolder:
         if not episode.length:
             raise make_empty_episode_error(f"{self.name}#{index}")
 
-        cameras = self._select_cameras(episode, images)
+        cameras = self._select_cameras(episode, image_columns)
         try:
             return self._read_columns(episode, cameras)
         except (TypeError, ValueError, AttributeError) as error:
@@ -320,25 +321,27 @@ class LeRobotFolder:
                 "Correct them, or leave the episode out."
             ) from error
 
-    def _select_cameras(self, episode: LeRobotEpisode, images: Collection[str] | None) -> set[str]:
+    def _select_cameras(
+        self, episode: LeRobotEpisode, image_columns: Collection[str] | None
+    ) -> set[str]:
         """Select the features of the cameras to read.
 
         Args:
             episode: The episode.
-            images: The image columns to read; None for all that the episode has.
+            image_columns: The image columns to read; None for all that the episode has.
 
         Raises:
-            SpearError: If the episode lacks the video of a camera that `images` names.
+            SpearError: If the episode lacks the video of a camera that `image_columns` names.
         """
         cameras: set[str] = set()
         for camera in self.image_features:
-            is_wanted = images is None or _to_column(camera) in images
+            is_wanted = image_columns is None or _to_column(camera) in image_columns
             if not is_wanted or self.info.features[camera].is_depth:
                 continue
             lacks_video = camera in self.info.video_features and camera not in episode.videos
             if not lacks_video:
                 cameras.add(camera)
-            elif images is not None:
+            elif image_columns is not None:
                 raise SpearError(
                     f"{self.name}#{episode.index} has no video of the camera {camera} in "
                     "meta/episodes. Leave the episode out, or do without this camera."

@@ -27,19 +27,19 @@ INDEX_COLUMN = "episode_index"  # the column that says to which episode a row be
 
 
 def read_episode_rows(
-    path: Path, episode_index: int, num_rows: int, skipped_columns: Collection[str]
+    path: Path, episode_index: int, num_expected_rows: int, skipped_columns: Collection[str]
 ) -> pa.Table:
     """Read the rows of one episode.
 
     Args:
         path: The Parquet file.
         episode_index: The number of the episode in the column `episode_index`.
-        num_rows: How many rows the episode should have according to the metadata.
+        num_expected_rows: How many rows the episode should have according to the metadata.
         skipped_columns: Columns that are not needed, such as images.
 
     Returns:
         The rows in order, copied, so that the table does not keep the row group in memory. The
-        table has fewer than `num_rows` rows if the file lacks some.
+        table has fewer than `num_expected_rows` rows if the file lacks some.
 
     Raises:
         OSError, KeyError, pa.ArrowException: If the file, or a row group that may have rows of the
@@ -48,7 +48,7 @@ def read_episode_rows(
     status = path.stat()
     # An open file is not reused by a forked process, nor after the file has changed on disk.
     file = _open_cached(path, status.st_mtime_ns, status.st_size, os.getpid())
-    return file.read_episode(episode_index, num_rows, skipped_columns)
+    return file.read_episode(episode_index, num_expected_rows, skipped_columns)
 
 
 @lru_cache(maxsize=MAX_OPEN_FILES)
@@ -79,7 +79,7 @@ class EpisodeFile:
         self._lock = threading.Lock()  # for readers in several threads
 
     def read_episode(
-        self, episode_index: int, num_rows: int, skipped_columns: Collection[str]
+        self, episode_index: int, num_expected_rows: int, skipped_columns: Collection[str]
     ) -> pa.Table:
         """Read the rows of one episode; see `read_episode_rows`."""
         is_after_first = self._first_episodes <= episode_index  # [num_row_groups]
@@ -90,7 +90,7 @@ class EpisodeFile:
         with self._lock:
             for group in groups:
                 row_group = self._open_group(group, frozenset(skipped_columns))
-                num_missing_rows = num_rows - len(rows)
+                num_missing_rows = num_expected_rows - len(rows)
                 pieces = row_group.read_episode(episode_index, num_missing_rows)
                 rows = pa.concat_tables([rows, *pieces])
         return rows

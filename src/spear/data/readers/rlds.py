@@ -94,7 +94,7 @@ class RldsFolder:
             )
         return layout
 
-    def read_steps(self, split: str, images: Collection[str] | None = None) -> RawEpisodes:
+    def read_steps(self, split: str, image_columns: Collection[str] | None = None) -> RawEpisodes:
         """Read the columns of each episode of a split, nested as in `features.json`.
 
         A value that the dataset stores once per episode ("episode_metadata/file_path") becomes a
@@ -102,7 +102,7 @@ class RldsFolder:
 
         Args:
             split: For example "train[:10]" (see `parse_split`).
-            images: Has no effect, because the images of a record cannot be skipped.
+            image_columns: Has no effect, because the images of a record cannot be skipped.
 
         Yields:
             (source, steps) of each episode. If the episode cannot be read, an error replaces its

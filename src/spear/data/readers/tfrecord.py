@@ -80,7 +80,7 @@ def _read_records(
                 yield lost_index, _make_broken_record_error(path, lost_index, lost_reason)
             return
 
-        length = _record_length(header)
+        length = _decode_body_length(header)
         if index < start:
             file.seek(length + CHECKSUM_BYTES, os.SEEK_CUR)
             continue
@@ -120,13 +120,13 @@ def read_checksums(path: Path) -> bytes:
     with open(path, "rb") as file:
         header = file.read(HEADER_BYTES)
         while not _find_header_error(header, num_bytes_left=file_bytes - file.tell()):
-            file.seek(_record_length(header), os.SEEK_CUR)
+            file.seek(_decode_body_length(header), os.SEEK_CUR)
             checksums.append(header + file.read(CHECKSUM_BYTES))
             header = file.read(HEADER_BYTES)
     return b"".join(checksums)
 
 
-def _record_length(header: bytes) -> int:
+def _decode_body_length(header: bytes) -> int:
     """Decode the number of bytes of a record's body."""
     return int(struct.unpack("<Q", header[:8])[0])
 

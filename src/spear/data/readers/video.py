@@ -62,7 +62,7 @@ def read_frames(path: Path, start_s: float, end_s: float) -> Iterator[tuple[floa
                 yield frame.time, to_rgb(frame)
 
 
-def to_rgb(frame: Any, width_px: int | None = None) -> Array:
+def to_rgb(frame: Any, stretched_width_px: int | None = None) -> Array:
     """Convert a frame of PyAV to [h, w, 3] uint8 RGB by the color space that the video names.
 
     The color space names the matrix that converts YUV to RGB, for example BT.709 for every HD
@@ -72,14 +72,15 @@ def to_rgb(frame: Any, width_px: int | None = None) -> Array:
 
     Args:
         frame: The frame.
-        width_px: The width of the result; None for the width of the frame.
+        stretched_width_px: The width to which the frame is stretched; None for its own width. The
+            height stays.
     """
     color_ranges: dict[str, int] = {}
     if frame.colorspace not in COLOR_SPACES_WITHOUT_MATRIX:
         is_full_range = frame.color_range == FULL_RANGE
         color_ranges["src_color_range"] = FULL_RANGE if is_full_range else LIMITED_RANGE
         color_ranges["dst_color_range"] = LIMITED_RANGE if is_full_range else FULL_RANGE
-    pixels: Array = frame.to_ndarray(format="rgb24", width=width_px, **color_ranges)
+    pixels: Array = frame.to_ndarray(format="rgb24", width=stretched_width_px, **color_ranges)
     return pixels
 
 

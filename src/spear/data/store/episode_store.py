@@ -199,14 +199,14 @@ class EpisodeStore:
         store.rates_hz = self.rates_hz[indices_array]
         return store
 
-    def select_demonstrations(self) -> "EpisodeStore":
+    def drop_failed_episodes(self) -> "EpisodeStore":
         """Leave out the episodes that are known to have failed, with a notice.
 
         Raises SpearError if no episode is left.
         """
-        return self._drop(self.failed_mask(), reason="failed", advice="give others")
+        return self._drop(self.mark_failed_episodes(), reason="failed", advice="give others")
 
-    def select_episodes_with_cameras(self, cameras: Collection[str]) -> "EpisodeStore":
+    def select_episodes_with_any_camera(self, cameras: Collection[str]) -> "EpisodeStore":
         """Leave out the episodes that have no images of any of these cameras, with a notice.
 
         If the store lacks one of these cameras but has others, which would not be used, another
@@ -269,7 +269,7 @@ class EpisodeStore:
         store.is_complete = self.is_complete
         return store
 
-    def failed_mask(self) -> Array:
+    def mark_failed_episodes(self) -> Array:
         """Say of each episode whether it is known to have failed: [E] bool."""
         outcomes: list[bool | None] = []
         for shard in self._shards:
@@ -353,14 +353,14 @@ class EpisodeStore:
         shard, row = self._locate(index)
         return shard.episode(row, with_images=False)
 
-    def fingerprint(self) -> str:
+    def fingerprint_states_and_actions(self) -> str:
         """Hash the states and actions of these episodes, to recognize other motions.
 
         The hash covers the sources and lengths of all episodes, and the states and actions of at
         most 1,000 episodes.
         """
         digest = self._begin_hash_with_texts("source")
-        for shard, steps in self._iterate_sampled_episodes():
+        for shard, steps in self._iterate_steps_of_sampled_episodes():
             for rows in (
                 shard.position,
                 shard.rotation,
@@ -371,7 +371,7 @@ class EpisodeStore:
                 digest.update(rows[steps].tobytes())
         return digest.hexdigest()
 
-    def content_fingerprint(self) -> str:
+    def fingerprint_images_and_instructions(self) -> str:
         """Hash the images and instructions of these episodes, to recognize other ones.
 
         The hash covers the instructions of all episodes, the cameras, and the lengths of the
@@ -379,7 +379,7 @@ class EpisodeStore:
         """
         digest = self._begin_hash_with_texts("instruction")
         digest.update("\0".join(self.cameras).encode())
-        for shard, steps in self._iterate_sampled_episodes():
+        for shard, steps in self._iterate_steps_of_sampled_episodes():
             for _, image_places in sorted(shard.image_places.items()):
                 image_lengths = image_places[:, 1]
                 digest.update(image_lengths[steps].tobytes())
@@ -395,7 +395,7 @@ class EpisodeStore:
         digest.update(joined_texts.encode())
         return digest
 
-    def _iterate_sampled_episodes(self) -> Iterator[tuple[Shard, slice]]:
+    def _iterate_steps_of_sampled_episodes(self) -> Iterator[tuple[Shard, slice]]:
         """Yield the shard and the steps in it of at most 1,000 episodes, evenly spread."""
         evenly_spread = np.linspace(0, len(self) - 1, MAX_HASHED_EPISODES).astype(int)
         indices = np.unique(evenly_spread)  # a small store has fewer episodes
@@ -404,7 +404,7 @@ class EpisodeStore:
             start, end = shard.offsets[row : row + 2]
             yield shard, slice(start, end)
 
-    def episode_fingerprints(self) -> list[str]:
+    def list_episode_fingerprints(self) -> list[str]:
         """Hash each episode by its length and its first, middle and last pose.
 
         The hash does not depend on the folder in which the episode is stored. Episodes without

@@ -28,7 +28,7 @@ from spear.data.readers.video import VideoWriter
 from spear.data.store.stats import (
     PixelHistograms,
     RowStats,
-    check_size,
+    check_same_image_shape,
     compute_pixel_histograms,
 )
 from spear.errors import SpearError
@@ -141,8 +141,10 @@ class _Writer:
         self.folder = folder
         self.image_type = image_type
         self.rate_hz = rate_hz
-        self.image_sizes = {camera: histograms[camera].size for camera in sorted(histograms)}
-        self.features = make_features(self.image_sizes, image_type, self.rate_hz)
+        self.image_shapes = {
+            camera: histograms[camera].image_shape for camera in sorted(histograms)
+        }
+        self.features = make_features(self.image_shapes, image_type, self.rate_hz)
         self.schema = make_schema(self.features)
         self.frames: dict[str, int] = {}  # the versions of the frames of the poses
 
@@ -159,13 +161,13 @@ class _Writer:
             if feature["dtype"] in NUMBER_TYPES:
                 self.row_stats[name] = RowStats()
         self.pixel_histograms = {
-            camera: PixelHistograms(size) for camera, size in self.image_sizes.items()
+            camera: PixelHistograms(shape) for camera, shape in self.image_shapes.items()
         }
 
         # The number of the current file of each kind, and the files that are open.
         self.data_file_number = 0
         self.meta_file_number = 0
-        self.video_file_numbers = dict.fromkeys(self.image_sizes, 0)  # camera → number
+        self.video_file_numbers = dict.fromkeys(self.image_shapes, 0)  # camera → number
         self._data: pq.ParquetWriter | None = None
         self._videos: dict[str, VideoWriter] = {}  # camera → open video
 
@@ -197,7 +199,7 @@ class _Writer:
             "dataset_to_index": self.num_rows + length,
         }
         if self.image_type == "video":
-            for camera in self.image_sizes:
+            for camera in self.image_shapes:
                 row |= self._append_to_video(camera, episode)
         row |= self._make_stats_columns(columns, histograms)
         row |= make_file_index_columns("meta/episodes", self.meta_file_number)
@@ -216,13 +218,15 @@ class _Writer:
     def _check_same_form(self, episode: Episode, histograms: Mapping[str, PixelHistograms]) -> None:
         """Raise SpearError unless an episode has the cameras, sizes and rate of the first one."""
         cameras = sorted(episode.images)
-        if cameras != list(self.image_sizes):
+        if cameras != list(self.image_shapes):
             raise SpearError(
                 f"{episode.source} has the cameras {', '.join(cameras)}, the first episode "
-                f"{', '.join(self.image_sizes)}. Export those with the same cameras."
+                f"{', '.join(self.image_shapes)}. Export those with the same cameras."
             )
-        for camera, size in self.image_sizes.items():
-            check_size(histograms[camera].size, size, f"{episode.source} step 0 camera {camera!r}")
+        for camera, shape in self.image_shapes.items():
+            check_same_image_shape(
+                histograms[camera].image_shape, shape, f"{episode.source} step 0 camera {camera!r}"
+            )
         if episode.rate_hz != self.rate_hz:
             raise SpearError(
                 f"{episode.source} is at {episode.rate_hz:g} Hz, the first episode at "
@@ -264,7 +268,7 @@ class _Writer:
             rows = values.reshape(len(values), -1)  # [T, d]
             # A new `RowStats` of this episode alone: `self.row_stats` are those of all episodes.
             stats[name] = RowStats().add(rows).compute_stats()
-        for camera in self.image_sizes:
+        for camera in self.image_shapes:
             stats[get_feature_name(camera)] = histograms[camera].compute_stats()
 
         stats_columns: EpisodeRow = {}
@@ -306,7 +310,7 @@ class _Writer:
         for step, encoded in enumerate(episode.images[camera]):
             description = f"{episode.source} step {step} camera {camera!r}"
             image = decode_image(encoded, description)
-            check_size(image.shape[:2], self.image_sizes[camera], description)
+            check_same_image_shape(image.shape[:2], self.image_shapes[camera], description)
             video.write(image)
 
         prefix = f"videos/{get_feature_name(camera)}"
@@ -328,7 +332,7 @@ class _Writer:
             path = self.folder / make_file_path(
                 VIDEO_PATH, number, video_key=get_feature_name(camera)
             )
-            height, width = self.image_sizes[camera]
+            height, width = self.image_shapes[camera]
             video = VideoWriter(path, height, width, self.rate_hz)
             self._videos[camera] = video
         return video
@@ -363,7 +367,7 @@ class _Writer:
             self._write_episode_rows()
         self._write_json("meta/stats.json", self._make_stats())
         self._write_json("meta/info.json", self._make_info())
-        layout = describe_layout(self.image_sizes)
+        layout = make_layout_fields(self.image_shapes)
         if self.frames:
             layout["frames"] = self.frames
         self._write_json(LAYOUT_FILE, layout)
@@ -413,7 +417,7 @@ def _make_image_cells(images: Sequence[bytes]) -> list[dict[str, Any]]:
     return cells
 
 
-def describe_layout(cameras: Iterable[str]) -> dict[str, Any]:
+def make_layout_fields(cameras: Iterable[str]) -> dict[str, Any]:
     """Make the content of `spear.json`: what the columns of a dataset of this writer mean."""
     return {
         "images": {camera: f"observation/images/{camera}" for camera in cameras},
@@ -440,17 +444,17 @@ def is_own_format(features: Mapping[str, Sequence[str]]) -> bool:
 
 
 def make_features(
-    image_sizes: Mapping[str, tuple[int, int]], image_type: str, rate_hz: float
+    image_shapes: Mapping[str, tuple[int, int]], image_type: str, rate_hz: float
 ) -> dict[str, Any]:
     """Make the "features" of info.json, in the order of the columns.
 
     Args:
-        image_sizes: Camera → (height, width) in pixels.
+        image_shapes: Camera → (height, width) in pixels.
         image_type: How images are stored, "image" or "video".
         rate_hz: The rate of the dataset.
     """
     features: dict[str, Any] = {}
-    for camera, (height, width) in image_sizes.items():
+    for camera, (height, width) in image_shapes.items():
         feature: dict[str, Any] = {
             "dtype": image_type,
             "shape": [height, width, 3],

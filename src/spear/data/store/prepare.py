@@ -37,7 +37,7 @@ from spear.checks.result import Check
 from spear.checks.states import find_state_problems
 from spear.data.actions import ACTION_RULES_VERSION, resample_episode, with_canonical_actions
 from spear.data.frames import (
-    hash_layout,
+    hash_layout_for_preparation,
     hash_text,
     merge_frame_versions,
     read_store_frame_versions,
@@ -197,8 +197,8 @@ def prepare(
             is_resuming=bool(list_shards(folder)),
             option_names=OPTION_OF_SETTING,
         )
-        repairs = Repairs()  # `_write_shards` adds to these counts
-        num_good, skipped = _write_shards(
+        repairs = Repairs()  # `_prepare_and_write_shards` adds to these counts
+        num_good, skipped = _prepare_and_write_shards(
             path, folder, plan.blocks, conversion, workers, repairs=repairs
         )
         formats.check_enough_good(num_good, skipped, path, split)
@@ -209,7 +209,7 @@ def prepare(
         _notice_implausible_values(store, path)
         if not plan.has_canonical_actions:
             _notice_wrong_gripper(store, path, plan.has_commands)
-        if store.failed_mask().all():
+        if store.mark_failed_episodes().all():
             notice(
                 f"no episode of the {num_good} in {path} succeeded, so nothing learns from "
                 f"{out}. It is to look at."
@@ -257,7 +257,7 @@ def plan_preparation(path: Path, out: Path, split: str, conversion: Conversion) 
         "path": str(path.resolve()),
         "data": formats.fingerprint_dataset(dataset),
         "episodes": hash_text("\n".join(block.split for block in blocks)),
-        "layout": hash_layout(layout),
+        "layout": hash_layout_for_preparation(layout),
         "frames": dict(frames),
         "size": dict(sorted(conversion.sizes.items())),
         "rate": conversion.control_hz,
@@ -296,7 +296,7 @@ def _check_out_folder(out: Path, request: dict[str, Any]) -> None:
         )
 
 
-def _write_shards(
+def _prepare_and_write_shards(
     path: Path,
     folder: Path,
     blocks: Sequence[Block],
@@ -516,7 +516,7 @@ def _convert_episode(episode: Episode, conversion: Conversion) -> Episode:
 
     images: dict[str, Sequence[bytes]] = {}
     for camera in episode.images:
-        converted_images = _convert_images(episode, camera, conversion)
+        converted_images = _convert_images_unless_blank_or_frozen(episode, camera, conversion)
         if converted_images is not None:
             images[camera] = converted_images
     if not images:
@@ -526,7 +526,9 @@ def _convert_episode(episode: Episode, conversion: Conversion) -> Episode:
     return dataclasses.replace(episode, images=images)
 
 
-def _convert_images(episode: Episode, camera: str, conversion: Conversion) -> list[bytes] | None:
+def _convert_images_unless_blank_or_frozen(
+    episode: Episode, camera: str, conversion: Conversion
+) -> list[bytes] | None:
     """Convert a camera's images to JPEG so that they fit into their new size.
 
     Images keep their aspect ratio and get no black bars at their sides. Training and acting add the

@@ -69,12 +69,12 @@ class PixelHistograms:
     """The histograms of the three channels of some images, which all have the same size.
 
     Attributes:
-        size: (height, width) of each image in pixels.
+        image_shape: (height, width) of each image in pixels.
         counts: [3, 256] for each channel and each level 0 … 255, the number of pixels of all these
             images. The counts of several `PixelHistograms` can be added.
     """
 
-    size: tuple[int, int]
+    image_shape: tuple[int, int]
     counts: Array = field(default_factory=lambda: np.zeros((3, 256), np.int64))
 
     def compute_stats(self) -> Stats:
@@ -86,7 +86,7 @@ class PixelHistograms:
         has_pixels = self.counts > 0  # [3, 256]
         first_level = has_pixels.argmax(1)  # [3]
         last_level = 255 - has_pixels[:, ::-1].argmax(1)  # [3]
-        pixels_per_image = math.prod(self.size)
+        pixels_per_image = math.prod(self.image_shape)
         num_pixels = self.counts[:1].sum(1)  # [1] of the first channel, the same in each channel
         num_images = num_pixels // pixels_per_image  # [1]
         stats = {
@@ -128,25 +128,27 @@ def compute_pixel_histograms(episode: Episode) -> dict[str, PixelHistograms]:
             image = decode_image(images[step], description)
             height, width = image.shape[:2]
             camera_histograms = histograms.setdefault(camera, PixelHistograms((height, width)))
-            check_size((height, width), camera_histograms.size, description)
+            check_same_image_shape((height, width), camera_histograms.image_shape, description)
             for channel in range(3):
                 levels = image[..., channel].reshape(-1)  # [height * width]
                 camera_histograms.counts[channel] += np.bincount(levels, minlength=256)
     return histograms
 
 
-def check_size(size: tuple[int, ...], first_size: tuple[int, int], description: str) -> None:
+def check_same_image_shape(
+    shape: tuple[int, ...], first_shape: tuple[int, int], description: str
+) -> None:
     """Raise SpearError if an image has another size than the first image of its camera.
 
     Args:
-        size: (height, width) of the image in pixels.
-        first_size: (height, width) of the first image.
+        shape: (height, width) of the image in pixels.
+        first_shape: (height, width) of the first image.
         description: The episode, step and camera of the image, for the message.
     """
-    if size == first_size:
+    if shape == first_shape:
         return
-    height, width = size
-    first_height, first_width = first_size
+    height, width = shape
+    first_height, first_width = first_shape
     raise SpearError(
         f"{description} has {width} x {height} pixels, the first image {first_width} x "
         f"{first_height}. Leave the episode out, or prepare the data with --image-size."

@@ -44,7 +44,7 @@ class OverfittingCheck(PolicyCheck):
         if policy.folder is None:
             return Doubt("the policy has no folder")
         learned_fingerprints = set(read_provenance(policy.folder).get("learned", "").split())
-        fingerprints = store.episode_fingerprints()
+        fingerprints = store.list_episode_fingerprints()
         if len(fingerprints) != len(store):
             return Doubt("some training episodes are empty")
         is_learned = np.array([fingerprint in learned_fingerprints for fingerprint in fingerprints])
