@@ -79,7 +79,7 @@ def make_stepper(recipe: Recipe) -> tuple[Stepper, dict[str, Any]]:
         )
         return output.loss, {}
 
-    batch = memory._make_observation(TINY, recipe.batch_size)
+    batch = memory._make_zero_observations(TINY, recipe.batch_size)
     for view, pixels in batch["pixel_values"].items():
         batch["pixel_values"][view] = torch.randint_like(pixels, 256)
     task = SimpleNamespace(model=model, loss=loss)
@@ -287,7 +287,7 @@ def test_the_command_names_the_changes_that_make_a_recipe_fit(
 ) -> None:
     """The GPU has 50 bytes; the recipe needs 100, 60 with one change, and 50 with two."""
     totals = iter((100, 60, 50))
-    monkeypatch.setattr(memory, "estimate_usable_bytes", lambda gpu: 50)
+    monkeypatch.setattr(memory, "estimate_usable_bytes", lambda gpu_memory: 50)
     monkeypatch.setattr(
         memory,
         "measure_training_memory",
@@ -303,7 +303,7 @@ def test_the_command_names_the_changes_that_make_a_recipe_fit(
 def test_the_command_says_that_no_change_makes_a_recipe_fit(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(memory, "estimate_usable_bytes", lambda gpu: 50)
+    monkeypatch.setattr(memory, "estimate_usable_bytes", lambda gpu_memory: 50)
     monkeypatch.setattr(memory, "measure_training_memory", lambda recipe: make_estimate(51))
 
     assert main([*PLAN_LARGE_BATCH]) == 1
@@ -314,7 +314,7 @@ def test_the_command_says_that_no_change_makes_a_recipe_fit(
 def test_the_command_says_that_a_policy_does_not_fit_to_act(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(memory, "estimate_usable_bytes", lambda gpu: 50)
+    monkeypatch.setattr(memory, "estimate_usable_bytes", lambda gpu_memory: 50)
     monkeypatch.setattr(memory, "measure_inference_memory", lambda *options: make_estimate(51))
 
     assert main([*PLAN, "--recipe", "inference"]) == 1

@@ -205,7 +205,7 @@ def test_the_fraction_of_wrist_batches_is_the_recipes_or_that_of_the_images(
 
     samples = QuestionSamples(labels, processor, mix, num_images=3, seed=0)
 
-    assert samples.wrist_fraction == fraction
+    assert samples.wrist_batch_fraction == fraction
 
 
 def test_the_loss_of_questions_is_added_with_its_weight() -> None:

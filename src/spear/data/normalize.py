@@ -231,30 +231,30 @@ class Normalizer:
             chunk_scale=tuple(chunk_scale),
         )
 
-    def normalize_action(self, action: Action) -> Action:
+    def normalize_action(self, chunk: Action) -> Action:
         """Normalize a chunk: translation and gripper opening to about -1 … 1, but no rotation.
 
         Args:
-            action: Chunks [..., H, ·] of steps, in meters.
+            chunk: Chunks [..., H, ·] of steps, in meters.
 
         Returns:
             Chunks [..., H, ·], measured from the pose that `action_reference` says.
         """
         if self.action_reference == "observed":
-            action = convert_steps_to_motions_from_observed(action)
+            chunk = convert_steps_to_motions_from_observed(chunk)
         offset, scale = self._get_translation_offset_and_scale()
-        translation = _normalize(action.translation, offset, scale)
-        return Action(translation, action.rotation, action.gripper * 2 - 1)
+        translation = _normalize(chunk.translation, offset, scale)
+        return Action(translation, chunk.rotation, chunk.gripper * 2 - 1)
 
-    def unnormalize_action(self, action: Action) -> Action:
+    def unnormalize_action(self, chunk: Action) -> Action:
         """Invert `normalize_action`: steps in meters, gripper opening in 0 … 1."""
         offset, scale = self._get_translation_offset_and_scale()
-        normalized = action.translation
+        normalized = chunk.translation
         translation_m = normalized * normalized.new_tensor(scale) + normalized.new_tensor(offset)
-        action = Action(translation_m, action.rotation, (action.gripper + 1) / 2)
+        chunk = Action(translation_m, chunk.rotation, (chunk.gripper + 1) / 2)
         if self.action_reference == "observed":
-            action = convert_motions_to_steps(action)
-        return action
+            chunk = convert_motions_to_steps(chunk)
+        return chunk
 
     def _get_translation_offset_and_scale(self) -> tuple[Triples, Triples]:
         """Return offset and scale of normalized translations: of all actions, or of each one."""

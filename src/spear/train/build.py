@@ -143,7 +143,9 @@ def check(recipe: Recipe, inputs: TrainingInputs) -> None:
         _check_label_folders(recipe, preset, inputs.labels)
 
     # The weights to start from.
-    init_config = None if inputs.init is None else _read_init_config(recipe, preset, inputs)
+    init_config = None
+    if inputs.init is not None:
+        init_config = _check_init_and_read_config(recipe, preset, inputs)
     _check_recipe_fits_policy(recipe, preset, init_config)
     if inputs.init_depth_encoder is not None:
         weights.read_compatible_config(MogeForDepth, inputs.init_depth_encoder)
@@ -186,13 +188,14 @@ def _check_label_folders(recipe: Recipe, preset: Preset, folders: Sequence[Path]
     of its folders of labels, so labels have to be in a folder.
     """
     for folder in folders:
-        for path in tasks.find_existing_view_folders(folder, list(preset.image_sizes)).values():
+        view_folders = tasks.find_view_folders_or_single_folder(folder, list(preset.image_sizes))
+        for path in view_folders.values():
             if path.is_file():
                 raise SpearError(f"--labels {folder} is a file. Give the folder that it is in.")
             list_label_shards(path)
 
 
-def _read_init_config(recipe: Recipe, preset: Preset, inputs: TrainingInputs) -> Any:
+def _check_init_and_read_config(recipe: Recipe, preset: Preset, inputs: TrainingInputs) -> Any:
     """Check that the recipe can begin with `inputs.init`; return that checkpoint's config.
 
     The config is a `Spear1Config` if the checkpoint is a policy, a `MogeDepthConfig` if the recipe
@@ -225,7 +228,7 @@ def _read_init_config(recipe: Recipe, preset: Preset, inputs: TrainingInputs) ->
                 f"the recipe key flow cannot change what {init} fixes "
                 f"({', '.join(fixed_settings)}). Begin with a VLM instead."
             )
-    _check_moge(recipe, inputs, has_moge=vlm.moge_config is not None)
+    _check_moge(recipe, inputs, init_has_moge=vlm.moge_config is not None)
     Processor.load(init, vlm)  # raises `SpearError` if its files are missing or do not fit
     return config
 
@@ -235,24 +238,24 @@ def _get_vlm_config(config: Any) -> SpearVLMConfig:
     return config.vlm_config if isinstance(config, Spear1Config) else config
 
 
-def _check_moge(recipe: Recipe, inputs: TrainingInputs, has_moge: bool) -> None:
+def _check_moge(recipe: Recipe, inputs: TrainingInputs, init_has_moge: bool) -> None:
     """Check that the recipe and the initial weights agree about MoGe's encoder.
 
-    `has_moge` says whether the VLM of `--init` has the encoder already. Otherwise the encoder comes
-    from `--init-depth-encoder`.
+    `init_has_moge` says whether the VLM of `--init` has the encoder already. Otherwise the encoder
+    comes from `--init-depth-encoder`.
     """
-    if not recipe.moge and has_moge:
+    if not recipe.moge and init_has_moge:
         raise SpearError(
             f"recipe {recipe.name} has no MoGe, but --init {inputs.init} has. Begin with weights "
             "without MoGe."
         )
-    if inputs.init_depth_encoder and has_moge:
+    if inputs.init_depth_encoder and init_has_moge:
         raise SpearError(
             f"--init-depth-encoder {inputs.init_depth_encoder} has no effect, because --init "
             "has an encoder of MoGe already. Leave it out."
         )
     # A policy takes the VLM of `--init` as it is. All other recipes add a missing encoder.
-    should_add_moge = recipe.kind != "vla" and recipe.moge and not has_moge
+    should_add_moge = recipe.kind != "vla" and recipe.moge and not init_has_moge
     if should_add_moge and inputs.init_depth_encoder is None:
         raise SpearError(
             f"recipe {recipe.name} adds MoGe's encoder. Give --init-depth-encoder FOLDER, the "
@@ -376,7 +379,7 @@ def _build_naming(recipe: Recipe, preset: Preset, inputs: TrainingInputs, seed: 
 
     # Names that only other views contain are not learned. The tokenizer of a new VLM is made from
     # the same names.
-    names = _list_names_in_first_view(labels)
+    names = _list_object_names_in_first_view(labels)
     token_ids = [processor.tokenizer.encode(f" {name}", add_special_tokens=False) for name in names]
     model = PatchClassification(vlm, token_ids)
 
@@ -398,14 +401,14 @@ def _build_vlm(recipe: Recipe, preset: Preset, inputs: TrainingInputs, seed: int
     if inputs.init is None:
         processor, model = _make_new_vlm(recipe, preset, inputs.labels, labels, seed)
     else:
-        processor, model = _load_initial_vlm(recipe, preset, inputs, labels, seed)
+        processor, model = _load_and_adapt_initial_vlm(recipe, preset, inputs, labels, seed)
 
     questions = _make_question_samples(recipe, inputs, labels, processor, recipe.batch_size, seed)
     task = tasks.VlmTask(model, questions, recipe.coordinate_rows_only)
     return _Built(model, task, writers=[model.save_pretrained, processor.save])
 
 
-def _load_initial_vlm(
+def _load_and_adapt_initial_vlm(
     recipe: Recipe, preset: Preset, inputs: TrainingInputs, labels: LabelsByView, seed: int
 ) -> tuple[Processor, SpearVLM]:
     """Load the VLM of `inputs.init`; add new 3D tokens and MoGe's encoder if the recipe says so."""
@@ -434,10 +437,10 @@ def _build_vla(recipe: Recipe, preset: Preset, inputs: TrainingInputs, seed: int
     labels = tasks.load_labels(inputs.labels, list(preset.image_sizes))
     if inputs.init is None:
         processor, vlm = _make_new_vlm(recipe, preset, inputs.labels, labels, seed)
-        model = _add_action_expert(vlm, preset)
+        model = _build_policy_around_vlm(vlm, preset)
     else:
         processor = Processor.load(inputs.init)
-        model = _load_policy(recipe, preset, inputs.init)
+        model = _load_policy_or_add_action_expert(recipe, preset, inputs.init)
     if recipe.committed is not None:
         model.config.committed = recipe.committed
     recipe = resolve_normalization(recipe, inputs.init)
@@ -483,10 +486,12 @@ def _build_vla(recipe: Recipe, preset: Preset, inputs: TrainingInputs, seed: int
     return _Built(model, task, writers)
 
 
-def _load_policy(recipe: Recipe, preset: Preset, init: Path) -> Spear1ForActionPrediction:
+def _load_policy_or_add_action_expert(
+    recipe: Recipe, preset: Preset, init: Path
+) -> Spear1ForActionPrediction:
     """Load the policy in the folder `init`. If it contains a VLM, add a new action expert to it."""
     if weights.read_model_type(init) != Spear1Config.model_type:
-        model = _add_action_expert(weights.load(SpearVLM, init), preset)
+        model = _build_policy_around_vlm(weights.load(SpearVLM, init), preset)
         notice(f"{init} is a SPEAR-VLM, so the action expert begins with random weights.")
         return model
     model = weights.load(Spear1ForActionPrediction, init)
@@ -495,8 +500,8 @@ def _load_policy(recipe: Recipe, preset: Preset, init: Path) -> Spear1ForActionP
     return model
 
 
-def _add_action_expert(vlm: SpearVLM, preset: Preset) -> Spear1ForActionPrediction:
-    """Return SPEAR-1 around a VLM, with a new action expert."""
+def _build_policy_around_vlm(vlm: SpearVLM, preset: Preset) -> Spear1ForActionPrediction:
+    """Build SPEAR-1 with a copy of the VLM's weights and a new action expert."""
     model = Spear1ForActionPrediction(build_spear1_config(preset, vlm.config))
     model.vlm.load_state_dict(vlm.state_dict())
     return model
@@ -546,7 +551,7 @@ def _merge_frame_versions(init: Path | None, datasets: Sequence[WeightedStore]) 
             recorded_frames, is_simulator_only(init)
         )
         if init_frames is None:
-            _raise_if_frames_are_newer_than_policy(init, sources)
+            _check_frames_have_version_1(init, sources)
             init_frames = {}
         sources.append((str(init), init_frames))
 
@@ -561,12 +566,13 @@ def _merge_frame_versions(init: Path | None, datasets: Sequence[WeightedStore]) 
     return frames
 
 
-def _raise_if_frames_are_newer_than_policy(
+def _check_frames_have_version_1(
     init: Path, dataset_frames: Sequence[tuple[str, Mapping[str, int]]]
 ) -> None:
-    """Raise `SpearError` if demonstrations have frames that are newer than the policy in `init`.
+    """Raise `SpearError` if demonstrations have frames that are newer than version 1.
 
-    The policy records no versions of frames, so it was made when all of them had version 1.
+    The policy in `init` records no versions of frames, so it was made when all of them had
+    version 1.
 
     Args:
         init: the policy's folder.
@@ -621,7 +627,7 @@ def _make_question_samples(
     return tasks.QuestionSamples(labels, processor, mix, num_images, seed, recipe.augment, depth)
 
 
-def _list_names_in_first_view(labels: LabelsByView) -> list[str]:
+def _list_object_names_in_first_view(labels: LabelsByView) -> list[str]:
     """Return the sorted names of all objects in the first view's images, without repetition.
 
     Names that only other views contain are missing in the result.
@@ -683,7 +689,7 @@ def _make_new_vlm(
     `wording.txt` of each folder of labels. The embeddings of two location tokens, or of two 3D
     tokens, start similar if the tokens stand for neighboring values.
     """
-    texts = list(iterate_tokenizer_texts(_list_names_in_first_view(labels)))
+    texts = list(iterate_tokenizer_texts(_list_object_names_in_first_view(labels)))
     for folder in folders:
         wording = folder / "wording.txt"
         if wording.is_file():

@@ -19,7 +19,7 @@ import time
 from collections.abc import Generator, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
@@ -380,7 +380,7 @@ def _catch_stop_signal() -> Iterator[list[int]]:
         restore_handlers()
 
 
-def _end_process(step: int, stop_signal: int, logger: Logger | None) -> None:
+def _end_process(step: int, stop_signal: int, logger: Logger | None) -> NoReturn:
     """Print where the run stopped, and raise the exception that belongs to the signal."""
     if logger is not None:
         logger.bar.print_line(f"stopped, saved at step {step + 1}; the same command continues")

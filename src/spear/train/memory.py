@@ -67,11 +67,11 @@ class MemoryEstimate:
         return self.weights + self.gradients + self.moments + self.ema + self.activations
 
 
-def estimate_usable_bytes(gpu: str) -> float:
+def estimate_usable_bytes(gpu_memory: str) -> float:
     """Return the bytes that a training step may use on a GPU.
 
     Args:
-        gpu: the GPU's memory as the GPU is sold, for example "24GB".
+        gpu_memory: the GPU's memory as the GPU is sold, for example "24GB".
 
     Raises:
         SpearError: for a text that is no size of memory.
@@ -79,10 +79,10 @@ def estimate_usable_bytes(gpu: str) -> float:
     >>> round(estimate_usable_bytes("24GB") / GIB, 1)
     22.4
     """
-    match = re.fullmatch(r"(\d+(\.\d+)?) ?(G(i?B)?)?", gpu.strip(), re.IGNORECASE)
+    match = re.fullmatch(r"(\d+(\.\d+)?) ?(G(i?B)?)?", gpu_memory.strip(), re.IGNORECASE)
     gpu_bytes = float(match[1]) * GIB if match else 0.0  # "GB" on a GPU's box means GiB
     if not CONTEXT_BYTES < gpu_bytes < MAX_GPU_BYTES:
-        raise SpearError(f"{gpu!r} is no size of a GPU. Write it like 24GB.")
+        raise SpearError(f"{gpu_memory!r} is no size of a GPU. Write it like 24GB.")
     return gpu_bytes * (1 - FRAGMENTATION) - CONTEXT_BYTES
 
 
@@ -127,7 +127,7 @@ def measure_training_memory(recipe: Recipe, with_gpu_layers: bool = True) -> Mem
             # As in `spear.train.optimize`: the cache keeps bfloat16 copies of the weights.
             cache_enabled=not opt.gradient_checkpointing,
         ):
-            loss = _compute_loss(model, recipe, preset, piece_size)
+            loss = _compute_loss_of_zeros(model, recipe, preset, piece_size)
         loss.backward()
         del loss
         gradients = 0
@@ -179,7 +179,7 @@ def measure_inference_memory(
         weights = meter.live
         noise = Action.from_vector(torch.zeros(batch_size, preset.horizon, ACTION_DIM))
         # Further steps of the flow would need no more memory than two.
-        model.sample_actions(**_make_observation(preset, batch_size), noise=noise, steps=2)
+        model.sample_actions(**_make_zero_observations(preset, batch_size), noise=noise, steps=2)
 
     return MemoryEstimate(
         weights=weights,
@@ -212,27 +212,29 @@ def _build_model(recipe: Recipe, preset: Preset, with_gpu_layers: bool = True) -
     return model
 
 
-def _compute_loss(model: Any, recipe: Recipe, preset: Preset, piece_size: int) -> torch.Tensor:
+def _compute_loss_of_zeros(
+    model: Any, recipe: Recipe, preset: Preset, piece_size: int
+) -> torch.Tensor:
     """Return the training loss on a piece of a batch whose tensors contain only zeros.
 
     The piece has `piece_size` robot steps, or images if the recipe trains a VLM.
     """
     if recipe.kind == "vlm":
-        return _compute_question_loss(model, recipe, preset, piece_size)
+        return _compute_question_loss_of_zeros(model, recipe, preset, piece_size)
 
     actions = Action.from_vector(torch.zeros(piece_size, preset.horizon, ACTION_DIM))
-    observation = _make_observation(preset, piece_size)
+    observation = _make_zero_observations(preset, piece_size)
     total = model(**observation, actions=actions, flow_samples=recipe.flow_samples).loss
     if recipe.question_images:
         num_images = parallel.compute_piece_size(
             recipe.question_images, "question_images", recipe.optimization.accumulate
         )
-        question_loss = _compute_question_loss(model.vlm, recipe, preset, num_images)
+        question_loss = _compute_question_loss_of_zeros(model.vlm, recipe, preset, num_images)
         total = total + recipe.question_weight * question_loss
     return total
 
 
-def _make_observation(preset: Preset, batch_size: int) -> dict[str, Any]:
+def _make_zero_observations(preset: Preset, batch_size: int) -> dict[str, Any]:
     """Return a batch of observations that contain only zeros, with prompts of full length."""
     pixels = {}
     for view, (width, height) in preset.image_sizes.items():
@@ -245,7 +247,7 @@ def _make_observation(preset: Preset, batch_size: int) -> dict[str, Any]:
     }
 
 
-def _compute_question_loss(
+def _compute_question_loss_of_zeros(
     vlm: Any, recipe: Recipe, preset: Preset, num_images: int
 ) -> torch.Tensor:
     """Return the loss of the largest batch of questions about `num_images` external images.

@@ -355,7 +355,7 @@ def _join_learned_fingerprints(
         fingerprints.extend(dataset.store.list_episode_fingerprints())
     questions = getattr(task, "questions", None)
     if questions is not None:
-        fingerprints.extend(questions.fingerprints())
+        fingerprints.extend(questions.list_image_fingerprints())
     return " ".join(dict.fromkeys(fingerprints))
 
 

@@ -24,6 +24,7 @@ import torch
 
 from spear.data.mixture import NUM_JITTER_DRAWS, TrainingSamples, jitter_colors
 from spear.data.normalize import STATE_VECTOR_DIM, Normalizer
+from spear.data.options import WidthAndHeight
 from spear.errors import SpearError, format_count, notice
 from spear.labels.fit.masks import decode_mask
 from spear.labels.inputs import hash_content
@@ -159,21 +160,21 @@ class PatchTask:
 
 
 def compute_patch_targets(
-    label: LabeledImage, names: Sequence[str], patch_side_px: int, size: tuple[int, int]
+    label: LabeledImage, object_names: Sequence[str], patch_side_px: int, size: WidthAndHeight
 ) -> PatchTargets:
     """Return what the patches of a labeled image show.
 
     Args:
         label: the image and its objects.
-        names: the C object names to learn.
+        object_names: the C names to learn.
         patch_side_px: the side of a square patch.
         size: (width, height) in pixels to which the image is fitted.
     """
     width, height = size
     rows = height // patch_side_px
     columns = width // patch_side_px
-    is_shown = np.zeros((rows, columns, len(names)), bool)
-    cells = np.zeros((rows, columns, CELLS_PER_SIDE, CELLS_PER_SIDE, len(names)), np.uint8)
+    is_shown = np.zeros((rows, columns, len(object_names)), bool)
+    cells = np.zeros((rows, columns, CELLS_PER_SIDE, CELLS_PER_SIDE, len(object_names)), np.uint8)
     center = np.zeros((rows, columns, 2), np.float32)
     # The largest coverage of a patch by any object so far.
     max_coverage = np.full((rows, columns), MIN_COVERAGE, np.float32)
@@ -183,10 +184,10 @@ def compute_patch_targets(
     # The window of the original image, in its pixels, that the fitted image shows.
     left, top, *window_size = compute_visible_window((label.width, label.height), size)
     for labeled_object in label.objects:
-        cell_coverage = _compute_cell_coverage(labeled_object, label, patch_side_px, size)
+        cell_coverage = _compute_coverage_of_patch_cells(labeled_object, label, patch_side_px, size)
         coverage = cell_coverage.mean((2, 3))  # [rows, columns], averaged over a patch's cells
-        if labeled_object.name in names:
-            name_index = names.index(labeled_object.name)
+        if labeled_object.name in object_names:
+            name_index = object_names.index(labeled_object.name)
             object_cells = np.rint(255 * cell_coverage).astype(np.uint8)
             is_shown[..., name_index] |= coverage > MIN_COVERAGE
             cells[..., name_index] = np.maximum(cells[..., name_index], object_cells)
@@ -210,8 +211,8 @@ def compute_patch_targets(
     )
 
 
-def _compute_cell_coverage(
-    labeled_object: LabeledObject, label: LabeledImage, patch_side_px: int, size: tuple[int, int]
+def _compute_coverage_of_patch_cells(
+    labeled_object: LabeledObject, label: LabeledImage, patch_side_px: int, size: WidthAndHeight
 ) -> Array:
     """Return the fraction of each cell of the fitted image that an object of `label` covers.
 
@@ -251,7 +252,7 @@ MAX_LENGTH_GROUPS = 4
 MIN_TEXTS_PER_GROUP = 32
 
 
-def count_length_groups(model: torch.nn.Module, batch: Batch) -> int:
+def compute_num_length_groups(model: torch.nn.Module, batch: Batch) -> int:
     """Return the number of groups of similar length in which the texts of a batch are run."""
     if is_sharded(model):
         # FSDP needs the same number of forward passes in all processes, whatever their batches.
@@ -260,8 +261,12 @@ def count_length_groups(model: torch.nn.Module, batch: Batch) -> int:
     return min(MAX_LENGTH_GROUPS, num_groups)
 
 
-def find_existing_view_folders(folder: Path, views: Sequence[str]) -> dict[str, Path]:
-    """Return the folders with the shards of labels in `folder`, by view; see `load_labels`."""
+def find_view_folders_or_single_folder(folder: Path, views: Sequence[str]) -> dict[str, Path]:
+    """Return the folders with the shards of labels in `folder`, by view.
+
+    Without a sub-folder of a view, `folder` itself has the shards of the first view; see
+    `load_labels`.
+    """
     folders = {view: folder / view for view in views if (folder / view).is_dir()}
     return folders or {views[0]: folder}
 
@@ -275,7 +280,7 @@ def load_labels(folders: Sequence[Path], views: Sequence[str]) -> dict[str, list
     """
     labels_by_view: dict[str, list[LabeledImage]] = {}
     for folder in folders:
-        for view, path in find_existing_view_folders(folder, views).items():
+        for view, path in find_view_folders_or_single_folder(folder, views).items():
             notice_missing_shards(path, list_label_shards(path), "run its command again")
             labels = labels_by_view.setdefault(view, [])
             labels.extend(_with_compact_masks(label) for label in read_labels(path))
@@ -283,7 +288,7 @@ def load_labels(folders: Sequence[Path], views: Sequence[str]) -> dict[str, list
     all_labels: list[LabeledImage] = []
     for labels in labels_by_view.values():
         all_labels.extend(labels)
-    _check_labels(all_labels)
+    _check_units_and_notice_doubtful_images(all_labels)
     return {view: labels_by_view[view] for view in views if view in labels_by_view}
 
 
@@ -299,7 +304,7 @@ def _with_compact_masks(label: LabeledImage) -> LabeledImage:
     return dataclasses.replace(label, objects=tuple(objects))
 
 
-def _check_labels(labels: Sequence[LabeledImage]) -> None:
+def _check_units_and_notice_doubtful_images(labels: Sequence[LabeledImage]) -> None:
     """Check that all labels have the same unit.
 
     Also print notices about images of test scenes, and about images that occur more than once.
@@ -332,9 +337,10 @@ def load_depth(
     """
     depth_by_view: dict[str, DepthImages] = {}
     for view, labels_of_view in labels.items():
-        folders_of_view = [
-            folder for folder in folders if view in find_existing_view_folders(folder, list(labels))
-        ]
+        folders_of_view: list[Path] = []
+        for folder in folders:
+            if view in find_view_folders_or_single_folder(folder, list(labels)):
+                folders_of_view.append(folder)
         depth_images: Any = []
         for folder in folders_of_view:
             depth_images.extend(read_images_with_coarse_depth(folder / "depth" / view))
@@ -354,7 +360,7 @@ class QuestionSamples:
     """Batches of images with questions. A batch depends only on the seed and its number.
 
     labels      view -> labeled images. A batch has the wrist's view with probability
-                `wrist_fraction`, otherwise the first view.
+                `wrist_batch_fraction`, otherwise the first view.
     processor   makes the network's inputs from images and questions.
     mix         which questions are asked.
     num_images  number of images per batch.
@@ -396,7 +402,7 @@ class QuestionSamples:
                 )
 
     @functools.cached_property
-    def wrist_fraction(self) -> float:
+    def wrist_batch_fraction(self) -> float:
         """The fraction of batches with images of the wrist camera.
 
         It is the one that `mix` gives, or else the wrist images' fraction of all images; 0 if there
@@ -415,7 +421,7 @@ class QuestionSamples:
         hardly any image can be asked about.
         """
         rng = np.random.default_rng((self.seed, QUESTION_STREAM, piece_number))
-        view = "wrist" if rng.random() < self.wrist_fraction else next(iter(self.labels))
+        view = "wrist" if rng.random() < self.wrist_batch_fraction else next(iter(self.labels))
         labels = self._select_asked_labels(view)
 
         pixels: list[torch.Tensor] = []
@@ -458,14 +464,14 @@ class QuestionSamples:
             **self.processor.encode_questions(questions),
         }
 
-    def fingerprints(self) -> list[str]:
+    def list_image_fingerprints(self) -> list[str]:
         """Return a fingerprint of each image that is asked about.
 
         The fingerprint depends on the image's content only, not on its folder.
         """
         fingerprints: list[str] = []
         # The first view, and the second, which is the wrist's, if its images are asked about.
-        num_views = 2 if self.wrist_fraction else 1
+        num_views = 2 if self.wrist_batch_fraction else 1
         for view in list(self.labels)[:num_views]:
             fingerprints.extend(
                 hash_content(label.image) for label in self._select_asked_labels(view)
@@ -537,7 +543,7 @@ class VlmTask:
 
     def loss(self, batch: Batch, generator: torch.Generator) -> Loss:
         """Return the cross-entropy, in which 3D tokens have the weight λ, and its parts."""
-        output = self.model(**batch, length_groups=count_length_groups(self.model, batch))
+        output = self.model(**batch, length_groups=compute_num_length_groups(self.model, batch))
         return output.loss, output.parts
 
 
@@ -576,7 +582,7 @@ class VlaTask:
 
         if self.questions is not None:
             questions = batch["questions"]
-            num_groups = count_length_groups(self.model, questions)
+            num_groups = compute_num_length_groups(self.model, questions)
             answers = self.model.vlm(**questions, length_groups=num_groups)
             total = total + self.recipe.question_weight * answers.loss
             for name, value in answers.parts.items():

@@ -213,7 +213,7 @@ class EpisodeStore:
         notice names both: they may be the same camera. Raises SpearError if no episode is left.
         """
         names = " or ".join(cameras)
-        lacks_cameras = ~self._has_any_camera(cameras)  # [E]
+        lacks_cameras = ~self._mark_episodes_with_any_camera(cameras)  # [E]
         store = self._drop(
             lacks_cameras,
             reason=f"have no camera {names}, but {', '.join(self.cameras)}",
@@ -230,7 +230,7 @@ class EpisodeStore:
             )
         return store
 
-    def _has_any_camera(self, cameras: Collection[str]) -> Array:
+    def _mark_episodes_with_any_camera(self, cameras: Collection[str]) -> Array:
         """Say of each episode whether it has images of at least one of these cameras: [E] bool."""
         masks: list[Array] = []
         for shard in self._shards:
