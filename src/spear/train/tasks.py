@@ -24,7 +24,6 @@ import torch
 
 from spear.data.mixture import NUM_JITTER_DRAWS, TrainingSamples, jitter_colors
 from spear.data.normalize import STATE_VECTOR_DIM, Normalizer
-from spear.data.options import WidthAndHeight
 from spear.errors import SpearError, format_count, notice
 from spear.labels.fit.masks import decode_mask
 from spear.labels.inputs import hash_content
@@ -44,7 +43,7 @@ from spear.tokens import BinSpacing, CoordinateTokenizer
 from spear.train.optimize import Batch, Loss
 from spear.train.options import QuestionMix, Recipe
 from spear.train.parallel import is_sharded
-from spear.types import Action, Array, LabeledImage, LabeledObject, Question
+from spear.types import Action, Array, LabeledImage, LabeledObject, Question, WidthAndHeight
 from spear.util.files import notice_missing_shards
 from spear.util.held_out import is_held_out_scene
 from spear.util.images import decode_image, fit_image
