@@ -52,12 +52,12 @@ def test_poses_are_those_of_mujoco(tmp_path: Path, joints: list[JointElement]) -
     arm = read_urdf_arm(write_urdf(tmp_path, joints), TIP)
     model = mujoco.MjModel.from_xml_string(make_urdf(joints))
     data = mujoco.MjData(model)
-    angles = np.random.default_rng(1).uniform(-1.5, 1.5, (10, len(arm.joint_names)))
+    angles = np.random.default_rng(1).uniform(-1.5, 1.5, (10, len(arm.moving_joint_names)))
 
     position, rotation = compute_urdf_pose(arm, angles)
 
     for step, step_angles in enumerate(angles):
-        for name, angle in zip(arm.joint_names, step_angles, strict=True):
+        for name, angle in zip(arm.moving_joint_names, step_angles, strict=True):
             data.joint(name).qpos[0] = angle
         mujoco.mj_kinematics(model, data)
         tip = data.body(TIP)
@@ -70,7 +70,7 @@ def test_numbers_may_be_in_another_order_than_the_chain(tmp_path: Path) -> None:
     angles = np.random.default_rng(2).uniform(-1, 1, (4, 5))
     order = [3, 0, 4, 1, 2]
 
-    shuffled_names = [arm.joint_names[index] for index in order]
+    shuffled_names = [arm.moving_joint_names[index] for index in order]
     shuffled = compute_urdf_pose(arm, angles[:, order], shuffled_names)
 
     for actual, expected in zip(shuffled, compute_urdf_pose(arm, angles), strict=True):
@@ -130,6 +130,6 @@ def test_degrees_are_not_taken_for_radians(tmp_path: Path) -> None:
 
 def test_names_of_other_joints_are_refused(tmp_path: Path) -> None:
     arm = read_urdf_arm(write_urdf(tmp_path), TIP)
-    names = [*arm.joint_names[:-1], "wrist_rol"]
+    names = [*arm.moving_joint_names[:-1], "wrist_rol"]
 
     refuses("has the joints .*wrist_rol", check_joint_names, arm, names, "state[0:5]", "info.json")

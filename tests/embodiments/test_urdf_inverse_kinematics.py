@@ -33,7 +33,7 @@ def test_joint_angles_lead_back_to_a_pose_that_the_arm_reaches(
     arm = read_urdf_arm(write_urdf(tmp_path, joints), TIP)
     rng = np.random.default_rng(0)
     for _ in range(20):
-        true_joints = rng.uniform(-1.5, 1.5, len(arm.joint_names))
+        true_joints = rng.uniform(-1.5, 1.5, len(arm.moving_joint_names))
         start = true_joints + rng.uniform(-0.3, 0.3, len(true_joints))
         positions, rotations = compute_urdf_pose(arm, true_joints[None])
 

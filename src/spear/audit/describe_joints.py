@@ -66,22 +66,22 @@ def resolve_joint_columns(columns: Columns, folder: Dataset, urdf: Path, tip: st
     if state is None:
         raise SpearError(
             f"no column of {folder.path} has the joints between the base and the link {tip!r} of "
-            f"{urdf} ({', '.join(arm.joint_names)}). Give another --tip, or write spear.json "
-            "yourself (docs/reference/spear-json.md)."
+            f"{urdf} ({', '.join(arm.moving_joint_names)}). Give another --tip, or write "
+            "spear.json yourself (docs/reference/spear-json.md)."
         )
     action = _find_joints(columns, actions, folder, arm)
-    return JointColumns(state, action, len(arm.joint_names))
+    return JointColumns(state, action, len(arm.moving_joint_names))
 
 
 def _find_joints(
     columns: Columns, names: Sequence[str], folder: Dataset, arm: UrdfArm
 ) -> JointStart | None:
     """Find the first of some columns that has the joints of an arm, and where they begin in it."""
-    num_joints = len(arm.joint_names)
+    num_joints = len(arm.moving_joint_names)
     for name in names:
         components = _list_motors(folder, name)
         for first in range(len(components) - num_joints + 1):
-            if sorted(components[first : first + num_joints]) == sorted(arm.joint_names):
+            if sorted(components[first : first + num_joints]) == sorted(arm.moving_joint_names):
                 return JointStart(name, first)
 
     # Numbers without names: the joints, perhaps with the gripper behind them.

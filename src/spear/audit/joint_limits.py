@@ -48,7 +48,7 @@ def judge_joint_limits(folder: Dataset, split: str, layout: DatasetLayout) -> li
     heights_m = np.concatenate(all_positions)[:, 2]
     tip = f"{layout.tip} is {heights_m.min():.2f} to {heights_m.max():.2f} m above the base"
     joint_by_name = {joint.name: joint for joint in layout.arm.moving_joints}
-    names = layout.joints or layout.arm.joint_names
+    names = layout.joints or layout.arm.moving_joint_names
     violations = []
     for name, values in zip(names, joints.T, strict=True):
         words = _describe_violation(joint_by_name[name], values)

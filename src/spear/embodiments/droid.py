@@ -171,7 +171,7 @@ def convert_to_joint_position_rows(
     steps_rad = _solve_joint_steps(actions, observation, state, max_step_rad, tool)  # [H, 7]
     row_steps_rad = np.repeat(steps_rad / ROWS_PER_ACTION, ROWS_PER_ACTION, axis=0)  # [3 H, 7]
     joints = read_numbers(observation, JOINTS_KEY, 7)
-    return _append_gripper(joints + row_steps_rad.cumsum(axis=0), actions)
+    return _append_gripper_position(joints + row_steps_rad.cumsum(axis=0), actions)
 
 
 def convert_to_joint_velocity_rows(
@@ -188,7 +188,7 @@ def convert_to_joint_velocity_rows(
     max_step_rad = ROWS_PER_ACTION * UNIT_VELOCITY_STEP_RAD  # in one action, at velocity 1
     steps_rad = _solve_joint_steps(actions, observation, state, max_step_rad, tool)  # [H, 7]
     velocities = np.repeat(steps_rad / max_step_rad, ROWS_PER_ACTION, axis=0)  # [3 H, 7]
-    return _append_gripper(velocities, actions)
+    return _append_gripper_position(velocities, actions)
 
 
 def convert_to_cartesian_position_rows(
@@ -233,7 +233,7 @@ def convert_to_cartesian_position_rows(
         flange_rotation_in_ee,
     )
     rows = torch.cat([position, quat_to_euler(rotation, "xyz")], dim=1)  # [3 H, 6]
-    return _append_gripper(rows.numpy(), actions)
+    return _append_gripper_position(rows.numpy(), actions)
 
 
 def _import_kinematics() -> Any:
@@ -280,7 +280,7 @@ def _solve_joint_steps(
     return np.stack(steps)
 
 
-def _append_gripper(rows: Array, actions: Array) -> Array:
+def _append_gripper_position(rows: Array, actions: Array) -> Array:
     """Append the gripper position (1 closed) that each row's action commands.
 
     Args:

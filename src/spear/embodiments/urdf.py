@@ -83,7 +83,7 @@ class UrdfArm:
         return [joint for joint in self.chain if joint.joint_type != "fixed"]
 
     @property
-    def joint_names(self) -> list[str]:
+    def moving_joint_names(self) -> list[str]:
         """The names of the joints that are not fixed, from the base to the tip."""
         return [joint.name for joint in self.moving_joints]
 
@@ -229,12 +229,12 @@ def check_joint_names(arm: UrdfArm, names: Sequence[str], column: str, source: s
     Raises:
         SpearError: If a joint of the arm is missing, or is there twice, or a name is no joint.
     """
-    if sorted(names) == sorted(arm.joint_names):
+    if sorted(names) == sorted(arm.moving_joint_names):
         return
     raise SpearError(
         f"{column} in {source} has the joints {', '.join(names)}, but those between the base and "
-        f"the link {arm.tip!r} are {', '.join(arm.joint_names)}. Select their numbers, as in "
-        'state[0:5], or list their names in the URDF as "joints" in the order of the numbers.'
+        f"the link {arm.tip!r} are {', '.join(arm.moving_joint_names)}. Select their numbers, as "
+        'in state[0:5], or list their names in the URDF as "joints" in the order of the numbers.'
     )
 
 
@@ -256,7 +256,7 @@ def compute_urdf_pose(
     Raises:
         SpearError: If there is not one number for each joint, or an angle is too large for radians.
     """
-    joint_names = arm.joint_names
+    joint_names = arm.moving_joint_names
     if joints.ndim != 2 or joints.shape[1] != len(joint_names):
         raise SpearError(
             f"joint angles of {source} have the shape {joints.shape}, but "

@@ -79,11 +79,11 @@ def solve_urdf_joints(
         >>> solution.position_error_m < 0.01  # doctest: +SKIP
         True
     """
-    if np.shape(joints) != (len(arm.joint_names),):
+    if np.shape(joints) != (len(arm.moving_joint_names),):
         raise SpearError(
             f"there are joint angles of the shape {list(np.shape(joints))}, but "
-            f"{format_count(len(arm.joint_names), 'joints')} lead to the link {arm.tip!r} "
-            f"({', '.join(arm.joint_names)}). Give one number for each of them."
+            f"{format_count(len(arm.moving_joint_names), 'joints')} lead to the link {arm.tip!r} "
+            f"({', '.join(arm.moving_joint_names)}). Give one number for each of them."
         )
     target_matrix = quat_to_matrix(torch.from_numpy(np.array(rotation, np.float64))).numpy()
     # If two orientations differ by a small angle, the Frobenius norm of the difference of their

@@ -55,20 +55,20 @@ def format_report(report: Report) -> str:
         "audit.txt",
         report=report,
         questions=QUESTIONS,
-        conclusion=format_conclusion(report, with_advice=True),
+        conclusion=format_conclusion(report, is_followed_by_advice=True),
         format_size=format_size,
         format_interval=_format_interval,
         format_count=format_count,
     )
 
 
-def format_conclusion(report: Report, with_advice: bool = False) -> str:
+def format_conclusion(report: Report, is_followed_by_advice: bool = False) -> str:
     """Return one line: the outcome of the audit, with the contradictions or open questions.
 
     Args:
         report: The report.
-        with_advice: Whether the message of `advise_on_undecided` follows. It names the open
-            questions of an undecided audit, so the line does not.
+        is_followed_by_advice: Whether the message of `advise_on_undecided` follows. It names the
+            open questions of an undecided audit, so the line does not.
     """
     findings = _name_findings(report)
     if report.outcome == "contradiction":
@@ -81,7 +81,7 @@ def format_conclusion(report: Report, with_advice: bool = False) -> str:
     has_more_episodes = report.num_episodes == MAX_EPISODES or report.num_steps > MAX_STEPS
     scope = f" of the first {report.num_episodes} episodes" if has_more_episodes else ""
     if report.outcome == "undecided":
-        if with_advice:
+        if is_followed_by_advice:
             ending = ""
         return f"undecided: nothing contradicts the layout in the data{scope}{ending}"
     conclusion = f"consistent: the layout agrees with the data{scope}{ending}"

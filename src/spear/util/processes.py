@@ -49,7 +49,10 @@ def open_worker_pool(
     with block_interrupts():
         ensure_running()  # the fork server
     executor = ProcessPoolExecutor(
-        num_workers, context, initializer=follow_parent_process, initargs=(has_started,)
+        num_workers,
+        context,
+        initializer=ignore_interrupts_and_end_with_parent,
+        initargs=(has_started,),
     )
     try:
         yield executor
@@ -88,7 +91,7 @@ def block_interrupts() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, previous_mask)
 
 
-def follow_parent_process(has_started: Event | None = None) -> None:
+def ignore_interrupts_and_end_with_parent(has_started: Event | None = None) -> None:
     """In a worker: ignore Ctrl-C, which the parent process handles, and end with the parent.
 
     Args:

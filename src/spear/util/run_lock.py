@@ -49,15 +49,15 @@ def hold_lock(path: Path, wait: bool = False) -> Iterator[bool]:
 
 @contextlib.contextmanager
 def acquire_run_lock(
-    folder: Path, doing: str, *setting_files: str, name: str = ".lock"
+    folder: Path, doing: str, *files_without_results: str, name: str = ".lock"
 ) -> Iterator[None]:
     """Create `folder` and let one process at a time work in it.
 
     Args:
         folder: the folder to lock.
         doing: what another process in the folder does, for the message: "labeling into".
-        setting_files: names of files that are written before any result. If the work fails and the
-            folder is new and contains only these files, the folder is removed again.
+        files_without_results: names of files that are written before any result. If the work fails
+            and the folder is new and contains only these files, the folder is removed again.
         name: name of the lock file. Locks of different names let several processes work in
             different parts of one folder.
 
@@ -73,7 +73,7 @@ def acquire_run_lock(
             yield
         except BaseException:
             is_new = len(new_folders) > 0
-            if is_new and not _has_results(folder, {name, *setting_files}):
+            if is_new and not _has_results(folder, {name, *files_without_results}):
                 _remove_new_folders(folder, new_parents=new_folders[1:])
             raise
 

@@ -42,7 +42,7 @@ def convert_joint_units(joints: Array, layout: DatasetLayout, source: str) -> Ar
     """
     assert layout.arm is not None
     joints = joints.reshape(len(joints), -1)
-    names = layout.joints or layout.arm.joint_names
+    names = layout.joints or layout.arm.moving_joint_names
     if joints.shape[1] != len(names):
         return joints
     is_angle = _mark_angles(layout.arm, names)

@@ -49,7 +49,11 @@ from spear.evaluate.simpler.tasks import (
 from spear.geometry import pose_compose, pose_inverse, quat_canonical, quat_multiply
 from spear.types import Array, Frame
 from spear.util.fingerprints import hash_files
-from spear.util.processes import NO_WORKER_STARTED, block_interrupts, follow_parent_process
+from spear.util.processes import (
+    NO_WORKER_STARTED,
+    block_interrupts,
+    ignore_interrupts_and_end_with_parent,
+)
 
 ASSETS = {"bridge_v2_real2sim": "tasks/bridge_v2_real2sim_dataset", "widowx250s": "robots/widowx"}
 """ManiSkill's name of each download that the tasks need → its folder in ManiSkill's data folder."""
@@ -434,7 +438,9 @@ class SimplerProcess:
         os.environ["MS_ASSET_DIR"] = str(resolve_assets_folder(assets))
         self._task = task
         context = multiprocessing.get_context("spawn")
-        self._worker = ProcessPoolExecutor(1, context, initializer=follow_parent_process)
+        self._worker = ProcessPoolExecutor(
+            1, context, initializer=ignore_interrupts_and_end_with_parent
+        )
         with block_interrupts():
             # A job that does nothing. It fails if the process does not start.
             self._worker_start = self._worker.submit(int)
