@@ -35,7 +35,7 @@ from spear.types import FlowConfig
 from spear.util.fingerprints import fingerprint_checkpoint, hash_names_sizes_and_tails
 from spear.util.held_out import FIRST_TRAIN_SEED
 from spear.util.options import parse_key_values
-from spear.util.run_lock import hold_lock
+from spear.util.run_lock import try_to_hold_lock
 
 # The data are those of experiments/nano/train.sh.
 NUM_LABELED_SCENES = 13_056
@@ -157,7 +157,7 @@ def make_missing_data(options: AblationOptions, say: Callable[[str], None] = pri
 
     labels, episodes = _find_folders(options)
     image_sizes = dict(get_preset(PRESET).image_sizes)
-    with hold_lock(options.out / "locks" / "data", wait=True):
+    with try_to_hold_lock(options.out / "locks" / "data", wait=True):
         complete = labels / "complete"
         if options.labels is None and not complete.is_file():
             say(f"labeling {NUM_LABELED_SCENES:,} scenes into {labels}")

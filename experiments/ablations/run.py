@@ -17,7 +17,7 @@ from spear.errors import SpearError, format_count
 from spear.evaluate.options import TabletopOptions
 from spear.evaluate.results import Results, find_journals, merge_results, read_journal
 from spear.train.options import TrainingInputs
-from spear.util.run_lock import hold_lock
+from spear.util.run_lock import try_to_hold_lock
 
 POLL_INTERVAL_S = 5
 
@@ -122,7 +122,7 @@ class _Worker:
         for job in jobs:
             if job.previous is not None and not is_done(self.out, job.previous):
                 continue
-            with hold_lock(self.out / "locks" / job.key) as is_ours:
+            with try_to_hold_lock(self.out / "locks" / job.key) as is_ours:
                 if not is_ours or is_done(self.out, job):
                     continue
                 try:

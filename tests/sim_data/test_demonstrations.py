@@ -16,7 +16,7 @@ from refusals import refuses
 from spear.data.store.episode_store import SHARD_GLOB, EpisodeStore, append_episodes
 from spear.sim.record import InterveningPolicy
 from spear.sim_data.demonstrations import SETTINGS_FILE, record_demonstrations
-from spear.util.run_lock import hold_lock
+from spear.util.run_lock import try_to_hold_lock
 
 SIZES = {"external": (96, 72), "wrist": (48, 48)}  # width and height, in pixels
 FAMILIES = ("put_on", "spoon_on_towel", "put_on")  # a repeated family counts once
@@ -125,7 +125,7 @@ def test_a_folder_with_other_demonstrations_stays_unchanged(
 
 
 def test_one_recording_at_a_time(recorded_folder: Path) -> None:
-    with hold_lock(recorded_folder / ".lock"):
+    with try_to_hold_lock(recorded_folder / ".lock"):
         refuses("another process is recording", record, recorded_folder, episodes=3)
 
     assert len(EpisodeStore(recorded_folder)) == 4

@@ -28,7 +28,7 @@ from spear.train import log, optimize
 from spear.train.checkpoint import find_newest_checkpoint
 from spear.train.loop import load_pieces
 from spear.train.options import Optimization
-from spear.util.run_lock import hold_lock
+from spear.util.run_lock import try_to_hold_lock
 from train_tiny import (
     NonFiniteRegression,
     Regression,
@@ -437,7 +437,7 @@ def test_frozen_weights_in_bfloat16_need_autocast() -> None:
 
 
 def test_only_one_process_may_train_into_a_folder(tmp_path: Path) -> None:
-    with hold_lock(tmp_path / ".lock"):
+    with try_to_hold_lock(tmp_path / ".lock"):
         refuses("another process is training", run_loop, Regression(), FOUR_STEPS, tmp_path)
 
     assert find_newest_checkpoint(tmp_path / "checkpoints") is None

@@ -14,21 +14,21 @@ import pytest
 
 from refusals import refuses
 from spear.util import run_lock
-from spear.util.run_lock import acquire_run_lock, hold_lock
+from spear.util.run_lock import acquire_run_lock, try_to_hold_lock
 
 SPAWN = multiprocessing.get_context("spawn")
 
 
 def _hold_lock_until(path: Path, is_held: Event, end: Event) -> None:
     """Hold a lock until the event `end` is set."""
-    with hold_lock(path):
+    with try_to_hold_lock(path):
         is_held.set()
         end.wait()
 
 
 def _hold_lock_and_fork(path: Path, is_forked: Event, end_file: Path) -> None:
     """Hold a lock, and fork a process that lives until `end_file` exists."""
-    with hold_lock(path):
+    with try_to_hold_lock(path):
         is_child = os.fork() == 0
         if is_child:
             is_forked.set()
@@ -38,7 +38,7 @@ def _hold_lock_and_fork(path: Path, is_forked: Event, end_file: Path) -> None:
 
 def _wait_for_lock(path: Path, is_held: Event) -> None:
     """Wait for a lock, and set `is_held` when this process holds it."""
-    with hold_lock(path, wait=True) as is_acquired:
+    with try_to_hold_lock(path, wait=True) as is_acquired:
         assert is_acquired
         is_held.set()
 
@@ -50,12 +50,12 @@ def test_only_one_process_holds_a_lock_until_it_is_killed(tmp_path: Path) -> Non
     other_process.start()
     assert is_held.wait(60)
 
-    with hold_lock(path) as is_acquired:
+    with try_to_hold_lock(path) as is_acquired:
         assert not is_acquired
     refuses(tmp_path.name, acquire_run_lock(tmp_path, "labeling into").__enter__)
 
     other_process.kill()
-    with hold_lock(path, wait=True) as is_acquired:
+    with try_to_hold_lock(path, wait=True) as is_acquired:
         assert is_acquired
     other_process.join()
 
@@ -71,7 +71,7 @@ def test_a_forked_process_does_not_keep_the_lock_of_its_parent(tmp_path: Path) -
     parent.kill()
     parent.join()
 
-    with hold_lock(path) as is_acquired:
+    with try_to_hold_lock(path) as is_acquired:
         assert is_acquired
     end_file.touch()  # ends the forked process
 
@@ -79,7 +79,7 @@ def test_a_forked_process_does_not_keep_the_lock_of_its_parent(tmp_path: Path) -
 def test_a_waiting_process_gets_the_lock_when_it_is_released(tmp_path: Path) -> None:
     path = tmp_path / ".lock"
     is_held = SPAWN.Event()
-    with hold_lock(path):
+    with try_to_hold_lock(path):
         waiting_process = SPAWN.Process(target=_wait_for_lock, args=(path, is_held))
         waiting_process.start()
         time.sleep(0.1)
@@ -90,7 +90,7 @@ def test_a_waiting_process_gets_the_lock_when_it_is_released(tmp_path: Path) -> 
 
 
 def test_the_lock_file_stays_when_the_lock_is_released(tmp_path: Path) -> None:
-    with hold_lock(tmp_path / ".lock"):
+    with try_to_hold_lock(tmp_path / ".lock"):
         pass
 
     assert (tmp_path / ".lock").is_file()
@@ -103,10 +103,10 @@ def test_a_folder_that_another_process_created_is_not_removed(
     with ExitStack() as other_process:
 
         def hold_lock_too_late(path: Path) -> object:
-            other_process.enter_context(hold_lock(path))
-            return hold_lock(path)
+            other_process.enter_context(try_to_hold_lock(path))
+            return try_to_hold_lock(path)
 
-        monkeypatch.setattr(run_lock, "hold_lock", hold_lock_too_late)
+        monkeypatch.setattr(run_lock, "try_to_hold_lock", hold_lock_too_late)
 
         refuses("another process", acquire_run_lock(tmp_path / "new", "labeling into").__enter__)
 
@@ -119,13 +119,13 @@ def test_a_file_system_without_locks_is_refused(
     no_locks = OSError(errno.ENOLCK, "No locks available")
     monkeypatch.setattr(filelock.FileLock, "_acquire", Mock(side_effect=no_locks))
 
-    refuses("No locks", hold_lock(tmp_path / ".lock", wait=True).__enter__)
+    refuses("No locks", try_to_hold_lock(tmp_path / ".lock", wait=True).__enter__)
 
 
 def test_a_lock_below_a_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
 
-    refuses("is a file, not a folder", hold_lock(tmp_path / "file" / ".lock").__enter__)
+    refuses("is a file, not a folder", try_to_hold_lock(tmp_path / "file" / ".lock").__enter__)
 
 
 @pytest.mark.parametrize(

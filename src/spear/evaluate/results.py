@@ -29,7 +29,7 @@ from spear.evaluate.stats import (
     estimate_mean_proportion,
     estimate_proportion,
 )
-from spear.util.files import read_json_as, report_write_errors, write_text
+from spear.util.files import convert_write_errors, read_json_as, write_text
 from spear.util.json_text import parse_json
 from spear.util.run_settings import describe_difference, to_plain_json
 
@@ -431,7 +431,7 @@ class Journal:
             since_last_end_s: Wall time since the end of the previous episode. Several episodes run
                 at once, so only these times add up to the time of the evaluation.
         """
-        with report_write_errors(self._path), self._path.open("a", encoding="utf-8") as file:
+        with convert_write_errors(self._path), self._path.open("a", encoding="utf-8") as file:
             lines = list(self._header_lines)
             is_continued = file.tell() > 0  # an existing journal has its first line already
             if lines and is_continued:

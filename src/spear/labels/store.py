@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 
 from spear.errors import SpearError, notice, summarize_error
 from spear.types import Array, Box3D, LabeledImage, LabeledObject, Unit
-from spear.util.files import refuse_lfs_pointer, report_write_errors
+from spear.util.files import convert_write_errors, refuse_lfs_pointer
 from spear.util.json_text import parse_json
 
 SKIPPED_FILE = "skipped.parquet"  # in the folder of the shards
@@ -98,7 +98,7 @@ class ParquetWriter:
         self.rows_per_group = rows_per_group
         self._temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
         self._buffer = schema.empty_table()
-        with report_write_errors(path):
+        with convert_write_errors(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             self._parquet = pq.ParquetWriter(self._temporary, schema, compression="zstd")
 
@@ -109,7 +109,7 @@ class ParquetWriter:
             self._write_group(self.rows_per_group)
 
     def _write_group(self, num_rows: int) -> None:
-        with report_write_errors(self.path):
+        with convert_write_errors(self.path):
             self._parquet.write_table(self._buffer.slice(0, num_rows).combine_chunks())
         self._buffer = self._buffer.slice(num_rows)
 
@@ -120,7 +120,7 @@ class ParquetWriter:
         """
         if len(self._buffer):
             self._write_group(len(self._buffer))
-        with report_write_errors(self.path):
+        with convert_write_errors(self.path):
             if metadata:
                 self._parquet.add_key_value_metadata(dict(metadata))
             self._parquet.close()

@@ -51,7 +51,7 @@ from spear.errors import SpearError, format_count, notice
 from spear.serve.exchange import Exchange
 from spear.serve.service import Service
 from spear.types import CONTROL_RATE_HZ, Array, Episode
-from spear.util.files import check_empty_or_own_folder, read_json, report_write_errors, write_text
+from spear.util.files import check_empty_or_own_folder, convert_write_errors, read_json, write_text
 from spear.util.images import encode_jpeg
 from spear.util.run_lock import acquire_run_lock
 
@@ -205,7 +205,7 @@ class RecordingWriter:
 
     def add(self, exchange: Exchange) -> None:
         """Append an exchange to the episode of its client, or begin an episode with it."""
-        with report_write_errors(self.folder):
+        with convert_write_errors(self.folder):
             episode = self._open_episodes.get(exchange.client)
             if episode is not None and not self._continues(episode, exchange):
                 self.end_episode(exchange.client)
@@ -259,7 +259,7 @@ class RecordingWriter:
 
     def _save(self, episode: "_OpenEpisode", is_complete: bool) -> None:
         """Write all steps of an episode up to now."""
-        with report_write_errors(self.folder):
+        with convert_write_errors(self.folder):
             episode.save(self._note, is_complete)
             self._update_size(episode)
 
@@ -459,7 +459,7 @@ def claim_folder(folder: Path) -> Iterator[None]:
         if (folder / REQUEST_FILE).is_file():
             read_marker(folder)
         else:
-            with report_write_errors(folder):
+            with convert_write_errors(folder):
                 folder.chmod(PRIVATE_FOLDER_MODE)
         yield
 

@@ -24,7 +24,7 @@ DISK_FULL_MESSAGE = "the disk is full. Free some space and run the same command 
 
 
 @contextmanager
-def report_write_errors(path: Path) -> Iterator[None]:
+def convert_write_errors(path: Path) -> Iterator[None]:
     """Convert errors of writing `path` in the `with` block into `SpearError`s with advice."""
     try:
         yield
@@ -41,7 +41,7 @@ def report_write_errors(path: Path) -> Iterator[None]:
 
 def check_writable(path: Path) -> None:
     """Raise `SpearError` if `write_bytes` could not write `path`. No file remains."""
-    with report_write_errors(path):
+    with convert_write_errors(path):
         if path.is_dir():
             raise IsADirectoryError(errno.EISDIR, "it is a folder")
         if path.is_file() or not path.exists():  # otherwise it is a device or a pipe
@@ -55,7 +55,7 @@ def write_bytes(path: Path, data: bytes) -> None:
     Raises:
         SpearError: the file cannot be written.
     """
-    with report_write_errors(path):
+    with convert_write_errors(path):
         is_device_or_pipe = path.exists() and not path.is_file() and not path.is_dir()
         if is_device_or_pipe:
             path.write_bytes(data)  # a new file must not take the place of /dev/stdout

@@ -10,11 +10,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from spear.errors import SpearError
-from spear.util.files import report_write_errors
+from spear.util.files import convert_write_errors
 
 
 @contextlib.contextmanager
-def hold_lock(path: Path, wait: bool = False) -> Iterator[bool]:
+def try_to_hold_lock(path: Path, wait: bool = False) -> Iterator[bool]:
     """Try to hold a lock in the `with` block, and yield whether this process holds it.
 
     With `wait`, the call blocks until no other process holds the lock, and then always yields True.
@@ -24,7 +24,7 @@ def hold_lock(path: Path, wait: bool = False) -> Iterator[bool]:
     """
     import filelock  # takes longer to import than most commands take to parse their options
 
-    with report_write_errors(path):
+    with convert_write_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.open("a", encoding="utf-8").close()  # so that an error of writing is reported here
 
@@ -66,7 +66,7 @@ def acquire_run_lock(
     """
     # The folder and those of its parents that are missing, from the innermost outward.
     new_folders = [path for path in (folder, *folder.parents) if not path.exists()]
-    with hold_lock(folder / name) as is_acquired:
+    with try_to_hold_lock(folder / name) as is_acquired:
         if not is_acquired:
             raise SpearError(f"another process is {doing} the folder {folder}. Wait until it ends.")
         try:

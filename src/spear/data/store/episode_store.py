@@ -22,7 +22,7 @@ import numpy as np
 from spear.data.store.shard import ServedSteps, Shard, open_shard, write_shard_files
 from spear.errors import SpearError, format_count, notice, to_sentence
 from spear.types import Array, Episode
-from spear.util.files import notice_missing_shards, read_json, report_write_errors
+from spear.util.files import convert_write_errors, notice_missing_shards, read_json
 
 SHARD_GLOB = "episodes-*.arrow"
 REQUEST_FILE = "request.json"  # in a prepared folder, says what made it and its number of shards
@@ -74,7 +74,7 @@ def add_shard(episodes: Sequence[Episode], folder: Path, note: Mapping[str, str]
     temporary = folder / f".episodes-{uuid.uuid4().hex}.arrow"
     temporary_images = temporary.with_suffix(".images")
     try:
-        with report_write_errors(folder):
+        with convert_write_errors(folder):
             write_shard_files(temporary, episodes, note)  # and its images, beside it
             # Linking fails if the name exists, so no two processes get the same number.
             for number in itertools.count(len(list_shards(folder))):

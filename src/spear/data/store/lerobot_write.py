@@ -33,7 +33,7 @@ from spear.data.store.stats import (
 )
 from spear.errors import SpearError
 from spear.types import Array, Episode
-from spear.util.files import check_new_or_empty_folder, report_write_errors, write_text
+from spear.util.files import check_new_or_empty_folder, convert_write_errors, write_text
 from spear.util.images import decode_image
 from spear.util.run_lock import acquire_run_lock
 
@@ -96,7 +96,7 @@ def write_lerobot(
     target = Path(folder)
     check_new_or_empty_folder(target)
     work_dir = target.with_name(f".{target.name}.part")
-    with acquire_run_lock(work_dir, "exporting in"), report_write_errors(target):
+    with acquire_run_lock(work_dir, "exporting in"), convert_write_errors(target):
         writer: _Writer | None = None
         shutil.rmtree(work_dir / "dataset", ignore_errors=True)
         try:
