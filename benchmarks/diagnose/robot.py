@@ -100,7 +100,7 @@ class Robot:
         self._seed = seed
         self._rng = np.random.default_rng(seed)
         self._env = TabletopEnv(scene.family, image_sizes)
-        self._env.load(World(scene))
+        self._env.start_episode_in(World(scene))
         self._now_s = start_s
         self._num_actions = 0
         self._num_observations = 0

@@ -26,7 +26,7 @@ from spear.sim import control, expert
 from spear.sim.env import TabletopEnv
 from spear.sim.record import record_episodes
 from spear.sim.scene import FAMILIES, sample_scene
-from spear.sim.world import World, build_base_spec
+from spear.sim.world import World, get_shared_base_spec
 from spear.util.held_out import FIRST_TRAIN_SEED
 
 MAX_GEOMS = 600
@@ -53,7 +53,7 @@ class BareSimulator:
         ]
         self.pixels = np.empty((max(height, wrist_height), width + wrist_width, 3), np.uint8)
 
-        spec = build_base_spec().copy()
+        spec = get_shared_base_spec().copy()
         spec.visual.global_.offwidth = self.pixels.shape[1]
         spec.visual.global_.offheight = self.pixels.shape[0]
         self.context = mujoco.MjrContext(spec.compile(), mujoco.mjtFontScale.mjFONTSCALE_100)

@@ -30,7 +30,7 @@ from spear.errors import SpearError
 from spear.evaluate.vqa.measures import compute_error_scales
 from spear.labels.fit.box3d import compute_iou_3d, fit_nearest_box
 from spear.labels.questions.statistics import compute_token_usage
-from spear.labels.questions.store import generate_label_questions
+from spear.labels.questions.store import generate_questions_from_seed
 from spear.labels.store import read_labels
 from spear.tokens import BinSpacing, CoordinateTokenizer
 from spear.types import Array, LabeledImage, Question, Unit
@@ -77,7 +77,7 @@ def quantise(
     fitted_values: list[float] = []
     tested: list[LabeledQuestion] = []
     for index, label in enumerate(loaded_labels):
-        questions = generate_label_questions(label, 0, (per_image, per_image), FAMILIES)
+        questions = generate_questions_from_seed(label, 0, (per_image, per_image), FAMILIES)
         for question in questions:
             if index % 2 == 0:
                 fitted_values += question.values

@@ -14,7 +14,11 @@ from labels_scenes import TRUTH, make_random_frame
 from refusals import Command, refuses
 from spear.labels.models.ground_truth import GroundTruth
 from spear.labels.pipeline import label_images
-from spear.labels.questions.store import generate_label_questions, read_questions, write_questions
+from spear.labels.questions.store import (
+    generate_questions_from_seed,
+    read_questions,
+    write_questions,
+)
 from spear.labels.store import count_labeled_images, read_evenly_spread_labels, write_labels
 from spear.question_types import QUESTION_TYPES, QUESTION_TYPES_2D
 from spear.report.labels import write_label_page, write_rerun_file
@@ -57,7 +61,7 @@ def test_written_questions_are_those_that_were_generated(
     """The questions about an image depend only on the seed and the image's source."""
     expected = []
     for label in labels:
-        for question in generate_label_questions(label, 3, question_types=question_types):
+        for question in generate_questions_from_seed(label, 3, question_types=question_types):
             expected.append((label.source, question))
 
     num_images, counts = write_questions(folder, seed=3, question_types=question_types)

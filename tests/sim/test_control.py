@@ -107,12 +107,12 @@ def test_actions_move_in_the_base_frame_and_turn_in_the_ee_frame() -> None:
     for _ in range(15):
         # Start high over the table, in free space.
         world.reset()
-        servo.move(np.array([0, 0, 0.08]), NO_ROTATION, 1.0)
+        servo.move_for_one_control_step(np.array([0, 0, 0.08]), NO_ROTATION, 1.0)
         position_before, rotation_before = servo.measure_pose()
         step = rng.uniform(-0.03, 0.03, 3)
         turn = Rotation.from_rotvec(rng.uniform(-0.15, 0.15, 3))
 
-        is_unreachable = servo.move(step, turn.as_quat(scalar_first=True), 1.0)
+        is_unreachable = servo.move_for_one_control_step(step, turn.as_quat(scalar_first=True), 1.0)
 
         position, rotation = servo.measure_pose()
         assert not is_unreachable
@@ -131,7 +131,8 @@ class TestTargetOutOfReach:
         """
         world = World(sample_scene("put_on", 0))
         self.is_unreachable = [
-            world.servo.move(np.array([0.06, 0, 0.02]), NO_ROTATION, 1.0) for _ in range(15)
+            world.servo.move_for_one_control_step(np.array([0.06, 0, 0.02]), NO_ROTATION, 1.0)
+            for _ in range(15)
         ]
         return world
 
@@ -145,7 +146,9 @@ class TestTargetOutOfReach:
         stretched, _ = world.servo.measure_pose()
 
         for _ in range(2):
-            assert not world.servo.move(np.array([-0.05, 0, -0.02]), NO_ROTATION, 0.3)
+            assert not world.servo.move_for_one_control_step(
+                np.array([-0.05, 0, -0.02]), NO_ROTATION, 0.3
+            )
 
         # Two steps back, of 5 cm each, move the arm back by more than 6 cm, and close the gripper.
         position, _ = world.servo.measure_pose()
@@ -157,7 +160,9 @@ def test_the_gripper_stays_over_the_table_and_reports_it() -> None:
     world = World(sample_scene("put_on", 0))
 
     for _ in range(10):
-        is_unreachable = world.servo.move(np.array([0, 0, -0.05]), NO_ROTATION, 0.9)
+        is_unreachable = world.servo.move_for_one_control_step(
+            np.array([0, 0, -0.05]), NO_ROTATION, 0.9
+        )
 
     position, _ = world.servo.measure_pose()
     assert is_unreachable
@@ -175,7 +180,7 @@ def test_wild_actions_never_make_the_arm_unstable_nor_leave_its_limits(seed: int
         quaternion /= np.linalg.norm(quaternion)
         command_before = world.servo._joint_command
 
-        world.servo.move(rng.normal(0, 0.5, 3), quaternion, rng.random())
+        world.servo.move_for_one_control_step(rng.normal(0, 0.5, 3), quaternion, rng.random())
 
         joint_step = np.abs(world.servo._joint_command - command_before)
         assert (joint_step <= MAX_JOINT_SPEED_RAD_S * control_step_s + 1e-9).all()

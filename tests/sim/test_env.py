@@ -46,9 +46,9 @@ def test_only_the_cameras_that_are_asked_for_are_rendered() -> None:
 
 @pytest.mark.usefixtures("renderer")
 def test_a_camera_that_is_added_to_the_world_is_rendered(monkeypatch: pytest.MonkeyPatch) -> None:
-    spec = world.build_base_spec().copy()
+    spec = world.get_shared_base_spec().copy()
     spec.worldbody.add_camera(name="ceiling", pos=(0.4, 0, 1.5))  # looks down
-    monkeypatch.setattr(world, "build_base_spec", lambda: spec)
+    monkeypatch.setattr(world, "get_shared_base_spec", lambda: spec)
     env = TabletopEnv("put_on", {**IMAGE_SIZES, "ceiling": (40, 24)})
 
     observation, _ = env.reset(seed=1)

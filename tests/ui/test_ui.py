@@ -47,7 +47,7 @@ pytest.importorskip("mujoco")
 
 from spear.evaluate import closed_loop
 from spear.sim.env import TabletopEnv
-from spear.sim.render import compute_camera_pose, compute_object_boxes
+from spear.sim.render import compute_camera_pose, compute_instance_box_corners
 from spear.ui import episodes
 from spear.ui import page as pages
 from spear.ui.episodes import EpisodeFolder
@@ -676,7 +676,7 @@ def test_boxes_are_those_of_spear_vlm_with_their_true_errors(
     for number, (box, answer) in enumerate(zip(boxes, answers, strict=True), start=1):
         vertices = np.reshape(answer.values, (8, 3))  # in the camera frame
         np.testing.assert_allclose(box["vertices"], vertices)
-        true_center = compute_object_boxes(env.world)[number].mean(0)  # in the base frame
+        true_center = compute_instance_box_corners(env.world)[number].mean(0)  # in the base frame
         center = pose[:3, :3] @ vertices.mean(0) + pose[:3, 3]
         error_mm = 1000 * np.linalg.norm(center - true_center)
         assert box["error_mm"] == pytest.approx(error_mm, abs=0.01)

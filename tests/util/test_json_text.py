@@ -9,7 +9,7 @@ import pytest
 
 from refusals import refuses
 from spear.data.readers.lerobot import open_lerobot
-from spear.labels.models.annotations import open_annotations
+from spear.labels.models.annotations import load_annotations
 from spear.labels.rgbd import read_matrix
 from spear.models.weights.load import read_model_type
 from spear.tokens import CoordinateTokenizer
@@ -161,7 +161,7 @@ class TestReaders:
         image = b'{"id": 1, "file_name": "a.jpg", "width": 9, "height": ' + height + b"}"
         path.write_bytes(b'{"images": [' + image + b'], "categories": [], "annotations": []}')
 
-        refuses("coco.json", open_annotations, path)
+        refuses("coco.json", load_annotations, path)
 
     @pytest.mark.parametrize("value", ABSURD_VALUES, ids=ABSURD_IDS)
     def test_an_absurd_config_of_a_model_is_refused(self, tmp_path: Path, value: bytes) -> None:

@@ -161,7 +161,7 @@ class _Tabletop:
 
     def _start_scene(self, agent: Agent, env: TabletopEnv, seed: int) -> _RunningScene:
         """Load the scene of a seed into an environment, with an executor for the agent's chunks."""
-        env.load(World(self._sample_scene(env.family, seed)))
+        env.start_episode_in(World(self._sample_scene(env.family, seed)))
         executor = ChunkExecutor(
             self._options.execution, self._options.replan_steps, max_committed=agent.max_committed
         )

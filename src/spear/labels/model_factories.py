@@ -115,33 +115,34 @@ def _make_file_model(location: str, path: str, make_second: Callable[[], Any] | 
         path: The annotation file.
         make_second: Makes the model that labels what the file lacks; None if there is none.
     """
-    annotations = _import_from_models("annotations:open_annotations")(path)
+    annotations = _import_from_models("annotations:load_annotations")(path)
     second_model = make_second() if make_second is not None else None
     return _import_from_models(location)(annotations, second_model)
 
 
-def _make_model(entry: ModelEntry, name: str, model: str | None, options: LabelOptions) -> Any:
+def _make_model(
+    entry: ModelEntry, model_name: str, weights: str | None, options: LabelOptions
+) -> Any:
     """Make a model that does not read a file.
 
     Args:
         entry: How to make the model.
-        name: The model's name: a key of one of the dicts in `MODELS_BY_ROLE`.
-        model: The weights that the user's description names after "=": a name on the Hub or a
+        model_name: The model's name: a key of one of the dicts in `MODELS_BY_ROLE`.
+        weights: The weights that the user's description names after "=": a name on the Hub or a
             folder. With None, a network in `PUBLISHED` gets its published weights.
         options: Options of the command.
     """
     # Check the weights before the import of the network, which takes longer.
-    if name in PUBLISHED:
-        model = model or PUBLISHED[name].repository
+    if model_name in PUBLISHED:
+        weights = weights or PUBLISHED[model_name].repository
         if "vocabulary" in entry.arguments and not options.vocabulary_names:
             raise SpearError(
-                f'--detector {name} needs names to look for. Add --vocabulary "mug, spoon".'
+                f'--detector {model_name} needs names to look for. Add --vocabulary "mug, spoon".'
             )
-        check_hub_reachable_or_cached(
-            model, instead=f"a folder or file that holds it, as in {name}=PATH"
-        )
+        instead = f"a folder or file that holds it, as in {model_name}=PATH"
+        check_hub_reachable_or_cached(weights, instead=instead)
     values = {
-        "model": model,
+        "model": weights,
         "vocabulary": options.vocabulary_names,
         "cache": options.cache or options.out / ".answers",
         "requests_per_minute": options.requests_per_minute,
@@ -149,7 +150,7 @@ def _make_model(entry: ModelEntry, name: str, model: str | None, options: LabelO
     }
     arguments = {}
     for argument in entry.arguments:
-        if argument == "model" and not model:
+        if argument == "model" and not weights:
             continue  # the class has a default model
         arguments[argument] = values[argument]
     return _import_from_models(entry.location)(**arguments)

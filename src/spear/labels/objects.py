@@ -17,14 +17,14 @@ import numpy as np
 from spear.labels.fit.box3d import compute_keypoints, compute_vertex_error, fit_box
 from spear.labels.fit.image import compute_elementwise_iou_2d, compute_tight_box
 from spear.labels.fit.masks import (
-    clean_points,
+    denoise_points_at_pixels,
+    drop_small_and_distant_parts,
     drop_support_pixels,
     encode_mask,
-    erode,
-    keep_main_part,
+    erode_keeping_image_edge,
     snap_outline,
 )
-from spear.labels.fit.points import TOUCHING_FRACTION, Plane, find_inliers, subsample
+from spear.labels.fit.points import TOUCHING_FRACTION, Plane, mark_inliers, subsample
 from spear.labels.models.protocols import Detection, PointMapResult
 from spear.types import Array, Box3D, LabeledObject
 
@@ -76,7 +76,7 @@ class ImageGeometry:
         noise: Standard deviation of the depth, as a fraction of the depth
             (`points.estimate_relative_noise`).
         lit_part: [[first row, last row], [first column, last column]] of the part of the image
-            without black bars (`image.find_lit_rows_and_columns`).
+            without black bars (`image.find_first_and_last_lit_row_and_column`).
     """
 
     point_map: PointMapResult
@@ -115,7 +115,7 @@ def label_object(detection: Detection, mask: Array, image: ImageGeometry) -> Lab
         - only for objects with a 3D box: "planarity", how flat the seen points are
           (`compute_planarity`); "stability", how little the box changes with its points
           (`compute_stability`); and "compact", how wide the object appears in comparison with the
-          depth of its box (`_compute_compactness`).
+          depth of its box (`_compute_width_over_depth`).
     """
     tight_box = compute_tight_box(mask)
     box2d = np.asarray(detection.box2d, np.float32)
@@ -172,7 +172,7 @@ def label_object(detection: Detection, mask: Array, image: ImageGeometry) -> Lab
     box = fit(cloud)
     scores["planarity"] = compute_planarity(cloud)
     scores["stability"] = compute_stability(cloud, box, fit)
-    scores["compact"] = _compute_compactness(inside, cloud, box, image.focal_px)
+    scores["compact"] = _compute_width_over_depth(inside, cloud, box, image.focal_px)
     keypoints = compute_keypoints(cloud, box)
     return LabeledObject(detection.name, box2d, encode_mask(mask), box, keypoints, scores)
 
@@ -203,7 +203,7 @@ def _correct_mask(
     # pixel to the next, the depth then changes by the fraction slope / focal_px. So pixels of
     # surfaces with slopes of up to 12 are linked, and so are pixels that differ by noise only.
     link_limit = max(LINKED_DEPTH_FRACTION, 12.0 / image.focal_px, 4 * image.noise)
-    inside = keep_main_part(inside, points, is_known, link_limit)
+    inside = drop_small_and_distant_parts(inside, points, is_known, link_limit)
     plane = image.support_plane
     if plane is not None:
         inside = drop_support_pixels(inside, points, is_known, occupied, plane, image.noise)
@@ -267,7 +267,7 @@ def compute_stability(points: Array, box: Box3D, fit: Callable[[Array], Box3D]) 
     return max(0.0, 1.0 - float(np.mean(errors)) / half_diagonal)
 
 
-def _compute_compactness(inside: Array, cloud: Array, box: Box3D, focal_px: float) -> float:
+def _compute_width_over_depth(inside: Array, cloud: Array, box: Box3D, focal_px: float) -> float:
     """How wide an object appears, divided by the extent of its box in depth; at most 1.
 
     The width is the diagonal of the mask's extent, at the distance of the object. If a mask leaks
@@ -305,12 +305,12 @@ def _collect_points(inside: Array, points: Array, erosion_px: int, noise: float)
     Returns:
         At most `MAX_POINTS` points [n, 3].
     """
-    inner = erode(inside, 1)
+    inner = erode_keeping_image_edge(inside, 1)
     outline_pixels = subsample(np.argwhere(inside & ~inner), MAX_POINTS // 2)
     inner_pixels = subsample(np.argwhere(inner), MAX_POINTS - len(outline_pixels))
     pixels = np.concatenate([outline_pixels, inner_pixels])
-    cloud = clean_points(inside, points, pixels, erosion_px, noise).astype(np.float64)
-    return cloud[find_inliers(cloud)]
+    cloud = denoise_points_at_pixels(inside, points, pixels, erosion_px, noise).astype(np.float64)
+    return cloud[mark_inliers(cloud)]
 
 
 class _Outline(NamedTuple):

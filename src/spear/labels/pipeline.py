@@ -12,7 +12,7 @@ from typing import TypeVar
 import numpy as np
 
 from spear.errors import SpearError, notice
-from spear.labels.fit.image import find_lit_rows_and_columns, shrink_image
+from spear.labels.fit.image import find_first_and_last_lit_row_and_column, shrink_image
 from spear.labels.fit.points import (
     MAX_PLANE_POINTS,
     Plane,
@@ -62,7 +62,7 @@ class PendingImage:
         content_hash: A short hash of the file's content; empty for images that were not read from
             a file.
         lit_part: [[first row, last row], [first column, last column]] of the part of the image
-            without black bars (`find_lit_rows_and_columns`).
+            without black bars (`find_first_and_last_lit_row_and_column`).
     """
 
     source: str
@@ -180,7 +180,9 @@ def admit_frame(frame: Frame) -> PendingImage:
     problem = _find_problem(frame.image)
     if problem is not None:
         return PendingImage(frame.source, frame, SpearError(problem))
-    return PendingImage(frame.source, frame, lit_part=find_lit_rows_and_columns(frame.image))
+    return PendingImage(
+        frame.source, frame, lit_part=find_first_and_last_lit_row_and_column(frame.image)
+    )
 
 
 def _find_problem(image: Array) -> str | None:

@@ -9,7 +9,7 @@ from PIL import Image, ImageColor, ImageDraw, ImageFont
 from spear.errors import SpearError
 from spear.labels.fit.box3d import BOX_EDGES
 from spear.labels.fit.image import project
-from spear.labels.fit.masks import decode_mask, erode
+from spear.labels.fit.masks import decode_mask, erode_keeping_image_edge
 from spear.labels.questions.measures import extract_image_points, extract_numbers
 from spear.labels.questions.types import QUESTION_TYPE_BY_NAME
 from spear.types import Array, LabeledImage, Segments, WidthAndHeight
@@ -72,7 +72,7 @@ def draw_label(label: LabeledImage, scale: int = 3, masks: bool = False) -> Arra
             mask = decode_mask(labeled_object.mask_runs, label.height, label.width)  # [h, w] bool
             tinted = (1 - MASK_OPACITY) * image[mask] + MASK_OPACITY * np.array(color)
             image[mask] = tinted.astype(np.uint8)
-            outline = mask & ~erode(mask, 1)  # the mask's pixels at its border
+            outline = mask & ~erode_keeping_image_edge(mask, 1)  # the mask's pixels at its border
             image[outline] = color
 
     canvas = _enlarge(image, scale)

@@ -21,7 +21,7 @@ from spear.labels.questions.statistics import (
     compute_token_usage,
     count_skip_reasons,
 )
-from spear.labels.questions.store import generate_label_questions, read_questions
+from spear.labels.questions.store import generate_questions_from_seed, read_questions
 from spear.labels.store import read_labels
 from spear.report.draw import draw_label, make_palette
 from spear.report.page import render, replace_underscores
@@ -124,7 +124,7 @@ def _load_or_generate_questions(folder: Path) -> _LoadedQuestions:
     if questions:
         return _LoadedQuestions(questions, are_written=True)
     for label in read_labels(folder, pixels=False):
-        questions[label.source] = generate_label_questions(label, seed=0)
+        questions[label.source] = generate_questions_from_seed(label, seed=0)
     return _LoadedQuestions(questions, are_written=False)
 
 

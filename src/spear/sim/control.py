@@ -95,7 +95,9 @@ class Servo:
         mujoco.mj_kinematics(self._model, self._data)
         self._target_position, self._target_rotation = compute_ee_pose(self._joint_command)
 
-    def move(self, translation: Floats, rotation: Floats, opening: float) -> IsOutOfReach:
+    def move_for_one_control_step(
+        self, translation: Floats, rotation: Floats, opening: float
+    ) -> IsOutOfReach:
         """Move the target, and run the physics for one control step.
 
         Args:

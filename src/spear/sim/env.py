@@ -105,10 +105,10 @@ class TabletopEnv(gymnasium.Env[Observation, NDArray[np.floating]]):
         if seed is None:
             seed = int(self.np_random.integers(0, FIRST_TRAIN_SEED))
         scene = place_in_world(sample_scene(self.family, seed), self.world_name)
-        self.load(World(scene))
+        self.start_episode_in(World(scene))
         return self.observe(), self._update_info(is_unreachable=False)
 
-    def load(self, world: World) -> None:
+    def start_episode_in(self, world: World) -> None:
         """Start an episode in `world` instead of in a scene of a seed."""
         self.world = world
         self.steps = 0
@@ -129,7 +129,7 @@ class TabletopEnv(gymnasium.Env[Observation, NDArray[np.floating]]):
     def physics_step(self, action: NDArray[np.floating]) -> dict[str, Any]:
         """Apply one action [8] and return `info`, without computing an observation."""
         translation, rotation, opening = split_action(action)
-        is_unreachable = self.world.servo.move(translation, rotation, opening)
+        is_unreachable = self.world.servo.move_for_one_control_step(translation, rotation, opening)
         self.steps += 1
         return self._update_info(is_unreachable)
 

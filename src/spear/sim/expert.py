@@ -93,7 +93,7 @@ def act(world: World) -> NDArray[np.float32]:
     # A held source that touches the target may still hang above the place where it should rest.
     is_hanging = (
         is_held
-        and _measure_underside_height_m(world) > _compute_release_height(world) + HANGING_HEIGHT_M
+        and _measure_underside_height_m(world) > _compute_release_height_m(world) + HANGING_HEIGHT_M
     )
     if is_source_on_target(world) and not is_hanging:
         goal = _leave(world, gripper, is_held)
@@ -141,7 +141,7 @@ def _carry(world: World, gripper: _Gripper) -> _Goal:
     # The funnel: 2 mm above the release height per millimeter of misalignment beyond 10 mm, but at
     # most the height for carrying.
     underside = _measure_underside_height_m(world)
-    release_height = _compute_release_height(world)
+    release_height = _compute_release_height_m(world)
     funnel_m = float(np.clip(2.0 * (misalignment_m - 0.010), 0, 1))
     height = min(max(CARRY_HEIGHT_M, release_height), release_height + funnel_m)
     position = gripper.position + np.array([offset[0], offset[1], height - underside])
@@ -184,7 +184,7 @@ def _step_towards(goal: _Goal, gripper: _Gripper) -> NDArray[np.float32]:
 # --- What the scene looks like ---
 
 
-def _compute_release_height(world: World) -> float:
+def _compute_release_height_m(world: World) -> float:
     """The height at which the source's underside should be when the gripper opens, m."""
     kind = world.bodies[TARGET_INDEX].kind
     rim_height = float(world.get_object_position(TARGET_INDEX)[2]) + kind.rim
@@ -195,7 +195,7 @@ def _measure_underside_height_m(world: World) -> float:
     """The height of the lowest point of the source's bounding box, m."""
     body = world.bodies[SOURCE_INDEX]
     # The z components of the object's three axes: how much each axis contributes to height, [3].
-    vertical = world.get_object_rotation(SOURCE_INDEX)[2]
+    vertical = world.get_object_rotation_matrix(SOURCE_INDEX)[2]
     center = (body.low + body.high) / 2
     half = (body.high - body.low) / 2
     height = world.get_object_position(SOURCE_INDEX)[2]
@@ -208,7 +208,9 @@ def _choose_placing_yaw_rad(world: World, yaw: float) -> float:
     A cube is placed square on a cube, and a long object along the basket. For other pairs any yaw
     will do, so the present one is returned.
     """
-    period = _find_placing_period(world.bodies[SOURCE_INDEX].kind, world.bodies[TARGET_INDEX].kind)
+    period = _find_placing_period_rad(
+        world.bodies[SOURCE_INDEX].kind, world.bodies[TARGET_INDEX].kind
+    )
     if period is None:
         return yaw
     # The smallest turn after which the source fits. If the gripper cannot turn so far, it turns in
@@ -220,7 +222,7 @@ def _choose_placing_yaw_rad(world: World, yaw: float) -> float:
     return yaw + turn - math.copysign(period, turn)
 
 
-def _find_placing_period(source: ObjectKind, target: ObjectKind) -> float | None:
+def _find_placing_period_rad(source: ObjectKind, target: ObjectKind) -> float | None:
     """Return the smallest turn after which the source fits on the target again, rad.
 
     It is None if the source fits after any turn.
@@ -235,14 +237,16 @@ def _find_placing_period(source: ObjectKind, target: ObjectKind) -> float | None
 
 def _measure_object_yaw_rad(world: World, index: int) -> float:
     """Return the yaw of an object's x axis, rad."""
-    matrix = world.get_object_rotation(index)
+    matrix = world.get_object_rotation_matrix(index)
     return math.atan2(matrix[1, 0], matrix[0, 0])
 
 
 def _compute_grasp(world: World) -> _Grasp:
     """Return how to grasp the source."""
     kind = world.bodies[SOURCE_INDEX].kind
-    axes = world.get_object_rotation(SOURCE_INDEX)  # [3, 3], the object's axes are the columns
+    axes = world.get_object_rotation_matrix(
+        SOURCE_INDEX
+    )  # [3, 3], the object's axes are the columns
     assert kind.grasp is not None
     # Center and half-sizes of the box to grasp, in the object's frame.
     center = np.array(kind.grasp[0])

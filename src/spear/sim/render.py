@@ -23,7 +23,13 @@ from numpy.typing import NDArray
 from spear.errors import SpearError, check_known
 from spear.sim.control import HIDDEN_GROUP
 from spear.sim.scene import sample_clutter_scene
-from spear.sim.world import GRIPPER_NAME, World, build_base_spec, compute_half_extent, list_cameras
+from spear.sim.world import (
+    GRIPPER_NAME,
+    World,
+    compute_half_extent,
+    get_shared_base_spec,
+    list_cameras,
+)
 from spear.types import Frame
 
 ImageSize = tuple[int, int]
@@ -60,7 +66,7 @@ class Renderer:
                 "Debian packages libegl1 libgl1 libgl1-mesa-dri."
             ) from error
 
-        spec = build_base_spec().copy()
+        spec = get_shared_base_spec().copy()
         spec.visual.global_.offwidth = width
         spec.visual.global_.offheight = height
         model = spec.compile()
@@ -246,7 +252,7 @@ def render_frame(world: World, camera: str, size: ImageSize) -> Frame:
     pose = compute_camera_pose(world, camera)
     camera_position = pose[:3, 3]
     camera_to_base = pose[:3, :3]
-    base_boxes = compute_object_boxes(world)
+    base_boxes = compute_instance_box_corners(world)
     boxes = {}
     for instance in visible:
         boxes[instance] = (base_boxes[instance] - camera_position) @ camera_to_base  # [8, 3]
@@ -295,18 +301,18 @@ def compute_camera_pose(world: World, camera: str) -> NDArray[np.float64]:
     return pose
 
 
-def compute_object_boxes(world: World) -> dict[int, NDArray[np.float64]]:
+def compute_instance_box_corners(world: World) -> dict[int, NDArray[np.float64]]:
     """The oriented boxes of all instances: instance id -> corners [8, 3], base frame, m."""
     boxes = {}
     for index, body in enumerate(world.bodies):
         corners = body.low + _UNIT_CORNERS * (body.high - body.low)  # in the object's frame
-        rotation = world.get_object_rotation(index)
+        rotation = world.get_object_rotation_matrix(index)
         boxes[index + 1] = corners @ rotation.T + world.get_object_position(index)
-    boxes[len(world.bodies) + 1] = _compute_gripper_box(world)
+    boxes[len(world.bodies) + 1] = _compute_gripper_box_corners(world)
     return boxes
 
 
-def _compute_gripper_box(world: World) -> NDArray[np.float64]:
+def _compute_gripper_box_corners(world: World) -> NDArray[np.float64]:
     """The corners [8, 3] of the box around hand and fingers, base frame.
 
     The sides of the box are along the hand's axes.

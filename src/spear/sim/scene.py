@@ -214,7 +214,7 @@ def sample_clutter_scene(seed: int) -> SceneSpec:
     height = float(rng.choice([rng.uniform(0.02, 0.12), rng.uniform(0.06, 0.32)]))
     max_tilt_deg = float(rng.choice([3.0, 20.0]))
     ee_rotation = _sample_ee_rotation(
-        rng, max_tilt=math.radians(max_tilt_deg), max_yaw=math.radians(90)
+        rng, max_tilt_rad=math.radians(max_tilt_deg), max_yaw_rad=math.radians(90)
     )
     appearance = _sample_appearance(rng)
     return SceneSpec(
@@ -371,14 +371,14 @@ def _is_apart(x: float, y: float, radius: float, neighbor: SceneObject, gap_m: f
     return distance_m > radius + OBJECT_KINDS[neighbor.kind].radius + gap_m
 
 
-def _sample_ee_rotation(rng: np.random.Generator, max_tilt: float, max_yaw: float) -> Quat:
+def _sample_ee_rotation(rng: np.random.Generator, max_tilt_rad: float, max_yaw_rad: float) -> Quat:
     """Draw an orientation of the gripper near straight down.
 
-    The gripper is turned about the vertical axis by up to ±`max_yaw`, and tilted by up to
-    `max_tilt` in any direction (rad).
+    The gripper is turned about the vertical axis by up to ±`max_yaw_rad`, and tilted by up to
+    `max_tilt_rad` in any direction.
     """
-    yaw = rng.uniform(-max_yaw, max_yaw)
-    tilt = max_tilt * math.sqrt(rng.random())  # the root makes tilts uniform over a disc
+    yaw = rng.uniform(-max_yaw_rad, max_yaw_rad)
+    tilt = max_tilt_rad * math.sqrt(rng.random())  # the root makes tilts uniform over a disc
     direction = rng.uniform(-math.pi, math.pi)
     # The product of two quaternions: first the yaw, (cos_yaw, 0, 0, sin_yaw), then the tilt about
     # a horizontal axis (a, b) of the turned frame, (cos_tilt, sin_tilt a, sin_tilt b, 0).

@@ -41,7 +41,7 @@ from spear.sim.worlds import (
     CameraOrbit,
     sample_any_color,
     sample_color_near,
-    sample_light_from_above,
+    sample_downward_light_direction,
     with_clutter,
 )
 
@@ -220,12 +220,12 @@ def shift_scene(scene: SceneSpec, shift: Shift) -> SceneSpec:
     if shift.axis == "robot":
         return dataclasses.replace(
             scene,
-            ee_position=_sample_start_position(shift.level, rng),
-            ee_rotation=_sample_start_rotation(shift.level, rng),
+            ee_position=_sample_start_position_outside_training(shift.level, rng),
+            ee_rotation=_sample_start_rotation_outside_training(shift.level, rng),
         )
     if shift.axis == "language":
         return dataclasses.replace(
-            scene, instruction=_sample_unseen_instruction(scene, shift.level, rng)
+            scene, instruction=_sample_unseen_instruction_for_scene(scene, shift.level, rng)
         )
     return scene
 
@@ -242,7 +242,7 @@ def _shift_camera(
     moved_orbit = sample_orbit_near(CameraOrbit.of(appearance), level, rng)
     return dataclasses.replace(
         appearance,
-        camera=moved_orbit.position(),
+        camera=moved_orbit.compute_position(),
         fovy_deg=EXTERNAL_CAMERA_FOV_Y_DEG + float(rng.uniform(-level.fovy_deg, level.fovy_deg)),
         has_four_walls=True,
     )
@@ -273,7 +273,7 @@ def _shift_light(
     ambient = np.clip(np.array(appearance.ambient) * factor * tint, 0, 1)
     return dataclasses.replace(
         appearance,
-        light=sample_light_from_above(rng),
+        light=sample_downward_light_direction(rng),
         diffuse=(float(diffuse[0]), float(diffuse[1]), float(diffuse[2])),
         ambient=(float(ambient[0]), float(ambient[1]), float(ambient[2])),
     )
@@ -316,7 +316,9 @@ def _exclude_task_objects(scene: SceneSpec, kinds: Sequence[str]) -> tuple[str, 
     return tuple(kind for kind in kinds if kind not in task_kinds)
 
 
-def _sample_start_position(level: int, rng: np.random.Generator) -> tuple[float, float, float]:
+def _sample_start_position_outside_training(
+    level: int, rng: np.random.Generator
+) -> tuple[float, float, float]:
     """Draw a start position (m) outside of the box in which training's start positions are.
 
     An outer box is larger than training's box by the level's distance on each side. The position is
@@ -333,14 +335,16 @@ def _sample_start_position(level: int, rng: np.random.Generator) -> tuple[float,
     return float(x), float(y), max(float(z), MIN_START_HEIGHT_M)
 
 
-def _sample_start_rotation(level: int, rng: np.random.Generator) -> Quat:
+def _sample_start_rotation_outside_training(level: int, rng: np.random.Generator) -> Quat:
     """Draw a start orientation: pointing down, with a larger yaw than in training."""
     extra_deg = rng.uniform(0, START_TURN_DEG[level])
     yaw = math.radians(TRAINING_YAW_DEG + extra_deg) * float(rng.choice([-1.0, 1.0]))
     return math.cos(yaw / 2), 0.0, 0.0, math.sin(yaw / 2)
 
 
-def _sample_unseen_instruction(scene: SceneSpec, level: int, rng: np.random.Generator) -> str:
+def _sample_unseen_instruction_for_scene(
+    scene: SceneSpec, level: int, rng: np.random.Generator
+) -> str:
     """Draw an instruction for a scene with words that training does not have."""
     source = scene.objects[SOURCE_INDEX]
     target = scene.objects[TARGET_INDEX]

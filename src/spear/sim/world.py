@@ -95,7 +95,7 @@ class World:
             for index, scene_object in enumerate(spec.objects)
         )
         self.servo = Servo(self.model, self.data)
-        self.instance_of_geom = self._number_instances()
+        self.instance_of_geom = self._compute_instance_of_geom()
         self._fingers = (self.model.body("finger1").id, self.model.body("finger2").id)
         self._robot_bodies = range(self.model.body("link0").id, self.model.body("finger2").id + 1)
         self.reset()
@@ -106,7 +106,7 @@ class World:
         low, high = _measure_lower_and_upper_corner(kind)
         return Body(kind, self.model.body(f"object{index}").id, low, high)
 
-    def _number_instances(self) -> NDArray[np.int32]:
+    def _compute_instance_of_geom(self) -> NDArray[np.int32]:
         """Return the array `instance_of_geom`."""
         instance_of_body = np.zeros(self.model.nbody, np.int32)
         for instance, body in enumerate(self.bodies, 1):
@@ -123,12 +123,12 @@ class World:
         self.servo.set_pose(np.array(spec.ee_position), np.array(spec.ee_rotation), spec.opening)
         mujoco.mj_forward(self.model, self.data)
         if spec.family == "clutter":
-            self._pose_gripper_in_clutter()
+            self._lift_gripper_and_place_held_object()
         else:
             mujoco.mj_step(self.model, self.data, PHYSICS_STEPS_PER_CONTROL_STEP)
         self.start_positions = self.get_object_positions()
 
-    def _pose_gripper_in_clutter(self) -> None:
+    def _lift_gripper_and_place_held_object(self) -> None:
         """Lift the gripper until it touches nothing; then put the held object, if any, into it."""
         position, rotation = self.servo.measure_pose()
         for _ in range(NUM_CLUTTER_LIFTS):
@@ -138,9 +138,11 @@ class World:
             self.servo.set_pose(position, rotation, self.spec.opening)
             mujoco.mj_forward(self.model, self.data)
         if self.spec.held_object is not None:
-            self._put_between_fingers(self.bodies[self.spec.held_object], position, rotation)
+            self._pose_gripper_with_object(self.bodies[self.spec.held_object], position, rotation)
 
-    def _put_between_fingers(self, body: Body, position: Floats, rotation: Floats) -> None:
+    def _pose_gripper_with_object(
+        self, body: Body, gripper_position: Floats, gripper_rotation: Floats
+    ) -> None:
         """Put the gripper at a pose, and an object between its fingers, with parallel axes.
 
         The gripper opens as wide as the object is along y, the axis along which the fingers close.
@@ -149,7 +151,8 @@ class World:
         # Center and half-sizes of the box to grasp, in the object's frame.
         center = np.array(body.kind.grasp[0])
         half_size = np.array(body.kind.grasp[1])
-        self.servo.set_pose(position, rotation, float(half_size[1]) / FINGER_TRAVEL_M)
+        opening = float(half_size[1]) / FINGER_TRAVEL_M
+        self.servo.set_pose(gripper_position, gripper_rotation, opening)
 
         # The box's center has to be at the end-effector. The sum is the product of the matrix and
         # the vector `center`; unlike `@`, it rounds alike on every processor.
@@ -171,21 +174,21 @@ class World:
         """The positions [num_objects, 3] of all objects."""
         return self.data.xpos[[body.body_id for body in self.bodies]]
 
-    def get_object_rotation(self, index: int) -> Floats:
+    def get_object_rotation_matrix(self, index: int) -> Floats:
         """The orientation of object `index`: a matrix [3, 3], its columns are the object's axes."""
         return self.data.xmat[self.bodies[index].body_id].reshape(3, 3).copy()
 
     def count_touching_fingers(self, index: int) -> int:
         """Return how many of the two fingers touch object `index`."""
         body_id = self.bodies[index].body_id
-        return sum(self.are_touching(body_id, finger) for finger in self._fingers)
+        return sum(self.are_bodies_touching(body_id, finger) for finger in self._fingers)
 
-    def are_touching(self, first_body: int, second_body: int) -> bool:
-        """Return whether two bodies of the model, given by their ids, touch."""
+    def are_bodies_touching(self, first_body_id: int, second_body_id: int) -> bool:
+        """Return whether two bodies of the model touch."""
         contact_pairs = self._list_contact_bodies()  # [n, 2]
         # MuJoCo lists the two bodies of a contact in any order.
-        forward = contact_pairs == (first_body, second_body)
-        backward = contact_pairs == (second_body, first_body)
+        forward = contact_pairs == (first_body_id, second_body_id)
+        backward = contact_pairs == (second_body_id, first_body_id)
         is_pair = forward | backward
         return bool(is_pair.all(axis=1).any())
 
@@ -228,12 +231,12 @@ def is_source_on_target(world: World) -> bool:
     """Return whether the source is on or in the upright target and touches it, held or not."""
     source = world.bodies[SOURCE_INDEX]
     target = world.bodies[TARGET_INDEX]
-    axes = world.get_object_rotation(TARGET_INDEX)
+    axes = world.get_object_rotation_matrix(TARGET_INDEX)
     assert target.kind.inside is not None, "a scene without a task"
     # The vertical component of the target's z axis is the cosine of its tilt. Up to a tilt of 18°
     # the target counts as upright.
     is_upright = axes[2, 2] >= 0.95
-    if not is_upright or not world.are_touching(source.body_id, target.body_id):
+    if not is_upright or not world.are_bodies_touching(source.body_id, target.body_id):
         return False
     offset = world.get_object_position(SOURCE_INDEX) - world.get_object_position(TARGET_INDEX)
     # The offset along the target's axes: the product of the matrix `axes.T` and `offset`, [3] m.
@@ -295,10 +298,10 @@ def compute_half_extent(shape: int, size: Floats, rotation: Floats) -> Floats:
     return size[0] * sine + along_axis
 
 
-def _euler_to_quaternion(euler: tuple[float, float, float]) -> Floats:
-    """Return the quaternion [4] of turns about the fixed x, then y, then z axis (rad)."""
+def _euler_to_quaternion(fixed_xyz_rad: tuple[float, float, float]) -> Floats:
+    """Return the quaternion [4] of turns about the fixed x, then y, then z axis."""
     quaternion = np.empty(4)
-    mujoco.mju_euler2Quat(quaternion, np.array(euler), "XYZ")
+    mujoco.mju_euler2Quat(quaternion, np.array(fixed_xyz_rad), "XYZ")
     return quaternion
 
 
@@ -306,7 +309,7 @@ def _euler_to_quaternion(euler: tuple[float, float, float]) -> Floats:
 
 
 @functools.cache
-def build_base_spec() -> mujoco.MjSpec:
+def get_shared_base_spec() -> mujoco.MjSpec:
     """Return the model that every scene begins with: arm, table and room, and all materials.
 
     It is described by world.xml, which includes the arm of franka.xml. The caller copies it before
@@ -324,7 +327,7 @@ def build_base_spec() -> mujoco.MjSpec:
 
 def list_cameras() -> list[str]:
     """Return the names of the cameras of every world: those of world.xml, then those of the arm."""
-    return [camera.name for camera in build_base_spec().cameras]
+    return [camera.name for camera in get_shared_base_spec().cameras]
 
 
 def _draw_task_textures() -> dict[str, Any]:
@@ -379,8 +382,8 @@ def _add_material(spec: mujoco.MjSpec, name: str, gray: NDArray[np.uint8] | None
 def _compile_model(scene: SceneSpec) -> mujoco.MjModel:
     """Compile the model of a scene."""
     appearance = scene.appearance
-    spec = build_base_spec().copy()
-    _set_surfaces_and_lights(spec, appearance)
+    spec = get_shared_base_spec().copy()
+    _resize_room_and_add_fill_lights(spec, appearance)
     # Several geoms may belong to a surface; "wall_left", for example, is of the surface "wall".
     for geom in spec.worldbody.geoms:
         surface = geom.name.partition("_")[0]
@@ -391,7 +394,7 @@ def _compile_model(scene: SceneSpec) -> mujoco.MjModel:
         _add_object(spec, f"object{index}", scene_object)
 
     model = spec.compile()
-    _point_external_camera(model, appearance)
+    _place_external_camera(model, appearance)
     light = model.light("light")
     light.dir = appearance.light
     light.diffuse = appearance.diffuse
@@ -401,8 +404,8 @@ def _compile_model(scene: SceneSpec) -> mujoco.MjModel:
     return model
 
 
-def _set_surfaces_and_lights(spec: mujoco.MjSpec, appearance: SceneAppearance) -> None:
-    """Change table, floor, walls and lights if the scene's differ from the usual ones."""
+def _resize_room_and_add_fill_lights(spec: mujoco.MjSpec, appearance: SceneAppearance) -> None:
+    """Change the sizes of table and room, and add walls and lights, where the scene differs."""
     if appearance.table_half_size_m is not None:
         half_x, half_y = appearance.table_half_size_m
         spec.geom("table").size[:2] = half_x, half_y
@@ -461,8 +464,11 @@ def _add_part(
     geom.conaffinity = 1 | 2 if primitive.solid else 0
 
 
-def _point_external_camera(model: mujoco.MjModel, appearance: SceneAppearance) -> None:
-    """Point the external camera at its target, so that "up" in the image is up in the scene."""
+def _place_external_camera(model: mujoco.MjModel, appearance: SceneAppearance) -> None:
+    """Place the external camera and point it at its target, with "up" in the image up in the scene.
+
+    Its view angle is set, too.
+    """
     # The camera's axes in the base frame: x right, y up, z back (MuJoCo's convention).
     back = np.array(appearance.camera) - appearance.target
     back /= compute_euclidean_norm(back)

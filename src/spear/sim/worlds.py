@@ -96,7 +96,7 @@ class CameraOrbit:
             distance_m=math.sqrt(x * x + y * y + z * z),
         )
 
-    def position(self) -> Vec3:
+    def compute_position(self) -> Vec3:
         """The camera's position, m, base frame."""
         azimuth = math.radians(self.azimuth_deg)
         elevation = math.radians(self.elevation_deg)
@@ -211,7 +211,7 @@ def sample_color_near(color: Color, distance: float, rng: np.random.Generator) -
     return float(red), float(green), float(blue)
 
 
-def sample_light_from_above(rng: np.random.Generator) -> Vec3:
+def sample_downward_light_direction(rng: np.random.Generator) -> Vec3:
     """Draw the direction [3] in which light shines, a unit vector.
 
     The light comes from a point that is uniform on the sphere at least 15° above the horizon.
@@ -239,14 +239,14 @@ def _sample_wild_look(appearance: SceneAppearance, rng: np.random.Generator) -> 
     fill_lights = []
     for _ in range(int(rng.integers(0, 3))):
         color = sample_color_near((0.2, 0.2, 0.2), distance=0.1, rng=rng)
-        fill_lights.append((sample_light_from_above(rng), color))
+        fill_lights.append((sample_downward_light_direction(rng), color))
     return dataclasses.replace(
         appearance,
-        camera=camera.position(),
+        camera=camera.compute_position(),
         target=camera.target,
         fovy_deg=float(rng.uniform(30, 65)),
         surfaces={name: (str(rng.choice(textures)), sample_any_color(rng)) for name in SURFACES},
-        light=sample_light_from_above(rng),
+        light=sample_downward_light_direction(rng),
         diffuse=sample_color_near(
             (brightness + warmth, brightness, brightness - warmth), 0.02, rng
         ),
@@ -279,7 +279,7 @@ def _sample_varied_look(appearance: SceneAppearance, rng: np.random.Generator) -
     warmth = rng.uniform(-0.4, 0.4)
     return dataclasses.replace(
         wild,
-        camera=camera.position(),
+        camera=camera.compute_position(),
         target=camera.target,
         fovy_deg=EXTERNAL_CAMERA_FOV_Y_DEG + float(share * rng.uniform(-15, 15)),
         diffuse=_tint(appearance.diffuse, brightness, warmth),
@@ -314,10 +314,10 @@ def _sample_colorful_look(appearance: SceneAppearance, rng: np.random.Generator)
     warmth = rng.uniform(-0.3, 0.3)
     return dataclasses.replace(
         appearance,
-        camera=camera.position(),
+        camera=camera.compute_position(),
         fovy_deg=EXTERNAL_CAMERA_FOV_Y_DEG + float(share * rng.uniform(-8, 8)),
         surfaces=surfaces,
-        light=sample_light_from_above(rng),
+        light=sample_downward_light_direction(rng),
         diffuse=_tint(appearance.diffuse, brightness, warmth),
         ambient=_tint(appearance.ambient, brightness, warmth),
         has_four_walls=True,
@@ -355,7 +355,7 @@ def _sample_lab_look(appearance: SceneAppearance, rng: np.random.Generator) -> S
     )
     return dataclasses.replace(
         wild,
-        camera=camera.position(),
+        camera=camera.compute_position(),
         target=target_m,
         fovy_deg=float(rng.uniform(EXTERNAL_CAMERA_FOV_Y_DEG, 50)),
     )

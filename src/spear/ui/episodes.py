@@ -33,8 +33,8 @@ from spear.policy import Spear1Policy
 from spear.sim.env import MAX_STEPS, TabletopEnv
 from spear.sim.render import (
     compute_camera_pose,
+    compute_instance_box_corners,
     compute_intrinsics,
-    compute_object_boxes,
     get_thread_renderer,
 )
 from spear.types import CONTROL_RATE_HZ, Array, WidthAndHeight
@@ -202,7 +202,7 @@ class SimulatedEpisode:
             pose_of_camera: [4, 4] in the base frame.
         """
         world = self._env.world
-        corners_of_object = compute_object_boxes(world)  # index → [8, 3] in the base frame
+        corners_of_object = compute_instance_box_corners(world)  # index → [8, 3] in the base frame
         camera_rotation = pose_of_camera[:3, :3]
         camera_position = pose_of_camera[:3, 3]
         objects = []

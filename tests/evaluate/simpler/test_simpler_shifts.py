@@ -43,7 +43,7 @@ from spear.evaluate.simpler.tasks import TASKS, Moment
 from spear.evaluate.simpler.world import SimplerProcess
 from spear.geometry import quat_rotate
 from spear.sim.shifts import CAMERA_LEVELS, LEVELS, POLITE_PREFIXES, CameraLevel, Shift
-from spear.sim.worlds import CameraOrbit, sample_light_from_above
+from spear.sim.worlds import CameraOrbit, sample_downward_light_direction
 from spear.types import Array
 
 CARROT_TASK = "PutCarrotOnPlateInScene-v1"
@@ -163,7 +163,7 @@ def test_a_light_is_turned_to_its_direction() -> None:
     x_axis = torch.tensor([1.0, 0, 0], dtype=torch.float64)
 
     for seed in range(10):
-        direction = sample_light_from_above(make_generator(seed))
+        direction = sample_downward_light_direction(make_generator(seed))
 
         shining = quat_rotate(torch.from_numpy(rotate_x_axis_to(direction)), x_axis)
         np.testing.assert_allclose(shining.numpy(), direction, atol=1e-9)

@@ -10,8 +10,14 @@ from scipy import ndimage
 from labels_scenes import render_blocks
 from refusals import refuses
 from spear.labels.fit.image import unproject
-from spear.labels.fit.masks import clean_points, decode_mask, encode_mask, erode, snap_outline
-from spear.labels.fit.points import Plane, estimate_relative_noise, find_inliers, fit_support_plane
+from spear.labels.fit.masks import (
+    decode_mask,
+    denoise_points_at_pixels,
+    encode_mask,
+    erode_keeping_image_edge,
+    snap_outline,
+)
+from spear.labels.fit.points import Plane, estimate_relative_noise, fit_support_plane, mark_inliers
 from spear.types import Array, Frame
 
 BLOCKS = [  # center (m), size (m), yaw (rad)
@@ -54,7 +60,7 @@ def add_noise(points: Array, noise: float) -> Array:
 def clean(mask: Array, points: Array, erosion_px: int, noise: float) -> Array:
     """The points [h, w, 3] with those of the mask cleaned."""
     cleaned = points.astype(np.float64)
-    cleaned[mask] = clean_points(mask, points, np.argwhere(mask), erosion_px, noise)
+    cleaned[mask] = denoise_points_at_pixels(mask, points, np.argwhere(mask), erosion_px, noise)
     return cleaned
 
 
@@ -131,7 +137,7 @@ def test_points_far_from_all_others_are_outliers() -> None:
     offsets = np.array([[0.3, 0, 0], [0, 0.3, 0], [0, 0, 0.3], [0, 0, -0.3]])
     distant_points = points[:4] + offsets
 
-    is_inlier = find_inliers(np.concatenate([points, distant_points]))
+    is_inlier = mark_inliers(np.concatenate([points, distant_points]))
 
     assert is_inlier.tolist() == [True] * 400 + [False] * 4
 
@@ -141,14 +147,14 @@ def test_among_few_points_none_is_an_outlier() -> None:
     distant_points = points[:4] + np.array([0.3, 0, 0])
 
     # 16 points are twice the number of neighbors that a point is compared with: too few to judge.
-    assert find_inliers(np.concatenate([points, distant_points])).all()
+    assert mark_inliers(np.concatenate([points, distant_points])).all()
 
 
 def test_flying_pixels_get_the_depth_of_the_object_and_the_inside_keeps_its_own(
     frame: Frame, points: Array
 ) -> None:
     mask = frame.instances == 2
-    border = mask & ~erode(mask, 1)
+    border = mask & ~erode_keeping_image_edge(mask, 1)
     mask_rows = np.flatnonzero(mask.any(axis=1))
     is_top_row = np.arange(len(mask)) < mask_rows[0] + 3  # [h] above or in the mask's first 3 rows
     top_border = border & is_top_row[:, None]
@@ -162,7 +168,7 @@ def test_flying_pixels_get_the_depth_of_the_object_and_the_inside_keeps_its_own(
     assert top_border.sum() > 10
     assert error_m[top_border].max() < 0.01
     assert np.median(error_m[border]) < 1e-6
-    assert (error_m[erode(mask, 1)] < 1e-6).all()
+    assert (error_m[erode_keeping_image_edge(mask, 1)] < 1e-6).all()
 
 
 def test_exact_points_are_not_moved(frame: Frame, points: Array) -> None:
@@ -180,7 +186,7 @@ def test_smoothing_takes_noise_and_moves_no_border(frame: Frame, points: Array) 
     noisy_error = np.linalg.norm(noisy - points, axis=-1)[mask]
     smooth_error = np.linalg.norm(smooth - points, axis=-1)[mask]
     assert smooth_error.mean() < 0.65 * noisy_error.mean()
-    border = mask & ~erode(mask, 1)
+    border = mask & ~erode_keeping_image_edge(mask, 1)
     shift_m = np.linalg.norm(smooth, axis=-1) - np.linalg.norm(points, axis=-1)  # along the rays
     assert abs(shift_m[border].mean()) < 0.0007  # the noise is about 2.4 mm at 0.8 m
 

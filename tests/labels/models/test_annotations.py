@@ -27,7 +27,7 @@ from spear.labels.models.annotations import (
     FileDetector,
     FileSegmenter,
     decompress_lz_string,
-    open_annotations,
+    load_annotations,
 )  # fmt: skip
 from spear.labels.models.protocols import Detection
 from spear.labels.options import LabelOptions
@@ -416,7 +416,7 @@ def write_and_open(folder: Path, data: Any) -> Annotations:
     """Open annotations from a file with these data, or with this text."""
     path = folder / "annotations.json"
     path.write_text(data if isinstance(data, str) else json.dumps(data))
-    return open_annotations(path)
+    return load_annotations(path)
 
 
 COCO_FRAMES = [  # kitchen, hall and the image without objects

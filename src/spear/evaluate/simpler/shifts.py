@@ -47,7 +47,7 @@ from spear.sim.worlds import (
     CameraOrbit,
     sample_any_color,
     sample_color_near,
-    sample_light_from_above,
+    sample_downward_light_direction,
 )
 from spear.types import Array
 
@@ -183,7 +183,7 @@ def sample_camera(
     target = camera.compute_target(table_z_m)
     x, y, z = target.tolist()
     orbit = CameraOrbit.around((x, y, z), tuple(camera.position.tolist()))
-    position = np.array(sample_orbit_near(orbit, level, rng).position())
+    position = np.array(sample_orbit_near(orbit, level, rng).compute_position())
     fovy_deg = camera.fovy_deg + rng.uniform(-level.fovy_deg, level.fovy_deg)
     turn = _look_at(position, target) @ _look_at(camera.position, target).T
     return replace(
@@ -278,7 +278,7 @@ def shift_scene(env: Any, task: str, photograph: Array, scene_shift: SceneShift)
         photograph = view_from(photograph, camera, moved_camera, table_z_m)
     elif shift.axis == "light":
         factor, tint = sample_brightness_and_tint(LIGHT_LEVELS[shift.level], rng)
-        _change_light(env, factor * tint, sample_light_from_above(rng))
+        _change_light(env, factor * tint, sample_downward_light_direction(rng))
         photograph = relight(photograph, factor * tint)
     elif shift.axis == "background":
         photograph = sample_background(photograph, camera, table_z_m, shift.level, rng)

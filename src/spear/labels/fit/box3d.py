@@ -126,23 +126,23 @@ def make_box_from_vertices(vertices: Array) -> Box3D:
     return fit_nearest_box(order_vertices(vertices))
 
 
-def fit_nearest_box(vertices: Array) -> Box3D:
+def fit_nearest_box(ordered_vertices: Array) -> Box3D:
     """Fit a box to eight points, which need not be the exact vertices of a box.
 
     The box's axes are the rotation nearest to the directions of the mean edges. Its size is the
     length of the mean edges along these axes (our choice).
 
     Args:
-        vertices: [8, 3] camera frame, in the order that this module defines.
+        ordered_vertices: [8, 3] camera frame, in the order that this module defines.
     """
     # Column i is the mean of the four edges along axis i: the sum of the four vertices on one side
     # minus that of the four on the other, divided by 4.
-    edges = vertices.T @ VERTEX_SIGNS / 4  # [3, 3]
+    edges = ordered_vertices.T @ VERTEX_SIGNS / 4  # [3, 3]
     lengths = np.maximum(np.linalg.norm(edges, axis=0), 1e-12)
     u, _, v_transposed = np.linalg.svd(edges / lengths)
     axes = u @ v_transposed  # the orthogonal matrix nearest to the unit edges
     lengths_along_axes = (edges * axes).sum(0)
-    return make_box(vertices.mean(0), np.maximum(lengths_along_axes, 1e-6), axes)
+    return make_box(ordered_vertices.mean(0), np.maximum(lengths_along_axes, 1e-6), axes)
 
 
 def order_vertices(vertices: Array) -> Array:
@@ -223,12 +223,12 @@ class VisibleFaces:
     misfit: float
 
 
-def fit_faces(points: Array, axes: Array, turn_axis: Array | None = None) -> VisibleFaces:
+def fit_faces(points: Array, start_axes: Array, turn_axis: Array | None = None) -> VisibleFaces:
     """Fit the visible faces of an object to its points, by Gauss-Newton with robust weights.
 
     Args:
         points: [n, 3] camera frame.
-        axes: [3, 3] first guess of the axes, as columns.
+        start_axes: [3, 3] first guess of the axes, as columns.
         turn_axis: [3] the only direction about which the axes may turn; None lets them turn freely.
     """
     middle = points.mean(axis=0)
@@ -238,6 +238,7 @@ def fit_faces(points: Array, axes: Array, turn_axis: Array | None = None) -> Vis
 
     # Which faces the camera sees, and a first guess of their positions. Along an axis, the camera
     # sees a face if it is beyond the extent of the points.
+    axes = start_axes
     along = centered @ axes  # [n, 3]
     low, high = np.quantile(along, (0.02, 0.98), axis=0)  # [3] the extent without outliers
     camera = -middle @ axes  # [3] along each axis, from `middle` to the camera at the origin
@@ -258,8 +259,7 @@ def fit_faces(points: Array, axes: Array, turn_axis: Array | None = None) -> Vis
         if step == MAX_NUM_STEPS or float(turn @ turn) < MIN_TURN_RAD**2:
             break
 
-        # Cauchy weights, whose scale is twice the median error. `np.partition` finds the median
-        # faster than `np.median` with its checks.
+        # Cauchy weights, whose scale is twice the median error. `np.median` would be slower.
         median_error = float(np.partition(np.abs(error), median_index)[median_index])
         scale = 2.0 * median_error + 1e-6  # never 0
         weight = 1.0 / (1.0 + (error / scale) ** 2)
@@ -336,8 +336,8 @@ def fit_box(
     """
     points = np.asarray(points, np.float64)
     distance = float(np.linalg.norm(points.mean(axis=0)))
-    # The length by which noise moves a point. `masks.clean_points` has smoothed the points, which
-    # removes at least half of the noise.
+    # The length by which noise moves a point. `masks.denoise_points_at_pixels` has smoothed the
+    # points, which removes at least half of the noise.
     blur = 0.5 * noise * distance
 
     # First try an upright box. Return it if its faces certainly fit the points.
@@ -353,7 +353,7 @@ def fit_box(
             # Fit once more from the better axes, along which other faces may be visible.
             upright = min(upright, fit_faces(points, upright.axes, up), key=_get_misfit)
         if is_upright_box(upright):
-            return _make_enclosing_box(
+            return _fit_box_along_axes(
                 points, upright.axes, margin, noise, support=support, faces=upright
             )
 
@@ -366,12 +366,12 @@ def fit_box(
     if up is not None:
         is_upright_almost_as_good = free.misfit > MAX_TILTED_MISFIT_FRACTION * upright.misfit
         if is_upright_almost_as_good or not is_free_box:
-            return _make_enclosing_box(points, level_axes, margin, noise, support=support)
+            return _fit_box_along_axes(points, level_axes, margin, noise, support=support)
     if is_free_box:
-        return _make_enclosing_box(points, free.axes, margin, noise, faces=free)
+        return _fit_box_along_axes(points, free.axes, margin, noise, faces=free)
 
     # The object is not box-shaped, and no support is known.
-    return _make_enclosing_box(points, start_axes, margin, noise)
+    return _fit_box_along_axes(points, start_axes, margin, noise)
 
 
 def _get_misfit(faces: VisibleFaces) -> float:
@@ -391,7 +391,7 @@ def _is_box(
     return faces.misfit < max_misfit * middle_side + blur
 
 
-def _make_enclosing_box(
+def _fit_box_along_axes(
     points: Array,
     axes: Array,
     margin: float,
@@ -399,7 +399,9 @@ def _make_enclosing_box(
     support: float | None = None,
     faces: VisibleFaces | None = None,
 ) -> Box3D:
-    """The tight box around points [n, 3] with given axes.
+    """Fit a box with given axes to points [n, 3] of an object whose back is hidden.
+
+    Its ends are near the outermost points, and are corrected for margin, noise, support and faces.
 
     Args:
         points: [n, 3] points of the object, camera frame.
@@ -434,7 +436,9 @@ def _make_enclosing_box(
     # Without faces, an object on a support may be round. Its top gets no margin.
     if support is not None and faces is None:
         middle = points.mean(axis=0)
-        beyond_low, beyond_high = _measure_round_back(along, axes, middle, low, high)
+        beyond_low, beyond_high = _estimate_hidden_back_of_round_object(
+            along, axes, middle, low, high
+        )
         low[:2] -= margin + beyond_low
         high[:2] += margin + beyond_high
 
@@ -444,10 +448,10 @@ def _make_enclosing_box(
     return make_box(axes @ ((low + high) / 2), size, axes)
 
 
-def _measure_round_back(
+def _estimate_hidden_back_of_round_object(
     along: Array, axes: Array, middle: Array, low: Array, high: Array
 ) -> tuple[Array, Array]:
-    """Measure how far the hidden back of a round object reaches beyond its visible points.
+    """Estimate how far the hidden back of a round object reaches beyond its visible points.
 
     The visible points of a box-shaped object fill its faces and end at its far edges. The surface
     of a round object, in contrast, curves away from the faces of the box around it, and the
@@ -512,7 +516,7 @@ def _fit_upright_axes(points: Array, up: Array) -> Array:
     angle = 0.0
     for offsets in (_COARSE_ANGLES_RAD, _FINE_ANGLES_RAD):
         angles = angle + offsets
-        areas = _compute_footprints(flat, angles)
+        areas = _compute_footprint_areas(flat, angles)
         # The angle between box and camera, 0 to 45°: boxes repeat every quarter turn.
         misalignment = np.abs((angles + np.pi / 4) % (np.pi / 2) - np.pi / 4)
         weighted_areas = areas * (1 + ALIGNMENT_PER_RAD * misalignment)
@@ -523,23 +527,24 @@ def _fit_upright_axes(points: Array, up: Array) -> Array:
     return np.stack([cos * x + sin * z, cos * z - sin * x, up], axis=1)
 
 
-def _compute_footprints(flat: Array, angles: Array) -> Array:
+def _compute_footprint_areas(flat_2xn: Array, yaws_rad: Array) -> Array:
     """The areas of rectangles around points in a plane, for several yaws of the rectangle.
 
     Args:
-        flat: [..., 2, n] the points.
-        angles: [a] the yaws, rad.
+        flat_2xn: [..., 2, n] the points.
+        yaws_rad: [a] the yaws.
 
     Returns:
         The areas [..., a].
     """
-    cos = np.cos(angles)
-    sin = np.sin(angles)
+    cos = np.cos(yaws_rad)
+    sin = np.sin(yaws_rad)
     first_axes = np.stack([cos, sin], axis=1)  # [a, 2]
     second_axes = np.stack([-sin, cos], axis=1)  # [a, 2]
     directions = np.concatenate([first_axes, second_axes])  # [2a, 2]
-    sides = np.ptp(directions @ flat, axis=-1)  # [..., 2a]
-    return sides[..., : len(angles)] * sides[..., len(angles) :]
+    sides = np.ptp(directions @ flat_2xn, axis=-1)  # [..., 2a]
+    num_yaws = len(yaws_rad)
+    return sides[..., :num_yaws] * sides[..., num_yaws:]
 
 
 def _fit_smallest_volume_axes(points: Array) -> Array:
@@ -569,7 +574,7 @@ def _fit_smallest_volume_axes(points: Array) -> Array:
     # For each normal, the smallest box is the smallest footprint times the height.
     flat = np.stack([corners @ sideways.T, corners @ other_sideways.T])  # [2, k, m]
     every_6_degrees = _COARSE_ANGLES_RAD[::2]  # [a]
-    areas = _compute_footprints(np.moveaxis(flat, 2, 0), every_6_degrees)  # [m, a]
+    areas = _compute_footprint_areas(np.moveaxis(flat, 2, 0), every_6_degrees)  # [m, a]
     heights = np.ptp(corners @ normals.T, axis=0)  # [m]
     volumes = areas.min(axis=1) * heights
     return _fit_upright_axes(corners, normals[np.argmin(volumes)])
@@ -599,7 +604,10 @@ def compute_iou_3d(a: Box3D, b: Box3D) -> float:
     # The intersection is convex. Its corners are the corners of each box that are inside the other
     # box, and the points where an edge of one box crosses a face of the other.
     corners = np.concatenate(
-        [_compute_corners_and_edge_crossings(a, b), _compute_corners_and_edge_crossings(b, a)]
+        [
+            _compute_corners_and_crossings_of_a_in_b(a, b),
+            _compute_corners_and_crossings_of_a_in_b(b, a),
+        ]
     )
     intersection = 0.0
     if len(corners) >= 4:
@@ -610,7 +618,7 @@ def compute_iou_3d(a: Box3D, b: Box3D) -> float:
     return intersection / (volume_a + volume_b - intersection)
 
 
-def _compute_corners_and_edge_crossings(a: Box3D, b: Box3D) -> Array:
+def _compute_corners_and_crossings_of_a_in_b(a: Box3D, b: Box3D) -> Array:
     """The corners of box `a` inside box `b`, and where `a`'s edges cross `b`'s faces: [n, 3]."""
     axes = b.rotation.astype(np.float64)
     half_size = b.size.astype(np.float64) / 2

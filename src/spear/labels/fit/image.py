@@ -19,7 +19,7 @@ MIN_LIT_FRACTION = 0.05
 
 
 @lru_cache(maxsize=8)
-def _compute_rays(height: int, width: int, intrinsics: bytes) -> Array:
+def _compute_rays_with_z_1(height: int, width: int, intrinsics: bytes) -> Array:
     """The ray [h, w, 3] float32 of each pixel, at depth 1."""
     # The intrinsics come as bytes because the cache needs a hashable argument.
     matrix = np.frombuffer(intrinsics, np.float64).reshape(3, 3)
@@ -41,7 +41,7 @@ def unproject(depth: Array, intrinsics: Array) -> Array:
     """
     height, width = depth.shape
     matrix_bytes = np.asarray(intrinsics, np.float64).tobytes()  # bytes can be keys of a cache
-    rays = _compute_rays(height, width, matrix_bytes)
+    rays = _compute_rays_with_z_1(height, width, matrix_bytes)
     return rays * np.asarray(depth, np.float32)[..., None]
 
 
@@ -59,21 +59,21 @@ def project(points: Array, intrinsics: Array) -> Array:
     return homogeneous[..., :2] / homogeneous[..., 2:]
 
 
-def have_same_aspect(size: tuple[int, ...], other_size: tuple[int, ...]) -> bool:
+def have_same_aspect(resized_shape: tuple[int, ...], original_shape: tuple[int, ...]) -> bool:
     """Whether two images may be the same image at two sizes.
 
     Args:
-        size: (height, width) of an image that may have been resized.
-        other_size: (height, width) of the original. Resizing rounds sides to whole pixels, so the
-            aspects may differ by as much as one pixel more or less in a side of `size` changes the
-            aspect.
+        resized_shape: (height, width) of an image that may have been resized.
+        original_shape: (height, width) of the original. Resizing rounds sides to whole pixels, so
+            the aspects may differ by as much as one pixel more or less in a side of the resized
+            image changes the aspect.
     """
-    height, width = size
-    other_height, other_width = other_size
-    # The aspects are equal if `height * other_width` equals `width * other_height`. One pixel more
-    # in `height` adds `other_width` to the first product, and one more in `width` adds
-    # `other_height` to the second.
-    return abs(height * other_width - width * other_height) <= max(other_size)
+    height, width = resized_shape
+    original_height, original_width = original_shape
+    # The aspects are equal if `height * original_width` equals `width * original_height`. One pixel
+    # more in `height` adds `original_width` to the first product, and one more in `width` adds
+    # `original_height` to the second.
+    return abs(height * original_width - width * original_height) <= max(original_shape)
 
 
 def resize_nearest(image: Array, height: int, width: int) -> Array:
@@ -132,7 +132,7 @@ def compute_tight_box(mask: Array) -> Array:
     return np.array([columns[0], rows[0], columns[-1] + 1, rows[-1] + 1], np.float32)
 
 
-def find_lit_rows_and_columns(image: Array) -> Array:
+def find_first_and_last_lit_row_and_column(image: Array) -> Array:
     """Find the rows and columns of an image between the black bars of films and padded pictures.
 
     A row or column is lit when more than `MIN_LIT_FRACTION` of its pixels are brighter than
@@ -159,16 +159,16 @@ def clip_boxes(boxes: Array, height: int, width: int) -> Array:
     return np.clip(boxes, 0, [width, height, width, height]).astype(np.float32)
 
 
-def suppress_overlaps(boxes: Array, scores: Array, max_overlap: float) -> Array:
+def select_indices_by_nms(boxes: Array, scores: Array, max_iou: float) -> Array:
     """Non-maximum suppression of 2D boxes.
 
-    A box is dropped when a remaining box with a better score overlaps it by more than
-    `max_overlap`. Of two boxes with equal scores the earlier one counts as the better one.
+    A box is dropped when its IoU with a remaining box of a better score is more than `max_iou`. Of
+    two boxes with equal scores the earlier one counts as the better one.
 
     Args:
         boxes: [n, 4] 2D boxes.
         scores: [n] their scores.
-        max_overlap: The largest IoU of two remaining boxes.
+        max_iou: The largest IoU of two remaining boxes.
 
     Returns:
         The indices [k] of the remaining boxes, best score first.
@@ -177,6 +177,6 @@ def suppress_overlaps(boxes: Array, scores: Array, max_overlap: float) -> Array:
     best_first = np.argsort(-np.asarray(scores), kind="stable").tolist()
     for i in best_first:
         overlaps = compute_elementwise_iou_2d(boxes[chosen_indices], boxes[i])
-        if (overlaps <= max_overlap).all():
+        if (overlaps <= max_iou).all():
             chosen_indices.append(i)
     return np.array(chosen_indices, np.intp)

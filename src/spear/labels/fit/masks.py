@@ -3,8 +3,8 @@
 The outline of an estimated mask is off by a pixel or two. Estimated depth does not jump at the
 outline, but changes gradually from the object to what is behind it. The 3D points in between belong
 to neither surface; they are called "flying pixels". `snap_outline` decides by the 3D points which
-pixels near the outline belong to the object. `clean_points` gives flying pixels on the outline the
-depth to which pixels further inside the object lead. All of this is our choice.
+pixels near the outline belong to the object. `denoise_points_at_pixels` gives flying pixels on the
+outline the depth to which pixels further inside the object lead. All of this is our choice.
 
 The functions compute with inverse depth, because inverse depth on a plane is a linear function of
 the pixel's row and column. Continuing it from some pixels to others is therefore exact on a plane.
@@ -39,7 +39,8 @@ MIN_SMOOTHED_NOISE = 5e-4
 """Depth is smoothed when its noise, as a fraction of the depth (`points.estimate_relative_noise`),
 is at least this."""
 MIN_PART_FRACTION = 0.2
-"""`keep_main_part` drops parts with a smaller fraction of the largest part's pixels."""
+"""`drop_small_and_distant_parts` drops parts with a smaller fraction of the largest part's pixels.
+"""
 MIN_OFF_SUPPORT_FRACTION = 0.3
 """`drop_support_pixels` leaves a mask as it is if less than this fraction of it would remain."""
 MIN_LEVEL_POINTS = 8  # with fewer points beside an object, their height says nothing
@@ -149,7 +150,7 @@ def decode_run_lengths(text: str) -> list[int]:
     return runs
 
 
-def erode(mask: Array, num_pixels: int) -> Array:
+def erode_keeping_image_edge(mask: Array, num_pixels: int) -> Array:
     """Remove `num_pixels` layers of outermost pixels from a mask [h, w].
 
     A pixel is outermost when one of its four neighbors is not in the mask. The image's edge counts
@@ -165,19 +166,22 @@ def erode(mask: Array, num_pixels: int) -> Array:
     return mask
 
 
-def keep_main_part(mask: Array, points: Array, is_known: Array, limit: float) -> Array:
-    """Remove the parts of a mask that lie far behind the object, where the mask leaks over an edge.
+def drop_small_and_distant_parts(
+    mask: Array, points: Array, is_known: Array, max_depth_step: float
+) -> Array:
+    """Remove the parts of a mask apart from its main part, where the mask leaks over an edge.
 
     Neighboring pixels belong to one part when their depths differ by less than the fraction
-    `limit`. The largest part stays. A smaller part stays if it has at least `MIN_PART_FRACTION` of
-    the largest part's pixels and the same distance from the camera, since then something in front
-    of the object probably divides it.
+    `max_depth_step`. The largest part stays. A smaller part stays if it has at least
+    `MIN_PART_FRACTION` of the largest part's pixels and the same distance from the camera, since
+    then something in front of the object probably divides it.
 
     Args:
         mask: [h, w] bool.
         points: [h, w, 3] camera frame.
         is_known: [h, w] bool, where the points are known.
-        limit: Largest relative difference in depth between neighboring pixels of one part.
+        max_depth_step: Largest difference in depth between neighboring pixels of one part, as a
+            fraction of the depth.
 
     Returns:
         The remaining mask [h, w]. Pixels without a known point are removed, unless the mask has no
@@ -199,7 +203,7 @@ def keep_main_part(mask: Array, points: Array, is_known: Array, limit: float) ->
     links = []
     for a, b in ((right, left), (lower, upper)):
         is_linked = is_usable[a] & is_usable[b]
-        is_linked &= np.abs(depth[a] - depth[b]) < limit * np.minimum(depth[a], depth[b])
+        is_linked &= np.abs(depth[a] - depth[b]) < max_depth_step * np.minimum(depth[a], depth[b])
         links.append(np.stack([node[a][is_linked], node[b][is_linked]]))
     starts, ends = np.concatenate(links, axis=1)
     graph = coo_array((np.ones(len(starts), bool), (starts, ends)), shape=(num_pixels, num_pixels))
@@ -210,8 +214,8 @@ def keep_main_part(mask: Array, points: Array, is_known: Array, limit: float) ->
     main_part = int(sizes.argmax())
     node_depth = depth[is_usable]  # [n]
     main_depth = node_depth[part_of_node == main_part]
-    nearest_depth = main_depth.min() * (1 - limit)
-    furthest_depth = main_depth.max() * (1 + limit)
+    nearest_depth = main_depth.min() * (1 - max_depth_step)
+    furthest_depth = main_depth.max() * (1 + max_depth_step)
     median_depth = ndimage.median(node_depth, part_of_node, np.arange(len(sizes)))  # [parts]
     is_large = sizes >= MIN_PART_FRACTION * sizes[main_part]
     is_at_main_depth = (median_depth > nearest_depth) & (median_depth < furthest_depth)
@@ -301,7 +305,7 @@ def snap_outline(
     Returns:
         The new mask [h, w].
     """
-    core = erode(mask, band_px) & is_known
+    core = erode_keeping_image_edge(mask, band_px) & is_known
     if not core.any():
         return mask
     surroundings = ndimage.binary_dilation(mask, iterations=band_px)
@@ -313,9 +317,9 @@ def snap_outline(
     band_pixels = np.argwhere(band)
     reach_px = 2 * band_px + 1
     object_inverse = np.full(band.shape, np.nan)
-    object_inverse[band] = _continue_values(inverse, core, band_pixels, reach_px, noise)
+    object_inverse[band] = _extrapolate_values(inverse, core, band_pixels, reach_px, noise)
     background_inverse = np.full(band.shape, np.nan)
-    background_inverse[band] = _continue_values(inverse, outside, band_pixels, reach_px, noise)
+    background_inverse[band] = _extrapolate_values(inverse, outside, band_pixels, reach_px, noise)
     with np.errstate(invalid="ignore"):  # NaN, where a value is unknown, fails each comparison
         gap = np.abs(object_inverse - background_inverse)
         is_separate = band & (gap > SEPARATION_FRACTION * inverse)
@@ -344,8 +348,10 @@ def snap_outline(
     return result
 
 
-def clean_points(mask: Array, points: Array, pixels: Array, erosion_px: int, noise: float) -> Array:
-    """Clean the points of some pixels of a mask.
+def denoise_points_at_pixels(
+    mask: Array, points: Array, pixels: Array, erosion_px: int, noise: float
+) -> Array:
+    """Denoise the points of some pixels of a mask.
 
     Noisy depth is smoothed. The outermost pixels that fly (see the module's docstring) get the
     depth to which the pixels further inside lead. Removing these pixels instead would make the
@@ -354,7 +360,7 @@ def clean_points(mask: Array, points: Array, pixels: Array, erosion_px: int, noi
     Args:
         mask: [h, w] bool.
         points: [h, w, 3] of the image, camera frame.
-        pixels: [n, 2] row and column of the pixels to clean, all in the mask.
+        pixels: [n, 2] row and column of these pixels, all in the mask.
         erosion_px: How many layers of outermost pixels may fly; 0 if none does.
         noise: Standard deviation of the depth, as a fraction of the depth.
 
@@ -365,21 +371,21 @@ def clean_points(mask: Array, points: Array, pixels: Array, erosion_px: int, noi
     raw_points = points[at_pixels]  # [n, 3]
     if erosion_px == 0 and noise < MIN_SMOOTHED_NOISE:
         return raw_points
-    inner = erode(mask, erosion_px)
+    inner = erode_keeping_image_edge(mask, erosion_px)
     if not inner.any():
         inner = mask
     is_inner = inner[at_pixels]
     inverse = _invert_depth(points, mask)  # [h, w]
 
     # Inner pixels are smoothed without the outline, whose flying pixels would distort them.
-    smooth_inner = _smooth_values(inverse, inner, pixels, noise)
-    smooth_all = _smooth_values(inverse, mask, pixels, noise)
+    smooth_inner = _smooth_values_at(inverse, inner, pixels, noise)
+    smooth_all = _smooth_values_at(inverse, mask, pixels, noise)
     values = np.where(is_inner, smooth_inner, smooth_all)  # [n] inverse depths
 
     # Pixels of the outline that differ from the value to which the inside leads take that value.
     expected = np.full(len(pixels), np.nan)
     reach_px = 1.5 * erosion_px  # the layers are √2 · erosion_px wide along a diagonal
-    expected[~is_inner] = _continue_values(inverse, inner, pixels[~is_inner], reach_px, noise)
+    expected[~is_inner] = _extrapolate_values(inverse, inner, pixels[~is_inner], reach_px, noise)
     with np.errstate(invalid="ignore"):
         is_flying = np.abs(values - expected) > FLYING_FRACTION * expected
     values = np.where(is_flying, expected, values)
@@ -411,7 +417,7 @@ def _estimate_level(points_beside: Array, plane: Plane) -> float:
     return float(np.median(heights)) if len(heights) >= MIN_LEVEL_POINTS else plane.height
 
 
-def _smooth_values(values: Array, valid: Array, pixels: Array, noise: float) -> Array:
+def _smooth_values_at(values: Array, valid: Array, pixels: Array, noise: float) -> Array:
     """The `values` of some pixels, smoothed if they are noisy.
 
     The eight neighbors of a pixel are four pairs of pixels opposite each other. The smoothed value
@@ -454,10 +460,10 @@ def _smooth_values(values: Array, valid: Array, pixels: Array, noise: float) -> 
     return np.asarray((low + high) / 2)
 
 
-def _continue_values(
+def _extrapolate_values(
     values: Array, source: Array, targets: Array, reach_px: float, noise: float
 ) -> Array:
-    """Continue `values` linearly from the pixels `source` to the pixels `targets`.
+    """Extrapolate `values` linearly from the pixels `source` to the pixels `targets`.
 
     A target's value is extrapolated from two pixels: the source pixel that is nearest to the
     target, and the target's mirror image about that pixel. If the mirror image is not in the
@@ -469,7 +475,7 @@ def _continue_values(
         targets: [n, 2] row and column of the pixels that get values.
         reach_px: How far from the source a target may be.
         noise: Standard deviation of the depth, as a fraction of the depth. It decides whether the
-            values of the two pixels are smoothed (`_smooth_values`).
+            values of the two pixels are smoothed (`_smooth_values_at`).
 
     Returns:
         The values [n] of the targets; NaN out of reach.
@@ -487,8 +493,8 @@ def _continue_values(
 
     # The nearest source pixel is halfway between the mirror pixel and the target. So the value is
     # taken to change by the same amount in both halves.
-    base = _smooth_values(values, source, nearest_source, noise)
-    change = base - _smooth_values(values, source, mirror_pixel, noise)
+    base = _smooth_values_at(values, source, nearest_source, noise)
+    change = base - _smooth_values_at(values, source, mirror_pixel, noise)
     is_mirror_in_source = source[mirror_pixel[:, 0], mirror_pixel[:, 1]]
     step = np.where(is_mirror_in_source, change, 0.0)
     max_step = TOUCHING_FRACTION * base

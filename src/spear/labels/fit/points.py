@@ -65,7 +65,7 @@ def subsample(points: Array, max_points: int) -> Array:
     return points[(positions * num_points).astype(np.intp)]
 
 
-def find_inliers(points: Array) -> Array:
+def mark_inliers(points: Array) -> Array:
     """Statistical outlier removal: which points are no further from their neighbors than usual.
 
     Each point has a mean distance to its `NUM_NEIGHBORS` nearest points. A point is an inlier when

@@ -207,7 +207,7 @@ class FileDetector:
     def __init__(self, annotations: Annotations, second_detector: Detector | None = None) -> None:
         self.annotations = annotations
         self.second_detector = second_detector
-        self.name = _join_names(annotations, second_detector)
+        self.name = _name_combined_model(annotations, second_detector)
         # Only a detector that costs money has the method `describe_costs`.
         self._describe_costs: Callable[[], str] | None = getattr(
             second_detector, "describe_costs", None
@@ -276,7 +276,7 @@ class FileSegmenter:
     def __init__(self, annotations: Annotations, second_segmenter: Segmenter | None = None) -> None:
         self.annotations = annotations
         self.second_segmenter = second_segmenter
-        self.name = _join_names(annotations, second_segmenter)
+        self.name = _name_combined_model(annotations, second_segmenter)
 
     def segment(
         self, frames: Sequence[Frame], detections: Sequence[Sequence[Detection]]
@@ -380,14 +380,16 @@ def _match_by_name_then_overlap(
     return matches
 
 
-def _join_names(annotations: Annotations, second_model: Detector | Segmenter | None) -> str:
+def _name_combined_model(
+    annotations: Annotations, second_model: Detector | Segmenter | None
+) -> str:
     if second_model is None:
         return annotations.name
     return f"{annotations.name}, otherwise {second_model.name}"
 
 
-def open_annotations(path: str | Path) -> Annotations:
-    """Open a file of COCO annotations or of Ego-Exo4D's relations.
+def load_annotations(path: str | Path) -> Annotations:
+    """Load a file of COCO annotations or of Ego-Exo4D's relations.
 
     A COCO file has the key "images"; other files are read as relations.
 
@@ -750,12 +752,14 @@ class _RelationsIndex:
         return cameras[camera].get(int(number.group()))
 
 
-def _add_view(frames: dict[int, list[Annotation]], name: str, view: Mapping[str, Any]) -> None:
+def _add_view(
+    frames: dict[int, list[Annotation]], object_name: str, view: Mapping[str, Any]
+) -> None:
     """Add the masks of one object in one camera's video to the annotations of the video's frames.
 
     Args:
         frames: Number of the frame → annotations; the masks are added to them.
-        name: The object's name.
+        object_name: The object's name.
         view: The object's masks in the video, by number of the frame, and the numbers of all
             annotated frames.
     """
@@ -764,7 +768,7 @@ def _add_view(frames: dict[int, list[Annotation]], name: str, view: Mapping[str,
     for number, entry in view["annotation"].items():
         size = (int(entry["height"]), int(entry["width"]))
         decode_outline = partial(_decode_relations_mask, entry["encodedMask"])
-        annotation = Annotation(name, box2d=None, size=size, decode_outline=decode_outline)
+        annotation = Annotation(object_name, None, size, decode_outline)
         frames.setdefault(int(number), []).append(annotation)
 
 

@@ -220,7 +220,7 @@ class GeminiDetector:
             except self._errors.APIError as error:
                 self._record_request()
                 reason = self._quote(f"{error.code} {error.status or ''}: {error.message or ''}")
-                wait_s = self._choose_wait_s(error, reason, source, wait_s)
+                wait_s = self._handle_error_and_choose_wait_s(error, reason, source, wait_s)
             except self._connection_errors as error:  # no answer, so there is nothing to count
                 reason = self._quote(f"no connection: {summarize_error(error)}")
             except UnusableAnswerError as error:  # counted above, before the answer was parsed
@@ -266,8 +266,10 @@ class GeminiDetector:
         message = message.replace(self._key, "[the key]")
         return summarize_error(message)[:MAX_REASON_LENGTH]
 
-    def _choose_wait_s(self, error: Any, reason: str, source: str, default_wait_s: float) -> float:
-        """Choose how many seconds to wait after an error of the service.
+    def _handle_error_and_choose_wait_s(
+        self, error: Any, reason: str, source: str, default_wait_s: float
+    ) -> float:
+        """React to an error of the service, and choose how many seconds to wait then.
 
         If the service says how long to wait, the requests for other images wait as long.
 

@@ -27,7 +27,7 @@ def _make_missing_error(frame: Frame, missing: str) -> SpearError:
     )
 
 
-def compute_instance_boxes(frame: Frame) -> dict[int, Array]:
+def compute_instance_boxes_2d(frame: Frame) -> dict[int, Array]:
     """Find the tight 2D box of each visible, named instance of a frame.
 
     Returns:
@@ -77,7 +77,7 @@ class GroundTruth:
         """
         masks_of_frames = []
         for frame, frame_detections in zip(frames, detections, strict=True):
-            boxes = compute_instance_boxes(frame)
+            boxes = compute_instance_boxes_2d(frame)
             assert frame.instances is not None
             masks = np.zeros((len(frame_detections), *frame.instances.shape), bool)
             for mask, detection in zip(masks, frame_detections, strict=True):
@@ -98,7 +98,7 @@ class GroundTruth:
 def _detect_instances(frame: Frame) -> list[Detection]:
     """Return a detection for each instance of which enough pixels are visible."""
     detections = []
-    for instance, box in sorted(compute_instance_boxes(frame).items()):
+    for instance, box in sorted(compute_instance_boxes_2d(frame).items()):
         if np.count_nonzero(frame.instances == instance) >= MIN_VISIBLE_PIXELS:
             detections.append(Detection(frame.names[instance], box))
     return detections
@@ -112,7 +112,7 @@ def _match_instance(detection: Detection, frame: Frame, boxes: Mapping[int, Arra
     Args:
         detection: The detection.
         frame: The frame, with the names of its instances.
-        boxes: Instance id → 2D box [4] (`compute_instance_boxes`).
+        boxes: Instance id → 2D box [4] (`compute_instance_boxes_2d`).
     """
     best_instance = None
     best_overlap = MIN_MATCH_IOU

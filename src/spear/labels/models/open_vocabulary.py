@@ -11,13 +11,13 @@ from collections.abc import Sequence
 from dataclasses import replace
 from functools import cached_property
 from itertools import groupby
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
 from spear.errors import SpearError
-from spear.labels.fit.image import clip_boxes, suppress_overlaps
+from spear.labels.fit.image import clip_boxes, select_indices_by_nms
 from spear.labels.models.pretrained import (
     load_model,
     load_pretrained_part,
@@ -25,6 +25,13 @@ from spear.labels.models.pretrained import (
 )
 from spear.labels.models.protocols import Detection
 from spear.types import Array, Frame
+
+
+class _InputsAndOutputs(NamedTuple):
+    """The inputs of a network, which its processor computed, and the network's outputs."""
+
+    inputs: Any
+    outputs: Any
 
 
 class _OpenVocabularyDetector:
@@ -58,7 +65,7 @@ class _OpenVocabularyDetector:
         self._processor = load_pretrained_part(AutoProcessor, self.kind, model)
         self._network = load_model(AutoModelForZeroShotObjectDetection, self.kind, model, device)
         for name in self._names:
-            if not self._fits_in_prompt(self.prompt.format(name) + self.separator):
+            if not self._is_prompt_short_enough(self.prompt.format(name) + self.separator):
                 raise SpearError(
                     f"{name[:40]!r} is too long a name for {self.kind}. Use a few words."
                 )
@@ -68,7 +75,7 @@ class _OpenVocabularyDetector:
         settings = f"threshold {self.threshold:g}, overlap {self.max_overlap:g}"
         self.name = f"{self.kind} {model} ({len(self._names)} names {prompts_hash}, {settings})"
 
-    def _fits_in_prompt(self, prompt: str) -> bool:
+    def _is_prompt_short_enough(self, prompt: str) -> bool:
         """Whether the network can read a prompt of this length."""
         config = self._network.config
         # Grounding DINO has a limit of its own, which is lower than that of its text network.
@@ -80,16 +87,12 @@ class _OpenVocabularyDetector:
 
     def _run_network(
         self, images: Sequence[Array], prompts: Any, **options: Any
-    ) -> tuple[Any, Any]:
-        """Run the network on images with their prompts.
-
-        Returns:
-            The network's inputs, which the processor computes, and its outputs.
-        """
+    ) -> _InputsAndOutputs:
+        """Run the network on images with their prompts."""
         inputs = self._processor(images=images, text=prompts, return_tensors="pt", **options)
         inputs = inputs.to(self._network.device, self._network.dtype)
         with torch.inference_mode(), translate_out_of_memory_errors(len(images)):
-            return inputs, self._network(**inputs)
+            return _InputsAndOutputs(inputs, self._network(**inputs))
 
 
 class GroundingDinoDetector(_OpenVocabularyDetector):
@@ -184,7 +187,7 @@ class GroundingDinoDetector(_OpenVocabularyDetector):
         for name in self._names:
             prompt, names = prompts[-1]
             longer_prompt = f"{prompt} {name}.".strip()
-            if self._fits_in_prompt(longer_prompt):
+            if self._is_prompt_short_enough(longer_prompt):
                 prompts[-1] = (longer_prompt, [*names, name])
             else:
                 prompts.append((f"{name}.", [name]))
@@ -225,7 +228,7 @@ def clean_detections(
     """Clip detections to the image, drop bad ones, and sort the others, best first.
 
     A detection is dropped if it is narrower than a pixel, has no name, or overlaps a better one
-    (`suppress_overlaps`).
+    (`select_indices_by_nms`).
 
     Args:
         detections: The detections of one image.
@@ -238,7 +241,7 @@ def clean_detections(
     boxes = clip_boxes(np.stack([d.box2d for d in detections]), height, width)
     scores = np.array([d.score for d in detections])
     cleaned_detections = []
-    for index in suppress_overlaps(boxes, scores, max_overlap).tolist():
+    for index in select_indices_by_nms(boxes, scores, max_overlap).tolist():
         box = boxes[index]
         if detections[index].name and (box[2:] - box[:2]).min() >= 1:
             cleaned_detections.append(replace(detections[index], box2d=box))

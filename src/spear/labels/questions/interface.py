@@ -170,13 +170,13 @@ def sample_words_for_object(o: LabeledObject, rng: Random) -> str:
 
 
 def make_drafter_about_one_object(
-    choice: ObjectChoice, answer: Callable[[LabeledObject, LabeledImage], Segments | None]
+    choice: ObjectChoice, compute_answer: Callable[[LabeledObject, LabeledImage], Segments | None]
 ) -> Drafter:
     """Make a drafter that asks about one object.
 
     Args:
         choice: Which objects of the scene may be drawn.
-        answer: Computes the answer for an object; None if the object allows no answer.
+        compute_answer: Computes the answer for an object; None if the object allows no answer.
     """
 
     def draft(scene: QuestionScene, rng: Random) -> Draft | None:
@@ -184,7 +184,7 @@ def make_drafter_about_one_object(
         if not objects:
             return None
         o = sample_one(objects, rng)
-        segments = answer(o, scene.label)
+        segments = compute_answer(o, scene.label)
         if segments is None:
             return None
         return Draft({"x": sample_words_for_object(o, rng)}, segments, (o.name,))
@@ -194,14 +194,14 @@ def make_drafter_about_one_object(
 
 def make_drafter_about_two_objects(
     choice: ObjectChoice,
-    answer: Callable[[LabeledObject, LabeledObject, LabeledImage], Segments | None],
+    compute_answer: Callable[[LabeledObject, LabeledObject, LabeledImage], Segments | None],
     num_tries: int = 1,
 ) -> Drafter:
     """Make a drafter that asks about two objects.
 
     Args:
         choice: Which objects of the scene may be drawn.
-        answer: Computes the answer for two objects; None if they allow no answer.
+        compute_answer: Computes the answer for two objects; None if they allow no answer.
         num_tries: How many pairs to draw until one allows an answer.
     """
 
@@ -215,7 +215,7 @@ def make_drafter_about_two_objects(
             second = first + 1 + int(rng.random() * (len(objects) - 1))
             a = objects[first]
             b = objects[second % len(objects)]
-            segments = answer(a, b, scene.label)
+            segments = compute_answer(a, b, scene.label)
             if segments is not None:
                 words = {"x": sample_words_for_object(a, rng), "y": sample_words_for_object(b, rng)}
                 return Draft(words, segments, (a.name, b.name))

@@ -44,8 +44,8 @@ def measure_distance_errors(
     return measures
 
 
-def measure_mean_point_error(
-    question: Question, answer: Segments, label: LabeledImage, distance: float
+def measure_error_of_mean_point(
+    question: Question, answer: Segments, label: LabeledImage, camera_distance: float
 ) -> MeasureValues:
     """Measure how far the mean of the answer's points is from the mean of the true points.
 
@@ -53,12 +53,12 @@ def measure_mean_point_error(
         question: The question with its true answer.
         answer: The answer, which consists of the coordinates of one point or more.
         label: The label of the image.
-        distance: The distance from the camera to which the error is relative.
+        camera_distance: The distance from the camera to which the error is relative.
     """
     difference = extract_numbers(answer) - extract_numbers(question.segments)
     offsets = difference.reshape(-1, 3)  # [points, 3]
     error = float(np.linalg.norm(offsets.mean(0)))
-    measures = {"relative": 100 * error / distance}
+    measures = {"relative": 100 * error / camera_distance}
     if label.unit == "metre":
         measures["error"] = MM_PER_M * error
     return measures

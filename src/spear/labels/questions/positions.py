@@ -6,7 +6,7 @@ from spear.labels.questions.interface import MIN_RELATIVE_GAP
 from spear.types import Array, Box3D, LabeledImage, LabeledObject, Pixel, Segments
 
 
-def get_box(o: LabeledObject) -> Box3D:
+def get_box3d(o: LabeledObject) -> Box3D:
     """Return the object's 3D box. 3D questions are only asked about objects that have one."""
     assert o.box3d is not None
     return o.box3d
@@ -14,7 +14,7 @@ def get_box(o: LabeledObject) -> Box3D:
 
 def compute_distance(o: LabeledObject) -> float:
     """The distance from the camera to the center of the object's box, in the label's unit."""
-    x, y, z = get_box(o).center.tolist()
+    x, y, z = get_box3d(o).center.tolist()
     return sqrt(x * x + y * y + z * z)
 
 

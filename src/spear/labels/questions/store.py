@@ -49,7 +49,7 @@ people to read; `segments` is the exact answer as a JSON list of texts, numbers 
 y]}."""
 
 
-def generate_label_questions(
+def generate_questions_from_seed(
     label: LabeledImage,
     seed: int,
     questions_per_image: tuple[int, int] = (1, 4),
@@ -113,7 +113,7 @@ def write_questions(
         while batch := list(islice(labels, BATCH_SIZE)):
             rows = []
             for label in batch:
-                questions = generate_label_questions(
+                questions = generate_questions_from_seed(
                     label, seed, questions_per_image, question_types
                 )
                 for question in questions:

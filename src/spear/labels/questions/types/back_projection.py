@@ -5,7 +5,7 @@ The answer has 8 pixels: where the vertices of the box appear in the image.
 
 from spear.labels.questions.interface import Measure, QuestionType, make_drafter_about_one_object
 from spear.labels.questions.measures import measure_image_point_errors
-from spear.labels.questions.positions import get_box, project_to_pixels
+from spear.labels.questions.positions import get_box3d, project_to_pixels
 from spear.types import LabeledImage, LabeledObject, Segments
 
 PROMPTS = (
@@ -20,7 +20,7 @@ PROMPTS = (
 
 def _make_true_answer(o: LabeledObject, label: LabeledImage) -> Segments | None:
     """The image locations of the box's vertices; None unless all eight are inside the image."""
-    locations = project_to_pixels(get_box(o).vertices, label)
+    locations = project_to_pixels(get_box3d(o).vertices, label)
     visible_locations = [location for location in locations if location is not None]
     return [*visible_locations] if len(visible_locations) == 8 else None
 

@@ -13,8 +13,8 @@ from spear.labels.questions.interface import (
     QuestionType,
     make_drafter_about_one_object,
 )
-from spear.labels.questions.measures import MM_PER_M, extract_numbers, measure_mean_point_error
-from spear.labels.questions.positions import get_box
+from spear.labels.questions.measures import MM_PER_M, extract_numbers, measure_error_of_mean_point
+from spear.labels.questions.positions import get_box3d
 from spear.types import Array, LabeledImage, LabeledObject, Question, Segments
 
 PROMPTS = (
@@ -37,7 +37,7 @@ MEASURES = {
 
 
 def _make_true_answer(o: LabeledObject, label: LabeledImage) -> Segments:
-    return get_box(o).vertices.ravel().tolist()
+    return get_box3d(o).vertices.ravel().tolist()
 
 
 def _compute_error_scales(question: Question, label: LabeledImage) -> Array:
@@ -57,7 +57,7 @@ def _measure(question: Question, answer: Segments, label: LabeledImage) -> Measu
     iou_25, iou_50   whether the intersection over union is at least 0.25, or 0.5.
     """
     distance = float(_compute_error_scales(question, label)[0])  # the same for all numbers
-    measures = measure_mean_point_error(question, answer, label, distance)
+    measures = measure_error_of_mean_point(question, answer, label, distance)
 
     answered_vertices = extract_numbers(answer).reshape(8, 3)
     true_vertices = extract_numbers(question.segments).reshape(8, 3)

@@ -15,7 +15,7 @@ from spear.labels.questions.interface import (
     sample_one,
     sample_words_for_object,
 )
-from spear.labels.questions.measures import extract_numbers, measure_mean_point_error
+from spear.labels.questions.measures import extract_numbers, measure_error_of_mean_point
 from spear.labels.questions.templates import KEYPOINT_NAMES
 from spear.types import Array, LabeledImage, Question, Segments
 
@@ -47,7 +47,7 @@ def _compute_error_scales(question: Question, label: LabeledImage) -> Array:
 def _measure(question: Question, answer: Segments, label: LabeledImage) -> MeasureValues:
     """Measure the distance between the answered and the true point."""
     distance = float(_compute_error_scales(question, label)[0])  # the same for all numbers
-    return measure_mean_point_error(question, answer, label, distance)
+    return measure_error_of_mean_point(question, answer, label, distance)
 
 
 QUESTION_TYPE = QuestionType(

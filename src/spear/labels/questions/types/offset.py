@@ -11,8 +11,8 @@ from spear.labels.questions.interface import (
     QuestionType,
     make_drafter_about_two_objects,
 )
-from spear.labels.questions.measures import measure_mean_point_error
-from spear.labels.questions.positions import compute_distance, get_box
+from spear.labels.questions.measures import measure_error_of_mean_point
+from spear.labels.questions.positions import compute_distance, get_box3d
 from spear.types import Array, LabeledImage, LabeledObject, Question, Segments
 
 PROMPTS = (
@@ -26,7 +26,7 @@ PROMPTS = (
 
 
 def _make_true_answer(a: LabeledObject, b: LabeledObject, label: LabeledImage) -> Segments:
-    return (get_box(b).center - get_box(a).center).tolist()
+    return (get_box3d(b).center - get_box3d(a).center).tolist()
 
 
 def _compute_error_scales(question: Question, label: LabeledImage) -> Array:
@@ -38,7 +38,7 @@ def _compute_error_scales(question: Question, label: LabeledImage) -> Array:
 def _measure(question: Question, answer: Segments, label: LabeledImage) -> MeasureValues:
     """Measure the distance between the ends of the answered and the true displacement."""
     distance = float(_compute_error_scales(question, label)[0])  # the same for all numbers
-    return measure_mean_point_error(question, answer, label, distance)
+    return measure_error_of_mean_point(question, answer, label, distance)
 
 
 QUESTION_TYPE = QuestionType(
