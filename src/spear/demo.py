@@ -25,7 +25,7 @@ from spear.evaluate.vqa.ask import render_held_out_frames
 from spear.labels.fit.accuracy import compare_labels
 from spear.labels.pipeline import label_with_ground_truth
 from spear.policy import Spear1Policy, VlmBundle, load_vlm, locate
-from spear.report.comparison import describe_ending, draw_open_loop_charts
+from spear.report.comparison import describe_ending, draw_open_loop_actions
 from spear.report.draw import draw_label
 from spear.report.page import render, replace_underscores
 from spear.report.plot import draw_bars, make_rate_bars
@@ -247,7 +247,7 @@ def fine_tune(out: Path, data: Path | None) -> Values:
         "steps": FINE_TUNE_STEPS,
         "headers": ["mean error [95 %]", *(score.name for score in scores)],
         "rows": rows,
-        "charts": draw_open_loop_charts(fine_tuned_errors, mean_action_errors),
+        "charts": draw_open_loop_actions(fine_tuned_errors, mean_action_errors),
         "fact": (f"{error_mm:.1f} mm", description),
     }
 

@@ -192,11 +192,12 @@ def write_audit_page(report: Report, out: Path) -> None:
         label = f"of the logged {action_part.name}s unexplained by their best hypothesis"
         facts.append((f"{action_part.best_fit.relative_error:.1%}", label))
         if action_part.name == "translation":
-            paths = _draw_paths(report, action_part)
+            paths = _draw_positions_over_time(report, action_part)
     drawn_parts = []
     for action_part in report.action_parts:
         drawn_findings = [
-            (finding, _draw_bars(action_part, finding)) for finding in action_part.findings
+            (finding, _draw_unexplained_motion(action_part, finding))
+            for finding in action_part.findings
         ]
         drawn_parts.append((action_part, drawn_findings))
     html = render(
@@ -212,7 +213,7 @@ def write_audit_page(report: Report, out: Path) -> None:
     write_text(out, html)
 
 
-def _draw_bars(action_part: ActionPart, finding: Finding) -> str:
+def _draw_unexplained_motion(action_part: ActionPart, finding: Finding) -> str:
     """Draw how much of the motion each answer of a finding leaves unexplained.
 
     The bars of answers that fit as well as the best one are green.
@@ -232,7 +233,9 @@ def _format_interval(margin: Margin) -> str:
     return f"{margin.value:+.1%} [{margin.low:+.1%}, {margin.high:+.1%}]"
 
 
-def _draw_paths(report: Report, action_part: ActionPart) -> list[tuple[str, list[str]]]:
+def _draw_positions_over_time(
+    report: Report, action_part: ActionPart
+) -> list[tuple[str, list[str]]]:
     """Draw positions over time: as recorded, and as the logged translations add up from the start.
 
     The translations are added up twice: with the meaning that fits best, and with the meaning that

@@ -127,11 +127,11 @@ def make_open_loop_page(model: OpenLoopErrors, baseline: OpenLoopErrors) -> str:
         "open_loop.html",
         title=f"{model.name}: predicted actions, the first of {num_episodes}",
         facts=[],
-        charts=draw_open_loop_charts(model, baseline),
+        charts=draw_open_loop_actions(model, baseline),
     )
 
 
-def draw_open_loop_charts(model: OpenLoopErrors, baseline: OpenLoopErrors) -> list[list[str]]:
+def draw_open_loop_actions(model: OpenLoopErrors, baseline: OpenLoopErrors) -> list[list[str]]:
     """Draw predicted and true translations and gripper openings over the steps.
 
     Returns:

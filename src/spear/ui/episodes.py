@@ -179,7 +179,7 @@ class SimulatedEpisode:
             "told": self._describe_instruction(instruction),
             "gripper": _make_gripper_state(observation["observation/state"]),
             "arm": [world.data.xpos[world.model.body(name).id].tolist() for name in ARM_BODIES],
-            "things": self._list_object_boxes(pose),
+            "things": self._list_object_boxes_in_camera_frame(pose),
         }
 
     def _get_shown_sizes(self) -> dict[str, WidthAndHeight]:
@@ -195,7 +195,7 @@ class SimulatedEpisode:
                 sizes[camera] = (width * scale, height * scale)
         return sizes
 
-    def _list_object_boxes(self, pose_of_camera: Array) -> list[PageState]:
+    def _list_object_boxes_in_camera_frame(self, pose_of_camera: Array) -> list[PageState]:
         """Return the names and box vertices of the objects, in the camera frame.
 
         Args:

@@ -217,15 +217,15 @@ class TabConnection:
         try:
             await self._send({**description, "running": False, "problem": None})
             first_scene = {"do": "reset", "family": FAMILIES[0], "seed": 0}
-            await self._report_problems(self._handle_request(first_scene))
+            await self._run_and_report_problem(self._handle_request(first_scene))
             async for message in self._connection:
-                await self._report_problems(self._handle_message(message))
+                await self._run_and_report_problem(self._handle_message(message))
                 await asyncio.sleep(PAUSE_AFTER_ANSWER_S)
         finally:
             if self._rollout is not None:
                 self._rollout.cancel()
 
-    async def _report_problems(self, work: Coroutine[Any, Any, None]) -> None:
+    async def _run_and_report_problem(self, work: Coroutine[Any, Any, None]) -> None:
         """Do the work, and send the page its problem, or that there is none."""
         try:
             await work
@@ -272,7 +272,7 @@ class TabConnection:
         should_roll_out = name == "start" or (name == "open" and self._tab.can_move)
         is_rolling_out = self._rollout is not None and not self._rollout.done()
         if should_roll_out and not is_rolling_out:
-            self._rollout = asyncio.create_task(self._report_problems(self._roll_out()))
+            self._rollout = asyncio.create_task(self._run_and_report_problem(self._roll_out()))
 
     async def _stop_rollout(self) -> None:
         """Let the rollout end after its current step, and wait until that step is sent.
