@@ -255,12 +255,12 @@ def _prepare_drawer(region: str, moment: LiberoMoment) -> ActionArray | None:
     offset = moment.pose[:3] - _compute_handle_position(region, moment)
     is_sideways = _measure_angle_between_rad(DOWN, moment.pose[3:]) > MAX_SIDEWAYS_RAD
     if is_sideways and moment.opening < OPEN_GRIPPER:  # let go first, so that the drawer stays
-        return _move_posed(moment, moment.commanded[:3], moment.commanded[3:], is_open=True)
+        return _move_towards(moment, moment.commanded[:3], moment.commanded[3:], is_open=True)
     if is_sideways and np.linalg.norm(offset) < MIN_LEFT_FRONT_M:
         goal = moment.commanded[:3] + DRAWER_STEP_M * _compute_outward_direction(
             moment.objects[cabinet]
         )
-        return _move_posed(moment, goal, moment.commanded[3:], is_open=True)
+        return _move_towards(moment, goal, moment.commanded[3:], is_open=True)
     return None
 
 
@@ -427,12 +427,12 @@ def _approach_and_grasp(name: str, moment: LiberoMoment) -> ActionArray:
         return turn + DISTANCE_WEIGHT_RAD_PER_M * distance
 
     best = min(list_grasps(name, moment), key=measure_effort)
-    facing = _compute_rotation_facing_grasp(best, moment)
+    facing_quat = _compute_rotation_facing_grasp(best, moment)
     goal = best.position.copy()
     offset = float(np.linalg.norm(moment.pose[:2] - goal[:2]))
     is_leaning = bool(np.any(best.lean))
     if is_leaning:
-        turn = _measure_angle_between_rad(facing, moment.pose[3:])
+        turn = _measure_angle_between_rad(facing_quat, moment.pose[3:])
     else:
         turn = abs(
             _wrap_angle_rad(
@@ -444,12 +444,12 @@ def _approach_and_grasp(name: str, moment: LiberoMoment) -> ActionArray:
         hover = goal[2] + HOVER_M
         if offset > FAR_OFFSET_M or is_leaning:
             hover = max(hover, _compute_height_to_clear_m(moment, goal, [name]) + CLEARANCE_M)
-        return _move_over(moment, goal, hover, facing, is_open=True)
+        return _move_over(moment, goal, hover, facing_quat, is_open=True)
     is_at_grasp = np.linalg.norm(moment.pose[:3] - goal) < MAX_ARM_OFFSET_M
     is_low = moment.pose[2] < goal[2] + MAX_BLOCKED_HEIGHT_M
     is_blocked = moment.speed < STILL_SPEED_M_S and is_low
     should_close = is_at_grasp or is_blocked
-    return _move_posed(moment, goal, facing, is_open=not should_close)
+    return _move_towards(moment, goal, facing_quat, is_open=not should_close)
 
 
 def _compute_rotation_facing_grasp(grasp: Grasp, moment: LiberoMoment) -> Array:
@@ -468,19 +468,20 @@ def _compute_rotation_facing_grasp(grasp: Grasp, moment: LiberoMoment) -> Array:
         upright = torch.from_numpy(_compute_rotation_facing_down(yaw))
         candidates.append(quat_multiply(lean, upright).numpy())
     return min(
-        candidates, key=lambda facing: _measure_angle_between_rad(facing, moment.commanded[3:])
+        candidates,
+        key=lambda facing_quat: _measure_angle_between_rad(facing_quat, moment.commanded[3:]),
     )
 
 
 def _carry_and_release(name: str, target_position: Array, moment: LiberoMoment) -> ActionArray:
     """Carry the object up, across and down, then open the gripper."""
     box = moment.objects[name]
-    facing = _compute_rotation_facing_down(_measure_yaw_rad(moment.commanded))
-    if _measure_angle_between_rad(facing, moment.commanded[3:]) > MAX_UPRIGHT_RAD:
-        facing = moment.commanded[3:]  # the object would be turned, too
+    facing_quat = _compute_rotation_facing_down(_measure_yaw_rad(moment.commanded))
+    if _measure_angle_between_rad(facing_quat, moment.commanded[3:]) > MAX_UPRIGHT_RAD:
+        facing_quat = moment.commanded[3:]  # the object would be turned, too
     move_out = _compute_move_from_under_drawer(box, moment)
     if move_out is not None:
-        return _move_posed(moment, moment.pose[:3] + move_out, facing, is_open=False)
+        return _move_towards(moment, moment.pose[:3] + move_out, facing_quat, is_open=False)
     offset = target_position[:2] - box.pose[:2]
     distance = float(np.linalg.norm(offset))
     goal = moment.pose[:3].copy()
@@ -490,13 +491,13 @@ def _carry_and_release(name: str, target_position: Array, moment: LiberoMoment) 
     if distance > MAX_PLACE_OFFSET_M:
         height = _compute_height_to_clear_m(moment, goal, [name]) + CLEARANCE_M + hanging
         height = max(height, moment.pose[2] + target_position[2] - box.pose[2] + CARRY_MARGIN_M)
-        return _move_over(moment, goal, height, facing, is_open=False)
+        return _move_over(moment, goal, height, facing_quat, is_open=False)
     goal[2] = moment.pose[2] + target_position[2] + RELEASE_M - box.pose[2]
     is_placed = box.pose[2] < target_position[2] + RELEASE_M + RELEASE_MARGIN_M
     is_low = box.pose[2] < target_position[2] + MAX_BLOCKED_PLACE_HEIGHT_M
     is_blocked = moment.speed < STILL_SPEED_M_S and is_low
     should_open = is_placed or is_blocked
-    return _move_posed(moment, goal, facing, is_open=should_open)
+    return _move_towards(moment, goal, facing_quat, is_open=should_open)
 
 
 def _compute_move_from_under_drawer(box: Box, moment: LiberoMoment) -> Array | None:
@@ -522,7 +523,7 @@ def _push_plate(name: str, region: Region, moment: LiberoMoment) -> ActionArray:
     yaw = _choose_nearest_yaw_rad(
         math.atan2(direction_2d[1], direction_2d[0]), _measure_yaw_rad(moment.commanded)
     )
-    facing = _compute_rotation_facing_down(yaw)
+    facing_quat = _compute_rotation_facing_down(yaw)
     push_height = moment.objects[name].pose[2] + PUSH_HEIGHT_M
 
     is_inside = np.linalg.norm(moment.pose[:2] - center[:2]) < INSIDE_PLATE_M
@@ -530,11 +531,13 @@ def _push_plate(name: str, region: Region, moment: LiberoMoment) -> ActionArray:
         if np.linalg.norm(moment.pose[:2] - center[:2]) > MAX_PUSH_START_OFFSET_M:
             clear_height = _compute_height_to_clear_m(moment, center, [name]) + CLEARANCE_M
             height = max(push_height + HOVER_M, clear_height)
-            return _move_over(moment, center, height, facing, is_open=False)
-        return _move_posed(moment, np.array([*center[:2], push_height]), facing, is_open=False)
+            return _move_over(moment, center, height, facing_quat, is_open=False)
+        return _move_towards(
+            moment, np.array([*center[:2], push_height]), facing_quat, is_open=False
+        )
     # The fingers meet the rim ahead, and take the plate as far as it has to go.
     goal = moment.pose[:2] + min(distance, MAX_PUSH_STEP_M) * direction_2d
-    return _move_posed(moment, np.array([*goal, push_height]), facing, is_open=False)
+    return _move_towards(moment, np.array([*goal, push_height]), facing_quat, is_open=False)
 
 
 def _turn_on_stove(name: str, moment: LiberoMoment) -> ActionArray:
@@ -550,13 +553,13 @@ def _turn_on_stove(name: str, moment: LiberoMoment) -> ActionArray:
     push_direction = np.array([-along_handle[1], along_handle[0]])
     start = knob + KNOB_LEVER_M * along_handle - KNOB_PUSH_OFFSET_M * push_direction
     low = box.pose[2] + KNOB_HEIGHT_M
-    facing = quat_exp(torch.tensor([0.0, KNOB_TILT_RAD, 0.0], dtype=torch.float64)).numpy()
+    facing_quat = quat_exp(torch.tensor([0.0, KNOB_TILT_RAD, 0.0], dtype=torch.float64)).numpy()
     if moment.pose[2] > low + KNOB_HEIGHT_MARGIN_M:
         offset = float(np.linalg.norm(moment.pose[:2] - start))
         height = low if offset < MAX_KNOB_OFFSET_M else low + HOVER_M
-        return _move_posed(moment, np.array([*start, height]), facing, is_open=False)
+        return _move_towards(moment, np.array([*start, height]), facing_quat, is_open=False)
     goal = knob + KNOB_LEVER_M * along_handle + KNOB_PUSH_OFFSET_M * push_direction
-    return _move_posed(moment, np.array([*goal, low]), facing, is_open=False)
+    return _move_towards(moment, np.array([*goal, low]), facing_quat, is_open=False)
 
 
 def _open_drawer(region: str, moment: LiberoMoment, target_m: float = math.inf) -> ActionArray:
@@ -564,7 +567,7 @@ def _open_drawer(region: str, moment: LiberoMoment, target_m: float = math.inf) 
     joint, cabinet = _get_joint_and_cabinet_names(region)
     outward = _compute_outward_direction(moment.objects[cabinet])
     handle = _compute_handle_position(region, moment)
-    facing = _compute_rotation_facing_cabinet(math.atan2(outward[1], outward[0]), moment)
+    facing_quat = _compute_rotation_facing_cabinet(math.atan2(outward[1], outward[0]), moment)
     present_goal = moment.commanded[:3]
     outward_goal = present_goal + DRAWER_STEP_M * outward  # away from the cabinet
 
@@ -572,7 +575,7 @@ def _open_drawer(region: str, moment: LiberoMoment, target_m: float = math.inf) 
     offset = moment.pose[:3] - handle
     front = float(offset @ outward)  # how far in front of the handle, m
     aside = float(np.linalg.norm(offset - front * outward))  # how far above, below or beside it, m
-    turn = _measure_angle_between_rad(facing, moment.pose[3:])
+    turn = _measure_angle_between_rad(facing_quat, moment.pose[3:])
     is_at_handle = aside < MAX_HANDLE_OFFSET_M and front < MAX_HANDLE_OFFSET_M
     is_facing_handle = aside <= MAX_HANDLE_OFFSET_M and turn <= MAX_HANDLE_TURN_RAD
     could_meet_handle = front < MIN_FRONT_M and aside < NEAR_HANDLE_M
@@ -581,18 +584,18 @@ def _open_drawer(region: str, moment: LiberoMoment, target_m: float = math.inf) 
     # With open fingers: away from the cabinet, then in front of the handle, to the handle, close.
     if moment.is_commanded_open:
         if is_at_handle:
-            return _move_posed(moment, present_goal, facing, is_open=False)
+            return _move_towards(moment, present_goal, facing_quat, is_open=False)
         if is_facing_handle:
-            return _move_posed(moment, handle, facing, is_open=True)
+            return _move_towards(moment, handle, facing_quat, is_open=True)
         if could_meet_handle:
-            return _move_posed(moment, outward_goal, facing, is_open=True)
-        return _move_posed(moment, handle + FRONT_M * outward, facing, is_open=True)
+            return _move_towards(moment, outward_goal, facing_quat, is_open=True)
+        return _move_towards(moment, handle + FRONT_M * outward, facing_quat, is_open=True)
 
     # With closed fingers: wait until they have stopped. Then pull, or open if they lost the handle.
     if moment.finger_speed >= STILL_FINGER_SPEED_M_S:
-        return _move_posed(moment, present_goal, facing, is_open=False)
+        return _move_towards(moment, present_goal, facing_quat, is_open=False)
     if has_lost_handle:
-        return _move_posed(moment, present_goal, facing, is_open=True)
+        return _move_towards(moment, present_goal, facing_quat, is_open=True)
     opening_m = -moment.joints[joint]  # the joint is negative when the drawer is open
     lag_m = float((moment.commanded[:3] - moment.pose[:3]) @ outward)
     # The arm will catch up with its command and open the drawer farther, but friction may hold it
@@ -600,7 +603,7 @@ def _open_drawer(region: str, moment: LiberoMoment, target_m: float = math.inf) 
     # we subtracted nothing, a drawer without friction would go beyond it. So we subtract half.
     missing_m = target_m - opening_m - lag_m / 2
     step = float(np.clip(missing_m, 0, DRAWER_STEP_M))
-    return _move_posed(moment, present_goal + step * outward, facing, is_open=False)
+    return _move_towards(moment, present_goal + step * outward, facing_quat, is_open=False)
 
 
 def _is_drawer(place_name: str, moment: LiberoMoment) -> bool:
@@ -653,7 +656,8 @@ def _compute_rotation_facing_cabinet(outward_yaw: float, moment: LiberoMoment) -
         rolled = quat_exp(torch.tensor([0.0, 0.0, roll], dtype=torch.float64))
         candidates.append(quat_multiply(turned, quat_multiply(tipped, rolled)).numpy())
     return min(
-        candidates, key=lambda facing: _measure_angle_between_rad(facing, moment.commanded[3:])
+        candidates,
+        key=lambda facing_quat: _measure_angle_between_rad(facing_quat, moment.commanded[3:]),
     )
 
 
@@ -665,7 +669,7 @@ def _measure_angle_between_rad(first_quat: Array, second_quat: Array) -> float:
 def _retreat(moment: LiberoMoment) -> ActionArray:
     """Rise with open fingers."""
     goal = moment.commanded[:3] + np.array([0, 0, RETREAT_M])
-    return _move_posed(
+    return _move_towards(
         moment,
         goal,
         _compute_rotation_facing_down(_measure_yaw_rad(moment.commanded)),
@@ -675,14 +679,14 @@ def _retreat(moment: LiberoMoment) -> ActionArray:
 
 def _wait(moment: LiberoMoment, is_open: bool) -> ActionArray:
     """Move the fingers only."""
-    facing = _compute_rotation_facing_down(_measure_yaw_rad(moment.commanded))
-    if _measure_angle_between_rad(facing, moment.commanded[3:]) > MAX_UPRIGHT_RAD:
-        facing = moment.commanded[3:]
-    return _move_posed(moment, moment.commanded[:3], facing, is_open)
+    facing_quat = _compute_rotation_facing_down(_measure_yaw_rad(moment.commanded))
+    if _measure_angle_between_rad(facing_quat, moment.commanded[3:]) > MAX_UPRIGHT_RAD:
+        facing_quat = moment.commanded[3:]
+    return _move_towards(moment, moment.commanded[:3], facing_quat, is_open)
 
 
 def _move_over(
-    moment: LiberoMoment, goal: Array, height: float, facing: Array, is_open: bool
+    moment: LiberoMoment, goal: Array, height: float, facing_quat: Array, is_open: bool
 ) -> Array:
     """Rise straight up to a height, then move across at this height to above `goal`."""
     missing_height = height - moment.pose[2]
@@ -690,7 +694,7 @@ def _move_over(
         target = np.array([*moment.commanded[:2], height])
     else:
         target = np.array([goal[0], goal[1], height])
-    return _move_posed(moment, target, facing, is_open)
+    return _move_towards(moment, target, facing_quat, is_open)
 
 
 def _compute_height_to_clear_m(moment: LiberoMoment, goal: Array, ignored: Sequence[str]) -> float:
@@ -754,14 +758,16 @@ def _compute_rotation_facing_down(yaw: float) -> Array:
     return quat_exp(torch.tensor([0.0, 0.0, yaw], dtype=torch.float64)).numpy()
 
 
-def _move_posed(moment: LiberoMoment, goal: Array, facing: Array, is_open: bool) -> ActionArray:
+def _move_towards(
+    moment: LiberoMoment, goal: Array, facing_quat: Array, is_open: bool
+) -> ActionArray:
     """Make the action that moves the commanded pose towards a position [3] and an orientation [4].
 
     The action goes at most `MAX_STEP_M` and `MAX_TURN_RAD` of the way.
     """
     position, orientation = torch.from_numpy(moment.commanded).split([3, 4])
     move, rotation = action_between_poses(
-        position, orientation, torch.from_numpy(goal), torch.from_numpy(facing)
+        position, orientation, torch.from_numpy(goal), torch.from_numpy(facing_quat)
     )
     turn = quat_log(rotation)
     move = move * min(1.0, MAX_STEP_M / max(float(move.norm()), MIN_NORM))

@@ -9,6 +9,7 @@ options say which way is scored. The other ways are compared with it.
 """
 
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
@@ -172,14 +173,14 @@ def _ask_constrained_and_free(
 
 
 def _read_answer(
-    image: int, label: LabeledImage, question: Question, answer: Answer, decode: DecodeMethod
+    image_index: int, label: LabeledImage, question: Question, answer: Answer, decode: DecodeMethod
 ) -> AnsweredQuestion:
     """Read the numbers of an answer in every way, and compare its distribution with the truth.
 
     The distribution itself is large and is not kept.
 
     Args:
-        image: Index of the image.
+        image_index: Index of the image.
         label: The labeled image.
         question: The question.
         answer: The model's answer, which has a distribution if its numbers have one.
@@ -187,7 +188,7 @@ def _read_answer(
     """
     distribution = answer.distribution
     if distribution is None:
-        return AnsweredQuestion(image, label, question, answer.segments)
+        return AnsweredQuestion(image_index, label, question, answer.segments)
     readings = {}
     for method in DECODE_METHODS:
         readings[method] = replace_numbers(answer.segments, distribution.read_numbers(method))
@@ -195,7 +196,7 @@ def _read_answer(
     if len(distribution) and is_grammatical(question, answer.segments):
         truth = extract_numbers(question.segments)
         certainty = Certainty.measure(distribution, truth, compute_error_scales(question, label))
-    return AnsweredQuestion(image, label, question, readings[decode], readings, certainty)
+    return AnsweredQuestion(image_index, label, question, readings[decode], readings, certainty)
 
 
 def measure_trust(
@@ -218,22 +219,29 @@ def measure_trust(
                 certainties.append(answered.certainty)
         factors[question_type] = compute_spread_factor(certainties)
 
-    names_present, names_absent = _measure_naming_rates(model, labels)
+    rates = _measure_naming_rates(model, labels)
     return Trust(
         measured_on=f"{format_count(len(labels), 'images')} of {images_in_words}",
         factors=factors,
-        names_present=names_present,
-        names_absent=names_absent,
+        names_present=rates.present,
+        names_absent=rates.absent,
         sources=[label.source for label in labels],
     )
 
 
-def _measure_naming_rates(model: VlmBundle, labels: Sequence[LabeledImage]) -> tuple[float, float]:
+class _NamingRates(NamedTuple):
+    """`Trust.names_present` and `Trust.names_absent`."""
+
+    present: float
+    absent: float
+
+
+def _measure_naming_rates(model: VlmBundle, labels: Sequence[LabeledImage]) -> _NamingRates:
     """Measure how often the model names objects that are in an image, and objects that are not.
 
     Returns:
-        `Trust.names_present` and `Trust.names_absent`. Without any such object, these are the
-        values with which the model is not trusted.
+        The rates. Without any such object, these are the values with which the model is not
+        trusted.
     """
     rng = np.random.default_rng(0)
     all_names = sorted({object_.name for label in labels for object_ in label.objects})
@@ -246,9 +254,9 @@ def _measure_naming_rates(model: VlmBundle, labels: Sequence[LabeledImage]) -> t
         absent_names = [name for name in all_names if not _may_be_any_of(name, names_in_image)]
         present_results += _confirm_some_objects(model, image, askable_names, rng)
         absent_results += _confirm_some_objects(model, image, absent_names, rng)
-    names_present = float(np.mean(present_results)) if present_results else 0.0
-    names_absent = float(np.mean(absent_results)) if absent_results else 1.0
-    return names_present, names_absent
+    present = float(np.mean(present_results)) if present_results else 0.0
+    absent = float(np.mean(absent_results)) if absent_results else 1.0
+    return _NamingRates(present, absent)
 
 
 def _may_be_any_of(name: str, object_names: Sequence[str]) -> bool:
