@@ -207,7 +207,7 @@ def record_simpler(options: RecordSimplerOptions) -> None:
     from spear.models.presets import get_preset
 
     _, height = get_preset(options.preset).image_sizes[MAIN_VIEW]
-    counts_of_task = record_demonstrations(
+    progress_of_task = record_demonstrations(
         options.out,
         options.tasks,
         range(options.first_seed, options.first_seed + options.num_episodes),
@@ -216,7 +216,7 @@ def record_simpler(options: RecordSimplerOptions) -> None:
         options.assets,
         _load_intervening_policy(options.policy),
     )
-    for task, (num_written, num_tried) in counts_of_task.items():
+    for task, (num_written, num_tried) in progress_of_task.items():
         _print_recorded(num_written, num_tried, options.out / task)
 
 
@@ -253,14 +253,14 @@ def record_libero(options: RecordLiberoOptions) -> None:
         fast_rendering=options.fast_rendering,
         policy=_load_intervening_policy(options.policy),
     )
-    counts_of_task = record_demonstrations(
+    progress_of_task = record_demonstrations(
         options.out,
         options.suites,
         options.tasks,
         range(options.first_seed, options.first_seed + options.num_episodes),
         settings,
     )
-    for task, (num_written, num_tried) in counts_of_task.items():
+    for task, (num_written, num_tried) in progress_of_task.items():
         _print_recorded(num_written, num_tried, options.out / task)
 
 

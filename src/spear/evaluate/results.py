@@ -332,26 +332,26 @@ def _get_policy_and_settings(results: Results) -> dict[str, Any]:
 
 
 class Shard(NamedTuple):
-    """A part of an evaluation: every count-th scene from the number-th on.
+    """A part of an evaluation: every n-th scene (n = num_shards) from the number-th on.
 
-    number  number of the part, from 1 on.
-    count   how many parts there are.
+    number      number of the part, from 1 on.
+    num_shards  how many parts there are.
     """
 
     number: int
-    count: int
+    num_shards: int
 
 
 def parse_shard(text: str) -> Shard:
     """Parse a part of an evaluation: "2/5" is the second of five parts.
 
     Raises:
-        SpearError: The text has another form, or not 1 ≤ number ≤ count.
+        SpearError: The text has another form, or not 1 ≤ number ≤ num_shards.
     """
     number_text, _, count_text = text.partition("/")
     if number_text.isdecimal() and count_text.isdecimal():
         shard = Shard(int(number_text), int(count_text))
-        if 1 <= shard.number <= shard.count:
+        if 1 <= shard.number <= shard.num_shards:
             return shard
     raise SpearError(f"--shard {text} is no part. Write 2/5 for the second of five.")
 
@@ -408,8 +408,8 @@ class Journal:
             self.outcomes |= {outcome.scene: outcome for outcome in results.outcomes}
             unannounced -= results.wanted
 
-        number, count = shard
-        self._path = folder / f"episodes-{number}-of-{count}.jsonl"
+        number, num_shards = shard
+        self._path = folder / f"episodes-{number}-of-{num_shards}.jsonl"
         if self._path.is_file():
             _cut_off_incomplete_line(self._path)
 

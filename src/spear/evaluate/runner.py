@@ -131,14 +131,14 @@ def select_shard(scenes: ScenesByFamily, shard: Shard) -> dict[str, Sequence[int
     Raises:
         SpearError: The part has no scenes.
     """
-    number, count = shard
+    number, num_shards = shard
     max_scenes = max(map(len, scenes.values()), default=0)
     if max_scenes < number:
         raise SpearError(
-            f"--shard {number}/{count} contains no scene. Make at most "
+            f"--shard {number}/{num_shards} contains no scene. Make at most "
             f"{format_count(max_scenes, 'parts')}."
         )
-    return {family: seeds[number - 1 :: count] for family, seeds in scenes.items()}
+    return {family: seeds[number - 1 :: num_shards] for family, seeds in scenes.items()}
 
 
 @contextlib.contextmanager
@@ -151,10 +151,10 @@ def open_journal(
 ) -> Iterator[Journal]:
     """Open the journal of a part in `options.out`, locked so that no other process writes to it."""
     assert options.out is not None
-    number, count = shard
+    number, num_shards = shard
     check_holds_no_input(options.out, "evaluate")
-    lock_name = f".episodes-{number}-of-{count}.lock"
-    with acquire_run_lock(options.out, f"running part {number}/{count} in", name=lock_name):
+    lock_name = f".episodes-{number}-of-{num_shards}.lock"
+    with acquire_run_lock(options.out, f"running part {number}/{num_shards} in", name=lock_name):
         yield Journal(options.out, policy, settings, shard, shard_scenes)
 
 

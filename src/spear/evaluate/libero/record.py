@@ -36,7 +36,7 @@ from spear.sim.record import (
     InterveningPolicy,
     format_episode_source,
 )
-from spear.sim_data.demonstrations import check_training_seed, record_successes
+from spear.sim_data.demonstrations import RecordingProgress, check_training_seed, record_successes
 from spear.types import CONTROL_RATE_HZ, Array, Episode
 from spear.util.images import fit_image
 from spear.util.processes import map_in_order
@@ -79,7 +79,7 @@ def record_demonstrations(
     task_indices: Sequence[int],
     seeds: range,
     settings: RecordingSettings,
-) -> dict[str, tuple[int, int]]:
+) -> dict[str, RecordingProgress]:
     """Record demonstrations of tasks, one per seed.
 
     A second call, with the same or with more seeds, continues after the last file that was written.
@@ -92,7 +92,7 @@ def record_demonstrations(
         settings: How they are recorded.
 
     Returns:
-        Task → (number of successful demonstrations, number of demonstrations).
+        Task → its progress.
 
     Raises:
         SpearError: A reason that `spear.sim_data.demonstrations.record_demonstrations` has, too; or

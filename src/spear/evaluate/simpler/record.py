@@ -29,7 +29,7 @@ from spear.sim.record import (
     InterveningPolicy,
     format_episode_source,
 )
-from spear.sim_data.demonstrations import check_training_seed, record_successes
+from spear.sim_data.demonstrations import RecordingProgress, check_training_seed, record_successes
 from spear.sim_data.label_scenes import (
     SceneJob,
     label_benchmark_tasks,
@@ -59,7 +59,7 @@ def record_demonstrations(
     workers: int = 2,
     assets: Path | None = None,
     policy: InterveningPolicy | None = None,
-) -> dict[str, tuple[int, int]]:
+) -> dict[str, RecordingProgress]:
     """Record demonstrations of tasks, one per seed.
 
     A second call, with the same or with more seeds, continues after the last file that was written.
@@ -75,7 +75,7 @@ def record_demonstrations(
             that they are no training targets (`spear.sim.record`).
 
     Returns:
-        Task → (number of successful demonstrations, number of demonstrations).
+        Task → its progress.
 
     Raises:
         SpearError: A reason that `spear.sim_data.demonstrations.record_demonstrations` has, too; or
