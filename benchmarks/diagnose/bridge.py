@@ -39,7 +39,7 @@ from robot import MAX_RECORDING_BYTES, ClientHabits
 from score import summarize, write_table
 from spear import embodiments
 from spear.cli import run_reporting_errors
-from spear.data.actions import extract_chunk, with_canonical_actions
+from spear.data.actions import extract_chunk_up_to_unknown, with_canonical_actions
 from spear.data.readers.formats import read_episodes
 from spear.data.store.episode_store import append_episodes
 from spear.errors import SpearError
@@ -146,7 +146,7 @@ def make_exchanges(
     exchanges = []
     for step, observation in enumerate(observations):
         observation = {**observation, "observation/state": moved_states[step]}
-        chunk, _ = extract_chunk(episode.action, episode.action_mask, step)
+        chunk, _ = extract_chunk_up_to_unknown(episode.action, episode.action_mask, step)
         arrival_s = start_s + step / CONTROL_RATE_HZ
         exchange = Exchange(
             client=client,

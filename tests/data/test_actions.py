@@ -12,7 +12,7 @@ from scipy.spatial.transform import Rotation, Slerp
 from data_tiny import make_episode
 from spear.data.actions import (
     ACTION_RULES_VERSION,
-    extract_chunk,
+    extract_chunk_up_to_unknown,
     get_or_derive_actions,
     resample_episode,
     validate_episode,
@@ -51,7 +51,7 @@ def test_following_a_chunk_reproduces_the_states(seed: int, num_steps: int, star
     start = start % num_steps
     actions, is_known = get_or_derive_actions(episode)
 
-    chunk, mask = extract_chunk(actions, is_known, start)
+    chunk, mask = extract_chunk_up_to_unknown(actions, is_known, start)
 
     num_known_actions = num_steps - 1 - start  # from `start` on
     assert mask.sum() == min(5, num_known_actions)
@@ -101,7 +101,7 @@ KNOWN_BUT_STEP_4 = np.arange(10) != 4  # the mask of an episode whose action 4 i
 
 def test_an_unknown_action_masks_the_rest_of_its_chunk() -> None:
     """From step 2 on, actions 2 and 3 are known. Further actions keep the last gripper command."""
-    chunk, mask = extract_chunk(NUMBERED_ACTIONS, KNOWN_BUT_STEP_4, step=2, horizon=6)
+    chunk, mask = extract_chunk_up_to_unknown(NUMBERED_ACTIONS, KNOWN_BUT_STEP_4, step=2, horizon=6)
 
     stay = [0, 0, 0, 1, 0, 0, 0, NUMBERED_ACTIONS[3, 7]]
     np.testing.assert_array_equal(mask, [True, True, False, False, False, False])
@@ -110,14 +110,14 @@ def test_an_unknown_action_masks_the_rest_of_its_chunk() -> None:
 
 
 def test_a_chunk_that_starts_at_an_unknown_action_has_no_targets() -> None:
-    chunk, mask = extract_chunk(NUMBERED_ACTIONS, KNOWN_BUT_STEP_4, step=4)
+    chunk, mask = extract_chunk_up_to_unknown(NUMBERED_ACTIONS, KNOWN_BUT_STEP_4, step=4)
 
     assert not mask.any()
     assert chunk[0, 7] == NUMBERED_ACTIONS[4, 7]
 
 
 def test_the_end_of_the_episode_masks_the_rest_of_a_chunk() -> None:
-    chunk, mask = extract_chunk(NUMBERED_ACTIONS, KNOWN_BUT_STEP_4, step=8)
+    chunk, mask = extract_chunk_up_to_unknown(NUMBERED_ACTIONS, KNOWN_BUT_STEP_4, step=8)
 
     np.testing.assert_array_equal(mask, [True, True, False, False, False])
     np.testing.assert_array_equal(chunk[2:, 7], [NUMBERED_ACTIONS[9, 7]] * 3)

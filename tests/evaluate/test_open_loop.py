@@ -11,7 +11,7 @@ from scipy.spatial.transform import Rotation
 
 from data_tiny import make_episode, write_store
 from refusals import Command, refuses
-from spear.data.actions import extract_chunk, get_or_derive_actions
+from spear.data.actions import extract_chunk_up_to_unknown, get_or_derive_actions
 from spear.data.store.episode_store import EpisodeStore, append_episodes
 from spear.data.store.lerobot_write import write_lerobot
 from spear.evaluate.open_loop import (
@@ -51,7 +51,7 @@ class ReplayPolicy:
         for episode in store:
             actions, is_known = get_or_derive_actions(episode)
             for step, observation in enumerate(build_observations(episode)):
-                chunk, _ = extract_chunk(actions, is_known, step)
+                chunk, _ = extract_chunk_up_to_unknown(actions, is_known, step)
                 self.chunk_by_state[observation["observation/state"].tobytes()] = chunk
 
     def infer_batch(self, observations: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:

@@ -122,7 +122,7 @@ def with_canonical_actions(episode: Episode) -> Episode:
     return dataclasses.replace(episode, action=actions, action_mask=is_known)
 
 
-def extract_chunk(
+def extract_chunk_up_to_unknown(
     actions: Array, is_known: Array, step: int, horizon: int = HORIZON
 ) -> MaskedActions:
     """Extract the action chunk that starts at a step.

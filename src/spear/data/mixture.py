@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from spear.data.actions import HORIZON, extract_chunk, find_first
+from spear.data.actions import HORIZON, extract_chunk_up_to_unknown, find_first
 from spear.data.store.episode_store import EpisodeStore, WeightedStore
 from spear.errors import SpearError
 from spear.types import CONTROL_RATE_HZ, Array, Episode
@@ -138,7 +138,9 @@ class Mixture:
         step = sample.step
         assert episode.action is not None
         assert episode.action_mask is not None
-        chunk, mask = extract_chunk(episode.action, episode.action_mask, step, horizon)
+        chunk, mask = extract_chunk_up_to_unknown(
+            episode.action, episode.action_mask, step, horizon
+        )
         state = np.concatenate([
             episode.position[step],
             episode.rotation[step],

@@ -29,7 +29,7 @@ from spear.data.action_reference import (
     convert_motions_to_steps,
     convert_steps_to_motions_from_observed,
 )
-from spear.data.actions import HORIZON, extract_chunk
+from spear.data.actions import HORIZON, extract_chunk_up_to_unknown
 from spear.data.store.episode_store import EpisodeStore, WeightedStore
 from spear.data.store.stats import QuantileSketch, compute_weighted_quantile
 from spear.errors import SpearError, check_known, suppress_notices
@@ -458,7 +458,9 @@ def _make_chunk_sketches(store: EpisodeStore, horizon: int) -> list[QuantileSket
         chunks = []
         masks = []
         for step in range(len(episode)):
-            chunk, is_target = extract_chunk(episode.action, episode.action_mask, step, horizon)
+            chunk, is_target = extract_chunk_up_to_unknown(
+                episode.action, episode.action_mask, step, horizon
+            )
             chunks.append(chunk[:, :3].cumsum(axis=0))
             masks.append(is_target)
         motions = np.stack(chunks)  # [T, H, 3]

@@ -13,7 +13,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from spear.data.actions import HORIZON, extract_chunk, get_or_derive_actions, resample_episode
+from spear.data.actions import (
+    HORIZON,
+    extract_chunk_up_to_unknown,
+    get_or_derive_actions,
+    resample_episode,
+)
 from spear.data.store.episode_store import EpisodeStore
 from spear.embodiments.observations import DEFAULT_IMAGE_SIZES, get_camera_key, get_image_sizes
 from spear.errors import SpearError
@@ -232,7 +237,7 @@ def _compute_errors(chunks: Array, actions: Array, is_known: Array) -> dict[str,
     target_chunks = []
     target_masks = []
     for step in range(len(chunks)):
-        target, mask = extract_chunk(actions, is_known, step, horizon)
+        target, mask = extract_chunk_up_to_unknown(actions, is_known, step, horizon)
         target_chunks.append(target)
         target_masks.append(mask)
     targets = np.stack(target_chunks)  # [T, H, 8]

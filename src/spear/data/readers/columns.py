@@ -43,7 +43,7 @@ def read_column(steps: Steps, column: str, source: str) -> Any:
         SpearError: If there is no such column. The message lists the columns that exist.
     """
     path, components = parse_column(column)
-    values = _get_nested_column(steps, path, column, source)
+    values = _resolve_nested_column(steps, path, column, source)
     if isinstance(values, str):
         raise SpearError(
             f"column {column!r} of {source} cannot be read ({values}). Name another column."
@@ -63,7 +63,7 @@ def read_column(steps: Steps, column: str, source: str) -> Any:
     return values[:, components] if is_range else values[:, components.start]
 
 
-def _get_nested_column(steps: Steps, path: str, column: str, source: str) -> Any:
+def _resolve_nested_column(steps: Steps, path: str, column: str, source: str) -> Any:
     """Follow a path through nested columns.
 
     A name in `steps` may itself contain slashes, so several parts of the path may be one name.

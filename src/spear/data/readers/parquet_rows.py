@@ -166,14 +166,17 @@ class _RowGroup:
         self._last_episode: int | None = None  # the episode of the last decoded row
         self._error: Exception | None = None  # why decoding cannot continue
 
-    def read_episode(self, episode_index: int, num_rows: int) -> list[pa.Table]:
+    def read_episode(self, episode_index: int, num_expected_rows: int) -> list[pa.Table]:
         """Copy the rows of an episode, so that the row group can be freed.
 
-        Batches are decoded until `num_rows` rows of the episode are known and the last decoded row
-        is of another episode, or until the row group ends. The episode may thus turn out to have
-        more rows than `num_rows`.
+        Batches are decoded until `num_expected_rows` rows of the episode are known and the last
+        decoded row is of another episode, or until the row group ends. The episode may thus turn
+        out to have more rows than `num_expected_rows`.
         """
-        while self._count_rows(episode_index) < num_rows or self._last_episode == episode_index:
+        while (
+            self._count_rows(episode_index) < num_expected_rows
+            or self._last_episode == episode_index
+        ):
             if not self._decode_next_batch():
                 break
 

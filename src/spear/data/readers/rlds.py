@@ -195,7 +195,7 @@ def open_rlds(path: str | Path) -> RldsFolder:
     info = read_json(folder / "dataset_info.json", "download this file again")
     features = read_json(folder / "features.json", "download this file again")
     try:
-        return _make_folder(folder, info, features)
+        return _parse_description(folder, info, features)
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise SpearError(
             f"{folder}/dataset_info.json cannot be read ({type(error).__name__}, {error}). "
@@ -203,7 +203,9 @@ def open_rlds(path: str | Path) -> RldsFolder:
         ) from error
 
 
-def _make_folder(folder: Path, info: Mapping[str, Any], features: Mapping[str, Any]) -> RldsFolder:
+def _parse_description(
+    folder: Path, info: Mapping[str, Any], features: Mapping[str, Any]
+) -> RldsFolder:
     """Make the description of a folder from the contents of its two JSON files."""
     if info.get("fileFormat", "tfrecord") != "tfrecord":
         raise SpearError(

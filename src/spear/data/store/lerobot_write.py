@@ -182,13 +182,14 @@ class _Writer:
         Raises:
             SpearError: If the episode differs from the first one in cameras, image sizes or rate.
         """
-        self._check_same_form(episode, histograms)
+        self._check_like_first_episode(episode, histograms)
         if self._data is not None and os.path.getsize(self._data_path) > MAX_DATA_FILE_MIB * MIB:
             self._end_data_file()
 
         # Write the episode's steps and videos, and make its row of `meta/episodes`.
         length = len(episode)
-        columns = self._make_columns(episode)
+        task_index = self.tasks.setdefault(episode.instruction, len(self.tasks))
+        columns = self._make_columns(episode, task_index)
         self._append_rows(columns, episode)
         row: EpisodeRow = {
             "episode_index": self.num_episodes,
@@ -215,7 +216,9 @@ class _Writer:
         if len(self.episode_rows) == EPISODES_PER_FILE:
             self._write_episode_rows()
 
-    def _check_same_form(self, episode: Episode, histograms: Mapping[str, PixelHistograms]) -> None:
+    def _check_like_first_episode(
+        self, episode: Episode, histograms: Mapping[str, PixelHistograms]
+    ) -> None:
         """Raise SpearError unless an episode has the cameras, sizes and rate of the first one."""
         cameras = sorted(episode.images)
         if cameras != list(self.image_shapes):
@@ -233,13 +236,12 @@ class _Writer:
                 f"{self.rate_hz:g}. Resample it with `spear data prepare`."
             )
 
-    def _make_columns(self, episode: Episode) -> dict[str, Any]:
+    def _make_columns(self, episode: Episode, task_index: int) -> dict[str, Any]:
         """Make all columns except the images: arrays [T] or [T, d], or lists of T texts."""
         length = len(episode)
         steps = np.arange(length)
         state = np.column_stack([episode.position, episode.rotation, episode.gripper])  # [T, 8]
         success = -1 if episode.success is None else episode.success  # -1 is not known
-        task_index = self.tasks.setdefault(episode.instruction, len(self.tasks))
         return {
             "observation.state": state.astype(np.float32),
             "action": np.asarray(episode.action, np.float32),
