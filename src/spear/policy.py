@@ -167,7 +167,7 @@ class VlmBundle:
             if probabilities is not None:
                 distribution = self._select_distribution(answer_ids, probabilities[index])
             answer = Answer(
-                segments=self._read_segments(answer_ids, image_sizes[index], view),
+                segments=self._decode_to_segments(answer_ids, image_sizes[index], view),
                 unit=self.processor.coordinates.unit,
                 distribution=distribution,
                 question_type=question_type,
@@ -204,7 +204,7 @@ class VlmBundle:
         ]
         return Distribution(probabilities[number_positions], self.processor.coordinates)
 
-    def _read_segments(
+    def _decode_to_segments(
         self, answer_ids: list[int], image_size: tuple[int, int], view: str
     ) -> Segments:
         """Decode an answer's token ids to segments, with locations mapped to the user's image."""

@@ -138,7 +138,7 @@ def test_smoothing_spreads_the_target_of_a_3d_token_over_its_neighbors() -> None
     logits = torch.randn(3, coordinate_ids.stop, dtype=torch.float64).float()
 
     loss, _ = compute_weighted_cross_entropy(
-        logits, labels, coordinate_ids, weight=2.0, smoothing=sigma
+        logits, labels, coordinate_ids, coordinate_weight=2.0, smoothing=sigma
     )
 
     bins = torch.arange(TINY.bins)

@@ -373,14 +373,14 @@ class SiglipEncoder(_WithStem, SiglipVisionModel):
         for layer in self.encoder.layers:
             layer.self_attn.__class__ = _SiglipAttention
 
-    def compute_features(self, views: Sequence[Tensor]) -> Tensor:
+    def compute_features(self, pixels_of_views: Sequence[Tensor]) -> Tensor:
         """Features of the patches of all views: uint8 images [B, 3, h, w] -> [B, T, width].
 
         T is the number of patches of all views, in the order of the views.
         """
         embedded = []
-        for view in views:
-            images = normalize_pixels(view, SIGLIP_MEAN, SIGLIP_STD)
+        for pixels in pixels_of_views:
+            images = normalize_pixels(pixels, SIGLIP_MEAN, SIGLIP_STD)
             embedded.append(self.embeddings(images, interpolate_pos_encoding=True))
         # Only the last layer's output is needed. A loop frees the outputs of the earlier layers,
         # while a list would keep them in memory.

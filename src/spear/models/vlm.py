@@ -357,7 +357,11 @@ class SpearVLMForConditionalGeneration(PreTrainedModel):
 
 
 def compute_weighted_cross_entropy(
-    logits: Tensor, labels: Tensor, coordinate_ids: range, weight: float, smoothing: float = 0.0
+    logits: Tensor,
+    labels: Tensor,
+    coordinate_ids: range,
+    coordinate_weight: float,
+    smoothing: float = 0.0,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Weighted mean cross-entropy over M tokens, Σ wᵢ·lossᵢ / Σ wᵢ.
 
@@ -367,7 +371,7 @@ def compute_weighted_cross_entropy(
         logits: [M, vocabulary].
         labels: [M], the right tokens. Tokens with `IGNORE_LABEL` do not count.
         coordinate_ids: The ids of the 3D tokens.
-        weight: λ.
+        coordinate_weight: λ.
         smoothing: Standard deviation, in bins, of the Gaussian that is the target of a 3D token.
             With 0, the target is the right bin alone.
 
@@ -391,7 +395,7 @@ def compute_weighted_cross_entropy(
 
     coordinate_mask = is_coordinate.float()
     text_mask = has_label.float() - coordinate_mask
-    weights = text_mask + weight * coordinate_mask
+    weights = text_mask + coordinate_weight * coordinate_mask
     loss = (weights * losses).sum() / weights.sum().clamp_min(1e-6)
     parts = {
         "text": _compute_masked_mean(losses.detach(), text_mask),

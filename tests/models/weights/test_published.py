@@ -63,7 +63,7 @@ def test_all_tensors_of_paligemma_are_loaded(name: str, monkeypatch: pytest.Monk
     # The folder does not exist, because `StoredCheckpoint.open` is replaced. There is no MoGe.
     report = backbones.plan_backbones("nowhere", None).report
 
-    report.check(source="nowhere")  # raises SpearError if a weight is missing or refused
+    report.check(source_in_message="nowhere")  # raises SpearError if a weight is missing or refused
     assert len(report.select_by_status("loaded")) == len(tensors)
     assert not report.select_by_status("left out")
 
@@ -83,7 +83,7 @@ def test_all_tensors_of_pi0_but_those_of_its_robot_are_loaded(
     # The folders do not exist, because `StoredCheckpoint.open` is replaced.
     report = action_expert.plan_policy(vlm="a", expert="b").report
 
-    report.check(source="nowhere")  # raises SpearError if a weight is missing or refused
+    report.check(source_in_message="nowhere")  # raises SpearError if a weight is missing or refused
     assert {entry.name for entry in report.select_by_status("new")} == ROBOT_WEIGHTS
 
 

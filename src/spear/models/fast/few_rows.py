@@ -134,7 +134,7 @@ class FewRows:
             # Attention. The queries stay in a buffer of `kernels`, in which `attend` finds them.
             kernels.project_qkv(layer.qkv, window.new_key_values[index])
             # Another stream may still be writing the prefix's keys and values of this layer.
-            window.wait(index)
+            window.wait_for_prefix(index)
             # `visible` has keys and values per block of tokens. The last block sees all of them.
             keys, values = window.visible[index][-1]
             kernels.attend(keys, values)  # writes `kernels.attended`

@@ -98,7 +98,8 @@ class CacheWindow:
         if self.write_events is not None:
             self.write_events.append(torch.cuda.current_stream().record_event())
 
-    def wait(self, layer: int) -> None:
-        """Let the current stream wait until another one has written a layer's keys and values."""
+    def wait_for_prefix(self, layer: int) -> None:
+        """Let the current stream wait until another one has written a layer's keys and values of
+        the prefix. Do nothing if no other one writes them."""
         if self.await_events:
             torch.cuda.current_stream().wait_event(self.await_events[layer])

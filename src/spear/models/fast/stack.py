@@ -218,7 +218,7 @@ class LayerStack:
             is_last = index + 1 == len(self.layers)
             query, key_values = self._run_before_attention(self, layer, x, *rotations)
             window.write(index, key_values)
-            window.wait(index)
+            window.wait_for_prefix(index)
             if is_last and keys_only:
                 return x
             if is_last and selected is not None:

@@ -367,9 +367,9 @@ def _make_vlm_config(
     moge: PublishedMoge | TrainedDepthEncoder | None,
 ) -> SpearVLMConfig:
     """Return the preset's config with the checkpoints' networks. Without `moge` it has no MoGe."""
-    text_config = _copy_network_config(published_config.text_config)
+    text_config = _copy_config_without_ignored_fields(published_config.text_config)
     text_config["vocab_size"] = max(vocabulary.num_rows, new_tokens.end)
-    vision_config = _copy_network_config(published_config.vision_config)
+    vision_config = _copy_config_without_ignored_fields(published_config.vision_config)
     vision_config["vision_use_head"] = False
     network_configs = {
         "vision_config": vision_config,
@@ -381,7 +381,7 @@ def _make_vlm_config(
     )
 
 
-def _copy_network_config(config: Any) -> dict[str, Any]:
+def _copy_config_without_ignored_fields(config: Any) -> dict[str, Any]:
     """Return the fields of a network's config without `IGNORED_CONFIG_FIELDS`."""
     fields = config.to_dict()
     return {name: value for name, value in fields.items() if name not in IGNORED_CONFIG_FIELDS}

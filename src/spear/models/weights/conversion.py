@@ -102,7 +102,7 @@ class ConversionReport:
         """Return the weights that have one of these statuses."""
         return [entry for entry in self.entries if entry.status in statuses]
 
-    def check(self, source: str) -> None:
+    def check(self, source_in_message: str) -> None:
         """Raise `SpearError` if weights are missing or refused.
 
         The message says how many there are, and names the first of each status.
@@ -118,8 +118,8 @@ class ConversionReport:
                 )
         if problems:
             raise SpearError(
-                f"the checkpoint {source} does not fit ({'; '.join(problems)}). Compare it with "
-                "`spear convert expected`, or report this line."
+                f"the checkpoint {source_in_message} does not fit ({'; '.join(problems)}). Compare "
+                "it with `spear convert expected`, or report this line."
             )
 
     def fold_layers(self) -> list[tuple[WeightStatus, int]]:
@@ -329,11 +329,11 @@ class Conversion(Generic[ModelT]):
         self,
         model: ModelT,
         partial_folder: Path,
-        name: str,
+        model_name: str,
         seed: int,
         save_more: Callable[[Path], Any] | None,
     ) -> None:
-        """Write weights, tokenizer, provenance and model card of a model called `name`."""
+        """Write weights, tokenizer, provenance and model card of a model called `model_name`."""
         with quiet_transformers():
             model.save_pretrained(partial_folder, max_shard_size=MAX_SHARD_SIZE)
         if self.tokenizer is not None:
@@ -350,9 +350,9 @@ class Conversion(Generic[ModelT]):
                 "simulator_only": all(map(is_simulator_only, source_folders)),
             },
         )
-        (partial_folder / "README.md").write_text(self._make_card(name), encoding="utf-8")
+        (partial_folder / "README.md").write_text(self._make_card(model_name), encoding="utf-8")
 
-    def _make_card(self, name: str) -> str:
+    def _make_card(self, model_name: str) -> str:
         """Return the text of README.md, with the header that the Hub reads.
 
         The license is that of PaliGemma's weights.
@@ -369,7 +369,7 @@ class Conversion(Generic[ModelT]):
 
         template = Path(__file__).with_name("card.md").read_text(encoding="utf-8")
         return template.format(
-            name=name,
+            name=model_name,
             title=card_text.title,
             pipeline=card_text.pipeline,
             use=card_text.use,
@@ -388,7 +388,7 @@ def match_weights(
     expected: Mapping[str, Tensor],
     checkpoint: StoredCheckpoint,
     stored_names: Mapping[str, str],
-    source: str,
+    source_in_notes: str,
 ) -> tuple[list[WeightStatus], dict[str, str]]:
     """Find the weights of a model in a checkpoint.
 
@@ -397,7 +397,7 @@ def match_weights(
             read, so they may be on the meta device.
         checkpoint: The checkpoint.
         stored_names: Our name of each weight in the checkpoint -> its name in the checkpoint.
-        source: What the notes call the checkpoint.
+        source_in_notes: What the notes call the checkpoint.
 
     Returns:
         The status of each expected weight: "loaded", "missing", or "refused" for its shape. And for
@@ -411,7 +411,7 @@ def match_weights(
     for our_name, tensor in expected.items():
         shape = tuple(tensor.shape)
         if our_name not in stored_names:
-            entries.append(WeightStatus(our_name, shape, "missing", f"not in {source}"))
+            entries.append(WeightStatus(our_name, shape, "missing", f"not in {source_in_notes}"))
             continue
         stored_name = stored_names[our_name]
         checkpoint.get_dtype(stored_name)  # raises SpearError for quantized weights
@@ -420,7 +420,9 @@ def match_weights(
             note = f"its shape is {list(stored_shape)}, its config says {list(shape)}"
             entries.append(WeightStatus(stored_name, stored_shape, "refused", note))
         else:
-            entries.append(WeightStatus(our_name, shape, "loaded", f"{source}: {stored_name}"))
+            entries.append(
+                WeightStatus(our_name, shape, "loaded", f"{source_in_notes}: {stored_name}")
+            )
             loaded_names[our_name] = stored_name
     return entries, loaded_names
 

@@ -116,7 +116,7 @@ def _check_loading_info(loading_info: Mapping[str, Any], folder: Path) -> None:
         )
 
 
-def check_finite(model: nn.Module, source: str) -> None:
+def check_finite(model: nn.Module, source_in_message: str) -> None:
     """Raise `SpearError` if a weight contains NaN or infinity. The message names the weight."""
     for name, weight in model.state_dict().items():
         if weight.numel() == 0:
@@ -124,8 +124,8 @@ def check_finite(model: nn.Module, source: str) -> None:
         smallest, largest = weight.aminmax()
         if not smallest.isfinite() or not largest.isfinite():
             raise SpearError(
-                f"{name} of {source} contains NaN or infinity. Copy it again, or give another "
-                "dtype."
+                f"{name} of {source_in_message} contains NaN or infinity. Copy it again, or give "
+                "another dtype."
             )
 
 
