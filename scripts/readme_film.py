@@ -72,7 +72,7 @@ def roll_out(env: TabletopEnv, policy: Spear1Policy) -> list[Image.Image]:
     frames = [show(env, [])]
     for _ in range(MAX_STEPS):
         action: Array = policy.infer({**env.observe(), "seed": env.steps})["actions"][0]
-        info = env.physics_step(action)
+        info = env.step_without_observing(action)
         frames.append(show(env, []))
         if info["success"]:
             return frames

@@ -194,7 +194,7 @@ class Robot:
         if self.has_ended:
             return
         with _physics_steps(round(self._timing.tick_s / PHYSICS_STEP_S)):
-            info = self._env.physics_step(action)
+            info = self._env.step_without_observing(action)
         self._gripper = float(action[7])
         self._num_actions += 1
         self._now_s += self._timing.tick_s + self._rng.normal(0, TICK_JITTER_S)

@@ -25,7 +25,7 @@ from scipy import ndimage
 from spear.cli import run_reporting_errors
 from spear.labels.fit.accuracy import (
     BoxErrors,
-    choose_most_covered_instance,
+    choose_instance_with_most_mask_pixels,
     compare_labels,
     compute_box_errors,
 )
@@ -158,7 +158,7 @@ def measure_object(
 ) -> list[BoxErrors] | None:
     """The errors of each method's box; None where a box is missing."""
     assert frame.boxes is not None
-    instance = choose_most_covered_instance(o, label, frame)
+    instance = choose_instance_with_most_mask_pixels(o, label, frame)
     if o.box3d is None or instance not in frame.boxes:
         return None
     mask = decode_mask(o.mask_runs, label.height, label.width)

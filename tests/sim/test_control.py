@@ -224,7 +224,7 @@ from spear.sim.env import TabletopEnv
 env = TabletopEnv("put_in_basket", images=False)
 env.reset(seed=3)
 for _ in range(12):
-    env.physics_step(expert.act(env.world))
+    env.step_without_observing(expert.act(env.world))
 result = env.world.data.qpos.tobytes().hex()
 """
 

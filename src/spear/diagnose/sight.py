@@ -14,7 +14,7 @@ import numpy as np
 from spear.data.store.episode_store import EpisodeStore
 from spear.diagnose.picture_repair import CAMERA, NO_REPAIR, PictureRepair
 from spear.evaluate.vqa.ask import point_at_objects_and_name_them
-from spear.labels.questions.templates import is_a
+from spear.labels.questions.templates import can_be_called
 from spear.policy import VlmBundle
 from spear.types import Array
 from spear.util.images import decode_image
@@ -78,7 +78,9 @@ def are_names_missed(
         seen_names = point_at_objects_and_name_them(model, images, tried_names, CAMERA)
         for row, seen_name in zip(rows, seen_names, strict=True):
             name = names[row]
-            is_missed[row] = not is_a(seen_name, name) and not is_a(name, seen_name)
+            is_missed[row] = not can_be_called(seen_name, name) and not can_be_called(
+                name, seen_name
+            )
     return is_missed
 
 

@@ -211,7 +211,7 @@ def _step_until_inference_or_end(scene: _RunningScene) -> HasEnded:
         Whether the episode has ended.
     """
     while not scene.executor.needs_chunk():
-        scene.info = scene.env.physics_step(scene.executor.next_action())
+        scene.info = scene.env.step_without_observing(scene.executor.next_action())
         scene.track.append(scene.env.world.data.qpos.copy())
         scene.unreachable += scene.info["unreachable"]
         if scene.info["success"] or scene.env.steps >= MAX_STEPS:

@@ -49,7 +49,7 @@ from spear.labels.store import (
     SCHEMA,
     SKIPPED_FILE,
     ParquetWriter,
-    read_footer,
+    read_shard_footer,
     remove_questions,
     remove_temporary_files,
 )
@@ -408,7 +408,7 @@ def _read_skipped_images_of_finished_shards(
     skipped_of_finished = {}
     num_changed = 0
     for path in sorted(out.glob("labels-*.parquet")):
-        footer = json.loads(read_footer(path, FOOTER_KEY) or "{}")
+        footer = json.loads(read_shard_footer(path, FOOTER_KEY) or "{}")
         digits = path.stem.removeprefix("labels-")
         if "digests" not in footer or not digits.isdecimal():
             raise SpearError(f"{path} is not of this run. Move it elsewhere.")

@@ -263,7 +263,7 @@ def list_label_shards(path: str | Path) -> list[Path]:
     return shards
 
 
-def read_footer(path: Path, key: str) -> bytes | None:
+def read_shard_footer(path: Path, key: str) -> bytes | None:
     """What a shard's footer contains under `key`."""
     metadata = _open_shard(path).metadata.metadata or {}
     return metadata.get(key.encode())

@@ -121,12 +121,12 @@ class TabletopEnv(gymnasium.Env[Observation, NDArray[np.floating]]):
 
         Raises `SpearError` for actions that are not 8 finite numbers with a unit quaternion.
         """
-        info = self.physics_step(action)
+        info = self.step_without_observing(action)
         success = info["success"]
         is_truncated = self.steps >= MAX_STEPS and not success
         return self.observe(), float(success), success, is_truncated, info
 
-    def physics_step(self, action: NDArray[np.floating]) -> dict[str, Any]:
+    def step_without_observing(self, action: NDArray[np.floating]) -> dict[str, Any]:
         """Apply one action [8] and return `info`, without computing an observation."""
         translation, rotation, opening = split_action(action)
         is_unreachable = self.world.servo.move_for_one_control_step(translation, rotation, opening)

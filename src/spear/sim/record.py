@@ -132,7 +132,7 @@ def record_episode(
         action, is_pushed = disturber(expert_action, env.steps, observation, seed)
         images = {camera: observation[get_camera_key(camera)] for camera in env.image_sizes}
         recorder.add(images, observation["observation/state"], action, is_pushed)
-        info = env.physics_step(action)
+        info = env.step_without_observing(action)
         observation = env.observe()
     source = format_episode_source(family, seed, policy is not None)
     instruction = env.world.spec.instruction

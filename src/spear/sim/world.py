@@ -276,26 +276,26 @@ def _measure_lower_and_upper_corner(kind: ObjectKind) -> tuple[Floats, Floats]:
     return np.min(lows, axis=0), np.max(highs, axis=0)
 
 
-def compute_half_extent(shape: int, size: Floats, rotation: Floats) -> Floats:
+def compute_half_extent(geom_type: int, geom_size: Floats, rotation: Floats) -> Floats:
     """Return half the extent [3] of a rotated primitive along the axes of another frame.
 
     Args:
-        shape: MuJoCo's geom type.
-        size: MuJoCo's geom size for this type, m.
+        geom_type: MuJoCo's geom type.
+        geom_size: MuJoCo's geom size for this type, m.
         rotation: [3, 3], rotation from the primitive's frame to the other frame.
     """
-    if shape == mujoco.mjtGeom.mjGEOM_BOX:
-        return np.abs(rotation) @ size
-    if shape == mujoco.mjtGeom.mjGEOM_ELLIPSOID:
-        return np.sqrt((rotation**2) @ (size**2))
-    # Capsules and cylinders have a radius, size[0], and half a length along z, size[1].
-    along_axis = size[1] * np.abs(rotation[:, 2])
-    if shape == mujoco.mjtGeom.mjGEOM_CAPSULE:
-        return size[0] + along_axis
+    if geom_type == mujoco.mjtGeom.mjGEOM_BOX:
+        return np.abs(rotation) @ geom_size
+    if geom_type == mujoco.mjtGeom.mjGEOM_ELLIPSOID:
+        return np.sqrt((rotation**2) @ (geom_size**2))
+    # Capsules and cylinders have a radius, geom_size[0], and half a length along z, geom_size[1].
+    along_axis = geom_size[1] * np.abs(rotation[:, 2])
+    if geom_type == mujoco.mjtGeom.mjGEOM_CAPSULE:
+        return geom_size[0] + along_axis
     # A cylinder's end is a disc across the axis; its extent is the radius times the sine of the
     # angle between the cylinder's axis and the other frame's.
     sine = np.sqrt(np.maximum(0.0, 1 - rotation[:, 2] ** 2))
-    return size[0] * sine + along_axis
+    return geom_size[0] * sine + along_axis
 
 
 def _euler_to_quaternion(fixed_xyz_rad: tuple[float, float, float]) -> Floats:

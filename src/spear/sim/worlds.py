@@ -184,14 +184,17 @@ def with_invisible_robot(scene: SceneSpec) -> SceneSpec:
 
 
 def with_clutter(
-    objects: tuple[SceneObject, ...], kinds: tuple[str, ...], number: int, rng: np.random.Generator
+    objects: tuple[SceneObject, ...],
+    kinds: tuple[str, ...],
+    max_added: int,
+    rng: np.random.Generator,
 ) -> tuple[SceneObject, ...]:
-    """Return the objects and up to `number` further ones, placed on the table with gaps.
+    """Return the objects and up to `max_added` further ones, placed on the table with gaps.
 
     Each further object is of one of `kinds`, and is left out if there is no room for it.
     """
     result = list(objects)
-    for _ in range(number):
+    for _ in range(max_added):
         name = str(rng.choice(kinds))
         scene_object = _place_freely(name, result, rng)
         if scene_object is not None:

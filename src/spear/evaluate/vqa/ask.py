@@ -12,7 +12,7 @@ from spear.evaluate.vqa.calibration import TRUSTED_COVERAGE, Trust
 from spear.evaluate.vqa.wording import ParsedQuestion, describe_untaught, understand_question
 from spear.labels.pipeline import label_with_ground_truth
 from spear.labels.questions.generate import abbreviate_unit, format_answer
-from spear.labels.questions.templates import KEYPOINT_NAMES, is_a, with_article
+from spear.labels.questions.templates import KEYPOINT_NAMES, can_be_called, with_article
 from spear.labels.questions.types import PROMPT_TEMPLATES
 from spear.labels.store import read_evenly_spread_labels
 from spear.models.processing import Processor
@@ -221,7 +221,7 @@ def find_absent_objects_and_what_is_seen(
     absent = {}
     seen_names = point_at_objects_and_name_them(model, [image] * len(names), names, view)
     for name, seen_name in zip(names, seen_names, strict=True):
-        if not is_a(seen_name, name) and not is_a(name, seen_name):
+        if not can_be_called(seen_name, name) and not can_be_called(name, seen_name):
             absent[name] = seen_name
     return absent
 

@@ -21,7 +21,7 @@ from spear.evaluate.vqa.measures import compute_error_scales, is_grammatical
 from spear.evaluate.vqa.scores import AnsweredQuestion, Scores, summarize
 from spear.labels.questions.generate import find_askable_objects, generate_questions
 from spear.labels.questions.measures import extract_numbers
-from spear.labels.questions.templates import is_a
+from spear.labels.questions.templates import can_be_called
 from spear.models.readout import DECODE_METHODS, DecodeMethod, replace_numbers
 from spear.policy import Answer, VlmBundle
 from spear.question_types import QUESTION_TYPES
@@ -264,7 +264,10 @@ def _may_be_any_of(name: str, object_names: Sequence[str]) -> bool:
 
     This is so if either is a kind of the other, as a "red cup" is a "cup".
     """
-    return any(is_a(name, object_name) or is_a(object_name, name) for object_name in object_names)
+    return any(
+        can_be_called(name, object_name) or can_be_called(object_name, name)
+        for object_name in object_names
+    )
 
 
 def _confirm_some_objects(

@@ -31,7 +31,9 @@ class BoxAccuracy:
     missed: int
 
 
-def choose_most_covered_instance(o: LabeledObject, label: LabeledImage, frame: Frame) -> int:
+def choose_instance_with_most_mask_pixels(
+    o: LabeledObject, label: LabeledImage, frame: Frame
+) -> int:
     """The instance of a frame that the mask of an object covers most; 0 if the mask covers none.
 
     Args:
@@ -96,7 +98,7 @@ def compare_labels(
         matched_instances: set[int] = set()
         errors_by_instance: dict[int, BoxErrors] = {}
         for o in label.objects:
-            instance = choose_most_covered_instance(o, label, frame)
+            instance = choose_instance_with_most_mask_pixels(o, label, frame)
             if o.box3d is None or instance not in frame.boxes:
                 continue
             matched_instances.add(instance)

@@ -17,7 +17,12 @@ import numpy as np
 from spear.errors import SpearError, check_known
 from spear.labels.questions.interface import QuestionScene, sample_one
 from spear.labels.questions.positions import project_to_pixels
-from spear.labels.questions.templates import KEYPOINT_NAMES, UNIT_TEMPLATES, is_a, with_article
+from spear.labels.questions.templates import (
+    KEYPOINT_NAMES,
+    UNIT_TEMPLATES,
+    can_be_called,
+    with_article,
+)
 from spear.labels.questions.types import PROMPT_TEMPLATES, QUESTION_TYPE_BY_NAME
 from spear.question_types import QUESTION_TYPES
 from spear.types import Array, LabeledImage, LabeledObject, Pixel, Question, Segments, Unit
@@ -83,7 +88,7 @@ def find_failed_scores(scores: Mapping[str, float]) -> tuple[str, ...]:
 def _is_name_unique(o: LabeledObject, label: LabeledImage) -> bool:
     """Whether an object's name fits no other object of the image."""
     # The sum counts the object itself, too.
-    return sum(is_a(other.name, o.name) for other in label.objects) == 1
+    return sum(can_be_called(other.name, o.name) for other in label.objects) == 1
 
 
 def find_askable_objects(label: LabeledImage) -> list[LabeledObject]:

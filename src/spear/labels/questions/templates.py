@@ -62,31 +62,33 @@ def with_article(name: str, definite: bool = True) -> str:
     return f"an {name}" if name[:1].lower() in "aeiou" else f"a {name}"
 
 
-def is_a(name: str, kind: str, exact: bool = False) -> bool:
-    """Whether `kind` may also mean an object with this name.
+def can_be_called(object_name: str, asked_name: str, exact_noun: bool = False) -> bool:
+    """Whether the name in a question may also mean an object with another name.
 
-    This is so if both have the same noun, and `kind` has no other word that the name lacks. Case is
-    ignored, and so is a number at the end, which detectors add ("cup 2").
+    This is so if both have the same noun, and the asked name has no other word that the object's
+    name lacks. Case is ignored, and so is a number at the end, which detectors add ("cup 2").
 
     Args:
-        name: The object's name.
-        kind: The name in a question.
-        exact: With True, plurals and synonyms (`SYNONYM_GROUPS`) are different nouns. With False,
-            they are the same noun.
+        object_name: The object's name.
+        asked_name: The name in a question.
+        exact_noun: With True, plurals and synonyms (`SYNONYM_GROUPS`) are different nouns. With
+            False, they are the same noun.
 
     Example:
-        >>> [is_a(name, "cube") for name in ("red cube", "cubes", "cube on the tray", "cube stand")]
-        [True, True, True, False]
-        >>> is_a("cube", "red cube")
+        >>> [can_be_called(name, "cube") for name in ("red cube", "cubes", "cube on the tray")]
+        [True, True, True]
+        >>> can_be_called("cube stand", "cube")
+        False
+        >>> can_be_called("cube", "red cube")
         False
     """
-    object_meaning = _parse_name(name)
-    kind_meaning = _parse_name(kind)
-    if exact:
-        is_same_noun = object_meaning.noun == kind_meaning.noun
+    object_meaning = _parse_name(object_name)
+    asked_meaning = _parse_name(asked_name)
+    if exact_noun:
+        is_same_noun = object_meaning.noun == asked_meaning.noun
     else:
-        is_same_noun = bool(object_meaning.forms & kind_meaning.forms)
-    return is_same_noun and kind_meaning.other_words <= object_meaning.other_words
+        is_same_noun = bool(object_meaning.forms & asked_meaning.forms)
+    return is_same_noun and asked_meaning.other_words <= object_meaning.other_words
 
 
 class _NameMeaning(NamedTuple):

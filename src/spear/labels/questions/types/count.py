@@ -1,7 +1,7 @@
 """Questions for the number of objects with a name. The answer is the number as a word ("2")."""
 
 from spear.labels.questions.interface import Draft, QuestionScene, QuestionType, Random, sample_one
-from spear.labels.questions.templates import EVERYDAY_NAMES, is_a
+from spear.labels.questions.templates import EVERYDAY_NAMES, can_be_called
 
 PROMPTS = (
     "How many objects called {x} are there?",
@@ -19,8 +19,10 @@ def _draft(scene: QuestionScene, rng: Random) -> Draft | None:
     visible_names = [o.name for o in scene.label.objects]
     is_visible = bool(visible_names) and rng.random() < VISIBLE_FRACTION
     name = sample_one(visible_names if is_visible else EVERYDAY_NAMES, rng)
-    num_exact = sum(is_a(visible_name, name, exact=True) for visible_name in visible_names)
-    num_meant = sum(is_a(visible_name, name) for visible_name in visible_names)
+    num_exact = sum(
+        can_be_called(visible_name, name, exact_noun=True) for visible_name in visible_names
+    )
+    num_meant = sum(can_be_called(visible_name, name) for visible_name in visible_names)
     # If there are objects with a synonym of the name, it is open whether they count.
     if num_exact != num_meant:
         return None

@@ -1,7 +1,7 @@
 """Questions whether the image shows an object. The answer is "yes" or "no"."""
 
 from spear.labels.questions.interface import Draft, QuestionScene, QuestionType, Random, sample_one
-from spear.labels.questions.templates import EVERYDAY_NAMES, is_a, with_article
+from spear.labels.questions.templates import EVERYDAY_NAMES, can_be_called, with_article
 
 PROMPTS = (
     "Is there {x} in the image?",
@@ -29,7 +29,7 @@ def _draft(scene: QuestionScene, rng: Random) -> Draft | None:
 def _may_mean(visible_name: str, name: str) -> bool:
     """Whether an object's name, or a word of it, may mean what `name` asks for."""
     words = visible_name.replace("_", " ").split()
-    return any(is_a(candidate, name) for candidate in (visible_name, *words))
+    return any(can_be_called(candidate, name) for candidate in (visible_name, *words))
 
 
 QUESTION_TYPE = QuestionType(prompts=PROMPTS, draft=_draft, answer_texts=("yes", "no"))
