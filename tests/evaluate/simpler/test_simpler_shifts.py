@@ -24,7 +24,7 @@ from spear.evaluate.simpler.photograph import (
     CameraView,
     measure_photographed_fraction,
     relight,
-    view_from,
+    reproject_table_and_dome_with_mirrored_margins,
 )
 from spear.evaluate.simpler.run import Simpler
 from spear.evaluate.simpler.shifts import (
@@ -123,7 +123,10 @@ def test_a_camera_that_does_not_move_keeps_its_orientation(camera: CameraView) -
 def test_from_its_own_camera_a_photograph_looks_as_it_is(
     camera: CameraView, photograph: Array
 ) -> None:
-    assert (view_from(photograph, camera, camera, TABLE_Z_M) == photograph).all()
+    assert (
+        reproject_table_and_dome_with_mirrored_margins(photograph, camera, camera, TABLE_Z_M)
+        == photograph
+    ).all()
 
 
 def test_a_point_of_the_table_has_the_same_color_from_everywhere(
@@ -134,7 +137,7 @@ def test_a_point_of_the_table_has_the_same_color_from_everywhere(
 
     for seed in range(10):
         moved = sample_camera(camera, TABLE_Z_M, CAMERA_LEVELS[2], make_generator(seed))
-        view = view_from(photograph, camera, moved, TABLE_Z_M)
+        view = reproject_table_and_dome_with_mirrored_margins(photograph, camera, moved, TABLE_Z_M)
 
         moved_column, moved_row = np.rint(moved.project(point)).astype(int)
         difference = view[moved_row, moved_column].astype(int) - photograph[row, column]

@@ -94,7 +94,7 @@ def compute_points_of_pixels(camera: CameraView, dome_center: Array) -> Array:
     return np.asarray(camera.position + distance_m[..., None] * rays)
 
 
-def view_from(
+def reproject_table_and_dome_with_mirrored_margins(
     photograph: Array, photographed_by: CameraView, camera: CameraView, table_z_m: float
 ) -> NDArray[np.uint8]:
     """Return what another camera would see of the photographed table.

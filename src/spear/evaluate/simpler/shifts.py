@@ -22,8 +22,8 @@ from spear.evaluate.simpler.photograph import (
     colorize,
     paint_texture,
     relight,
+    reproject_table_and_dome_with_mirrored_margins,
     shift_to_mean_color,
-    view_from,
 )
 from spear.evaluate.simpler.tasks import CAMERA, CAMERA_SIZE, TASKS
 from spear.geometry import matrix_to_quat, quat_normalize, quat_to_matrix
@@ -275,7 +275,9 @@ def shift_scene(env: Any, task: str, photograph: Array, scene_shift: SceneShift)
     if shift.axis == "camera":
         moved_camera = sample_camera(camera, table_z_m, CAMERA_LEVELS[shift.level], rng)
         _move_camera(env, moved_camera)
-        photograph = view_from(photograph, camera, moved_camera, table_z_m)
+        photograph = reproject_table_and_dome_with_mirrored_margins(
+            photograph, camera, moved_camera, table_z_m
+        )
     elif shift.axis == "light":
         factor, tint = sample_brightness_and_tint(LIGHT_LEVELS[shift.level], rng)
         _change_light(env, factor * tint, sample_downward_light_direction(rng))
