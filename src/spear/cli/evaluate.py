@@ -481,7 +481,7 @@ def _ask_and_save(
     trust = None if options.calibrate else Trust.load(locate(options.model))
     scores = run.evaluate_vqa(bundle, labels, options.query, trust)
 
-    scores.save(options.out / "scores.json", _collect_vqa_settings(options))
+    scores.save_without_answers(options.out / "scores.json", _collect_vqa_settings(options))
     asked_about = options.labels if options.shift is None else f"{options.labels}, {options.shift}"
     page = make_vqa_page(scores, options.model, asked_about)
     write_text(options.out / "index.html", page)

@@ -248,7 +248,9 @@ def sample_instruction(
     return sample_unseen_instruction(templates, words.source, words.target, relation, level, rng)
 
 
-def shift_scene(env: Any, task: str, photograph: Array, scene_shift: SceneShift) -> str | None:
+def shift_built_scene_and_get_instruction(
+    env: Any, task: str, photograph: Array, scene_shift: SceneShift
+) -> str | None:
     """Shift the scene that ManiSkill has just built.
 
     Args:

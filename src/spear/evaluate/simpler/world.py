@@ -36,7 +36,12 @@ from spear.evaluate.simpler.frames import (
     rebuild_scene,
     render_labeled_frame,
 )
-from spear.evaluate.simpler.shifts import SceneShift, read_photograph, set_photograph, shift_scene
+from spear.evaluate.simpler.shifts import (
+    SceneShift,
+    read_photograph,
+    set_photograph,
+    shift_built_scene_and_get_instruction,
+)
 from spear.evaluate.simpler.tasks import (
     CAMERA,
     FINGER_CLOSED_M,
@@ -176,7 +181,9 @@ class SimplerWorld:
             rebuild_scene(self._env, self._position_tensor, self._orientation_tensor, number=start)
         self._instruction = str(self._env.get_language_instruction()[0])
         if scene_shift is not None:
-            instruction = shift_scene(self._env, self._name, self._photograph, scene_shift)
+            instruction = shift_built_scene_and_get_instruction(
+                self._env, self._name, self._photograph, scene_shift
+            )
             self._instruction = instruction or self._instruction
         self._unreachable = 0
         self._steps = 0

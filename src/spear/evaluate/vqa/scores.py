@@ -137,7 +137,7 @@ class Scores:
     calibration: Mapping[str, Calibration]
     answers: Sequence[AnsweredQuestion]
 
-    def save(self, path: Path, run_settings: Mapping[str, object]) -> None:
+    def save_without_answers(self, path: Path, run_settings: Mapping[str, object]) -> None:
         """Write the scores as JSON, without the single answers.
 
         An interrupted write leaves no incomplete file.
