@@ -500,9 +500,9 @@ def _carry_and_release(name: str, target_position: Array, moment: LiberoMoment) 
     return _move_towards(moment, goal, facing_quat, is_open=should_open)
 
 
-def _compute_move_from_under_drawer(box: Box, moment: LiberoMoment) -> Array | None:
+def _compute_move_from_under_drawer(held_object: Box, moment: LiberoMoment) -> Array | None:
     """The next move [3] of a held object out from under a drawer, m; None if none is above."""
-    outline = _make_outline(box)
+    outline = _make_outline(held_object)
     radius = float(outline.half_size.max())
     for cover in _list_open_drawers(moment):
         room_above = cover.bottom - outline.top
