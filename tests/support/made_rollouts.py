@@ -9,7 +9,8 @@ import torch
 
 from spear.checks.rollout.case import Case
 from spear.checks.rollout.episode import CameraPictures, RecordedEpisode, ServedTimes
-from spear.checks.rollout.pictures import COLOR_VERSIONS, SHAPE_VERSIONS, PictureReferences
+from spear.checks.rollout.picture_versions import COLOR_VERSIONS, SHAPE_VERSIONS
+from spear.checks.rollout.pictures import PictureReferences
 from spear.geometry import quat_exp, quat_multiply, quat_normalize
 from spear.types import Array
 

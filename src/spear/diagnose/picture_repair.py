@@ -2,7 +2,7 @@
 
 A camera that is exchanged, mirrored, turned or of another exposure is named by a check of its own.
 The SPEAR-VLM would hardly recognize anything in such pictures, so that nothing could be said about
-the scene. A crop or a stretch is not undone.
+the scene. A crop, a stretch or a small turn is not undone.
 """
 
 from collections.abc import Callable, Sequence
@@ -16,7 +16,7 @@ from spear.checks.rollout.bars import MAX_BAR_LEVEL, find_extra_bars
 from spear.checks.rollout.camera_checks import MIN_CONFIDENCE_LOG_ODDS, find_unrefuted_shape_version
 from spear.checks.rollout.case import Case
 from spear.checks.rollout.odds import VersionOdds
-from spear.checks.rollout.pictures import EXCHANGED, EXPOSURE_FACTORS, scale_brightness
+from spear.checks.rollout.picture_versions import EXCHANGED, EXPOSURE_FACTORS, scale_brightness
 from spear.types import Array
 
 CAMERA = "external"  # trust in what a model sees is measured with this camera

@@ -1,6 +1,8 @@
 """What happened to a camera's pictures is recognized by those of training."""
 
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -28,6 +30,7 @@ from spear.checks.rollout.case import Case, Finding, RolloutCheck
 from spear.checks.rollout.episode import RecordedEpisode
 from spear.checks.rollout.odds import PRIOR, VersionOdds
 from spear.checks.rollout.padding_bars import PaddingBarsCheck
+from spear.checks.rollout.picture_versions import SHAPE_VERSIONS
 from spear.types import Array
 
 CHECKS: tuple[RolloutCheck, ...] = (
@@ -125,6 +128,158 @@ def test_pictures_like_those_of_training_have_no_fault() -> None:
 
     for check in CHECKS:
         assert check.examine(case) is None, check.fault
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("corners", ["", ", with black corners"])
+def test_a_camera_that_is_turned_by_a_small_angle_is_turned(side: str, corners: str) -> None:
+    version = f"turned by 20° to the {side}{corners}"
+    case = make_picture_case(change_external(version))
+
+    result = CameraTurnedCheck().examine(case)
+
+    assert isinstance(result, Finding)
+    assert f"turned by 20° to the {side}" in result.evidence
+
+
+def cut_to_ten_steps(episode: RecordedEpisode) -> RecordedEpisode:
+    """Keep the first ten steps of an episode, without times."""
+    pictures = {}
+    for camera, recorded in episode.pictures.items():
+        pictures[camera] = replace(
+            recorded, small=recorded.small[:10], fingerprint=recorded.fingerprint[:10]
+        )
+    return replace(
+        episode,
+        position=episode.position[:10],
+        rotation=episode.rotation[:10],
+        opening=episode.opening[:10],
+        action=episode.action[:10],
+        is_known=episode.is_known[:10],
+        pictures=pictures,
+        served=None,
+    )
+
+
+def make_short_case(change: Callable[[RecordedEpisode], RecordedEpisode]) -> Case:
+    """Make a case whose episodes, of the rollout and of training, have ten steps."""
+    case = make_case(num_demonstrations=16)
+    rollout = [change(cut_to_ten_steps(episode)) for episode in case.rollout]
+    return Case(rollout, [cut_to_ten_steps(episode) for episode in case.demonstrations])
+
+
+def test_a_late_camera_is_recognized_in_short_episodes_and_not_called_frozen() -> None:
+    case = make_short_case(delay)
+
+    late = CameraLateCheck().examine(case)
+    frozen = CameraFrozenCheck().examine(case)
+
+    assert isinstance(late, Finding)
+    assert frozen is None
+
+
+def stop_at_the_end(episode: RecordedEpisode) -> RecordedEpisode:
+    """Repeat the last picture but one of the external camera."""
+    external = episode.pictures["external"]
+    steps = np.minimum(np.arange(len(episode)), len(episode) - 2)
+    stopped = replace(external, small=external.small[steps], fingerprint=steps)
+    return replace(episode, pictures={**episode.pictures, "external": stopped})
+
+
+def test_a_camera_that_stops_just_before_each_episode_ends_is_frozen() -> None:
+    result = CameraFrozenCheck().examine(make_short_case(stop_at_the_end))
+
+    assert isinstance(result, Finding)
+    assert "at the end of 6 of 6 episodes" in result.evidence
+
+
+def repeat_first_picture_of_wrist(episode: RecordedEpisode) -> RecordedEpisode:
+    """Send the wrist's pictures of the step before; the arm does not move in these pictures."""
+    wrist = episode.pictures["wrist"]
+    steps = np.maximum(np.arange(len(episode)) - 1, 0)
+    late = replace(wrist, small=wrist.small[steps], fingerprint=steps)
+    return replace(episode, pictures={**episode.pictures, "wrist": late})
+
+
+def test_a_late_camera_is_recognized_by_its_first_picture_if_its_changes_say_nothing() -> None:
+    result = CameraLateCheck().examine(make_case(change=repeat_first_picture_of_wrist))
+
+    assert isinstance(result, Finding)
+    assert "camera wrist" in result.evidence
+    assert "the first picture comes twice" in result.evidence
+
+
+def add_bars_of_a_square_camera(episode: RecordedEpisode) -> RecordedEpisode:
+    """Show the external pictures [24, 32] as those of a square camera, between black bars."""
+    external = episode.pictures["external"]
+    small = external.small.copy()
+    small[:, :, :4] = 0
+    small[:, :, -4:] = 0
+    square = replace(external, small=small, size=(240, 240))
+    return replace(episode, pictures={**episode.pictures, "external": square})
+
+
+def crop_square(episode: RecordedEpisode) -> RecordedEpisode:
+    """Crop the pictures of a square camera before they get their bars."""
+
+    def crop(small: Array) -> Array:
+        cropped = small.copy()
+        content = small[:, :, 4:-4].astype(np.float32)
+        cropped[:, :, 4:-4] = SHAPE_VERSIONS["cropped to 80 %"](content)
+        return cropped
+
+    return change_pictures(episode, "external", crop)
+
+
+@pytest.mark.parametrize("is_cropped", [False, True])
+def test_a_cropped_camera_keeps_the_bars_of_its_aspect(is_cropped: bool) -> None:
+    case = make_case(num_demonstrations=16)
+    demonstrations = [add_bars_of_a_square_camera(episode) for episode in case.demonstrations]
+    rollout = [add_bars_of_a_square_camera(episode) for episode in case.rollout]
+    if is_cropped:
+        rollout = [crop_square(episode) for episode in rollout]
+
+    result = CameraCroppedCheck().examine(Case(rollout, demonstrations))
+
+    assert isinstance(result, Finding) == is_cropped
+
+
+def show_workplace(episode: RecordedEpisode, workplace: int) -> RecordedEpisode:
+    """Show one of some workplaces in the external camera, with objects of the episode's own."""
+    rng = make_rng_of(episode)
+    block = np.ones((4, 4, 1))  # px
+    table = np.kron(np.random.default_rng(workplace).uniform(60, 190, (6, 8, 3)), block)
+    objects = np.kron(rng.uniform(-20, 20, (6, 8, 3)), block)
+
+    def draw(small: Array) -> Array:
+        return table + objects + rng.normal(0, 5, small.shape)
+
+    return change_pictures(episode, "external", draw)
+
+
+@pytest.mark.parametrize("is_mirrored", [False, True])
+def test_a_few_demonstrations_at_two_workplaces_show_a_mirrored_camera(is_mirrored: bool) -> None:
+    """Each half of the demonstrations is of one workplace, and so says nothing of the other."""
+    case = make_case(num_demonstrations=12)
+    demonstrations = [
+        show_workplace(episode, index % 2) for index, episode in enumerate(case.demonstrations)
+    ]
+    rollout = [show_workplace(episode, 1) for episode in case.rollout]
+    if is_mirrored:
+        rollout = [change_pictures(e, "external", lambda small: small[:, :, ::-1]) for e in rollout]
+
+    result = CameraMirroredCheck().examine(Case(rollout, demonstrations))
+
+    assert isinstance(result, Finding) == is_mirrored
+
+
+def test_no_other_camera_fault_is_found_in_black_pictures() -> None:
+    case = make_picture_case(partial(change_pictures, camera="external", transform=np.zeros_like))
+
+    faults = {check.fault for check in CHECKS if isinstance(check.examine(case), Finding)}
+
+    assert "camera-missing" in faults
+    assert faults <= {"camera-missing", *CameraMissingCheck.causes}
 
 
 def make_rng_of(episode: RecordedEpisode) -> np.random.Generator:

@@ -140,3 +140,42 @@ def test_a_gripper_that_is_later_than_any_late_action_is_a_fault_of_its_own() ->
 
         assert isinstance(result, Finding)
         assert result.is_independent == (delay == 6)
+
+
+def hold_still(episode: RecordedEpisode) -> RecordedEpisode:
+    """Keep the gripper open, whatever is commanded, and measure with a small error."""
+    opening = np.where(episode.action[:, 7] > 0.5, 0.99, 1.0)
+    return replace(episode, opening=opening)
+
+
+def test_a_gripper_that_has_not_moved_when_its_episodes_end_is_late() -> None:
+    result = GripperLateCheck().examine(make_case(change=hold_still))
+
+    assert isinstance(result, Finding)
+    assert "does not move yet in 6 of 6 episodes" in result.evidence
+
+
+def test_a_gripper_that_is_blocked_in_some_episodes_is_not_late() -> None:
+    case = make_case()
+    rollout = [hold_still(episode) for episode in case.rollout[:3]] + list(case.rollout[3:])
+
+    assert GripperLateCheck().examine(replace(case, rollout=rollout)) is None
+
+
+def test_errors_of_measuring_a_gripper_at_rest_are_not_opposed_to_its_commands() -> None:
+    result = GripperInvertedCheck().examine(make_case(change=hold_still))
+
+    assert not isinstance(result, Finding)
+
+
+def test_commands_in_meters_are_scaled_also_if_the_gripper_opens_no_further_to_close() -> None:
+    def open_by_eight_percent(episode: RecordedEpisode) -> RecordedEpisode:
+        """Open to 0.08 if commanded to open, and hold something wider if commanded to close."""
+        opening = np.where(episode.action[:, 7] > 0.5, 0.08, 0.3)
+        opening = np.concatenate([[1.0], opening[:-1]])  # one step after the command
+        return replace(episode, opening=opening)
+
+    case = make_case(change=open_by_eight_percent)
+
+    assert isinstance(GripperScaleCheck().examine(case), Finding)
+    assert not isinstance(GripperInvertedCheck().examine(case), Finding)

@@ -7,7 +7,7 @@ import numpy as np
 from spear.checks.rollout.bars import is_camera_exchange_refuted
 from spear.checks.rollout.case import Case, Doubt, Figure, Finding, Result
 from spear.checks.rollout.odds import VersionOdds
-from spear.checks.rollout.pictures import EXCHANGED
+from spear.checks.rollout.picture_versions import EXCHANGED
 from spear.types import Array
 
 CAMERA_FILE = "observe in your robot's file, where it reads the cameras"

@@ -1,5 +1,6 @@
 """A camera's pictures are late."""
 
+from collections.abc import Sequence
 from typing import ClassVar
 
 import numpy as np
@@ -11,6 +12,17 @@ from spear.checks.rollout.camera_checks import (
     draw_pictures,
 )
 from spear.checks.rollout.case import Case, Doubt, Finding, Material, Result, RolloutCheck
+from spear.checks.rollout.episode import RecordedEpisode
+from spear.checks.rollout.odds import compare_shares, compute_probability
+from spear.types import Array
+
+# A late camera may have no older picture than the first one of an episode, and then repeats it.
+MIN_FIRST_MOTION_M = 0.0005  # the noise of a camera changes the picture if the arm hardly moves
+REPEATING_SHARE = 0.9  # of the episodes of such a camera
+# A repeated picture alone does not show that the later ones are late: it cannot outweigh motions
+# that surely say otherwise.
+MAX_REPETITION_LOG_RATIO = 5.0
+MAX_CONFIDENCE = 0.95
 
 
 class CameraLateCheck(RolloutCheck):
@@ -27,20 +39,24 @@ class CameraLateCheck(RolloutCheck):
             if odds is None:
                 continue
             num_compared += 1
-            best = case.comparison.find_best_delay(camera)
-            if best is None:
+            best = odds[0]
+            repetition_log_ratio = _compare_first_repetitions(case, camera)
+            if best.log_odds + repetition_log_ratio <= 0:
                 continue
             # Any delay excludes that there is none; the best one is only the likeliest of them.
-            log_odds = max(entry.log_odds for entry in odds)
+            log_odds = max(entry.log_odds for entry in odds) + repetition_log_ratio
             if log_odds < MIN_CONFIDENCE_LOG_ODDS:
                 return Doubt(f"camera {camera} may be {best.version}", is_suspicion=True)
+            repetition_evidence = ""
+            if repetition_log_ratio > 0:
+                repetition_evidence = ". Unlike in training, the first picture comes twice"
             return Finding(
-                confidence=round(float(min(1 / (1 + np.exp(-log_odds)), 0.95)), 3),
+                confidence=compute_probability(log_odds, MAX_CONFIDENCE),
                 evidence=(
                     f"the pictures of camera {camera} change {best.version}: the correlation of "
                     f"their changes with the motion of the arm is then {best.margin:+.2f} higher "
                     f"(training pictures so delayed {best.expected:+.2f}, in time "
-                    f"{best.plain:+.2f})"
+                    f"{best.plain:+.2f}){repetition_evidence}"
                 ),
                 cure="read the newest picture: empty the camera's buffer before each observation",
                 file=CAMERA_FILE,
@@ -48,3 +64,29 @@ class CameraLateCheck(RolloutCheck):
                 camera=camera,
             )
         return None if num_compared else Doubt(TOO_FEW_PICTURES)
+
+
+def _compare_first_repetitions(case: Case, camera: str) -> float:
+    """Return how much likelier a late camera makes the repeated first pictures; 0 without any.
+
+    A late camera that has older pictures repeats none. So new pictures do not speak against it.
+    """
+    log_ratio = compare_shares(
+        _mark_first_repetitions(case.rollout, camera),
+        _mark_first_repetitions(case.demonstrations, camera),
+        REPEATING_SHARE,
+    )
+    return float(np.clip(log_ratio, 0, MAX_REPETITION_LOG_RATIO))
+
+
+def _mark_first_repetitions(episodes: Sequence[RecordedEpisode], camera: str) -> Array:
+    """Return whether each episode that begins with a motion repeats its first picture."""
+    is_repeated = []
+    for episode in episodes:
+        if camera not in episode.pictures or len(episode) < 2:
+            continue
+        first_motion_m = np.linalg.norm(episode.position[1] - episode.position[0])
+        fingerprint = episode.pictures[camera].fingerprint
+        if first_motion_m > MIN_FIRST_MOTION_M:
+            is_repeated.append(bool(fingerprint[1] == fingerprint[0]))
+    return np.array(is_repeated, bool)

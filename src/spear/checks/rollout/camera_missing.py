@@ -20,6 +20,10 @@ class CameraMissingCheck(RolloutCheck):
             "camera-exposure",
             "camera-frozen",
             "camera-bgr",
+            "camera-cropped",
+            "camera-mirrored",
+            "camera-stretched",
+            "camera-turned",
             "cameras-exchanged",
             "object-not-in-view",
         }

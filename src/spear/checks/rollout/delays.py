@@ -18,14 +18,17 @@ from spear.types import Array
 
 DELAYS_STEPS = (1, 2, 3, 4, 5)  # that are compared
 MAX_TRAINING_EPISODES = 40  # more of them change the expected scores little
-MIN_STEPS = 12  # shorter episodes do not show a delay
+MIN_STEPS = 8  # shorter episodes do not show a delay
 # The steps of a pair are at most this far from each other. For pairs that are farther apart, one
 # step of delay hardly changes how far the arm moved between them.
 MAX_STEPS_APART = 3
 # Added before logarithms are taken, so that distances and differences near 0 count alike.
 ADDED_DISTANCE_M = 0.003  # pictures of 32 columns do not show a shorter motion
 ADDED_LEVELS = 1.0  # gray levels of noise in pictures
-OPENING_M = 0.05  # how far the fingers move from closed to open, about
+# Pairs between which the opening changes by more are left out: how much pictures change with the
+# gripper depends on what it holds.
+MAX_OPENING_CHANGE = 0.1
+MIN_PAIRS = 6  # with fewer, nothing correlates
 
 
 @dataclass(frozen=True)
@@ -108,17 +111,21 @@ def _correlate_pictures_by_delay(
     # Every second row and column is enough.
     small = episode.pictures[camera].small[:, ::2, ::2].astype(np.float32)
     pictures = small.reshape(num_steps, -1)[np.maximum(steps - added_delay_steps, 0)]  # [T, values]
-    opening_m = OPENING_M * np.asarray(episode.opening)[:, None]
-    states_m = np.concatenate([episode.position, opening_m], axis=1)  # [T, 4]
+    position = np.asarray(episode.position)
+    opening = np.asarray(episode.opening)
     earlier_steps, later_steps = _list_near_pairs(num_steps)
     differences = np.sqrt(((pictures[later_steps] - pictures[earlier_steps]) ** 2).mean(1))
     log_differences = np.log(differences + ADDED_LEVELS)
     scores = {}
     for delay in (0, *delays_steps):
-        delayed_m = states_m[np.maximum(steps - delay, 0)]
-        distances_m = np.linalg.norm(delayed_m[later_steps] - delayed_m[earlier_steps], axis=1)
+        delayed = np.maximum(steps - delay, 0)
+        earlier = delayed[earlier_steps]
+        later = delayed[later_steps]
+        distances_m = np.linalg.norm(position[later] - position[earlier], axis=1)
+        log_distances = np.log(distances_m + ADDED_DISTANCE_M)
+        is_compared = np.abs(opening[later] - opening[earlier]) <= MAX_OPENING_CHANGE
         name = "plain" if delay == 0 else _name_delay(delay)
-        scores[name] = _correlate(log_differences, np.log(distances_m + ADDED_DISTANCE_M))
+        scores[name] = _correlate(log_differences[is_compared], log_distances[is_compared])
     return scores
 
 
@@ -133,8 +140,8 @@ def _list_near_pairs(num_steps: int) -> tuple[Array, Array]:
 
 
 def _correlate(first: Array, second: Array) -> float:
-    """Return the correlation; 0 if one of the two is constant."""
-    if min(first.std(), second.std()) < 1e-6:
+    """Return the correlation; 0 if one of the two is constant, or of few values."""
+    if len(first) < MIN_PAIRS or min(first.std(), second.std()) < 1e-6:
         return 0.0
     return float(np.corrcoef(first, second)[0, 1])
 

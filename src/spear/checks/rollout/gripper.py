@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from spear.checks.gripper import (
+    MAX_REST_CHANGE,
     MIN_CORRELATION,
     CommandedGripper,
     Following,
@@ -16,13 +17,13 @@ from spear.checks.gripper import (
     correlate_commands_by_delay,
 )
 from spear.checks.rollout.episode import RecordedEpisode
+from spear.checks.rollout.gripper_reactions import OPEN_COMMAND, Reaction, collect_reactions
 from spear.types import Array
 
 MIN_COMMAND_CHANGE = 0.5  # commands that vary by less are one and the same command
 MAX_DELAY_S = 2.4  # longest delay of a gripper that is looked for
 MIN_OPENINGS = 5  # steps with a command to open, with fewer nothing is compared
 SETTLING_STEPS = 2  # steps after a change of the command that are not compared
-OPEN_COMMAND = 0.5  # a command above it opens
 # Median opening while the gripper is commanded to be open, as a share of the one of training. In
 # rollouts of nano it is 1.00.
 MAX_SCALE = 0.7
@@ -45,6 +46,9 @@ class GripperUse:
     training_open_level      the same in the demonstrations.
     closed_level             median opening of the rollout while it is commanded to be closed; NaN
                              if it hardly ever is.
+    reactions                how soon the gripper moves after each change of its command, in each
+                             episode of the rollout.
+    training_reactions       the same in the demonstrations.
     """
 
     rollout: Sequence[CommandedGripper]
@@ -55,13 +59,16 @@ class GripperUse:
     open_level: float
     training_open_level: float
     closed_level: float
+    reactions: Sequence[Sequence[Reaction]]
+    training_reactions: Sequence[Sequence[Reaction]]
 
     @property
     def opposes_commands(self) -> bool:
         """Whether openings are opposed to their commands."""
         if self.following is None:
             return False
-        return self.following.correlation <= -MIN_CORRELATION or self.has_exchanged_levels
+        is_opposed = self.following.correlation <= -MIN_CORRELATION
+        return self.has_exchanged_levels or (is_opposed and not self.is_command_scaled)
 
     @property
     def has_exchanged_levels(self) -> bool:
@@ -128,6 +135,17 @@ class GripperUse:
             return abs(start - self.open_level) <= MAX_CLOSED_SCALE and usual_start > MAX_SCALE
         return start <= MAX_SCALE * usual_start
 
+    @property
+    def is_command_scaled(self) -> bool:
+        """Whether the gripper opens, but not as far as in training, and never opens otherwise.
+
+        An inverted gripper closes wholly when it is commanded to open, and opens wholly when it is
+        commanded to close.
+        """
+        is_partly_open = MAX_CLOSED_SCALE < self.open_ratio_to_training <= MAX_SCALE
+        opens_to_close = self.closed_level >= MAX_SCALE * self.training_open_level  # False for NaN
+        return bool(is_partly_open and not opens_to_close)
+
     @staticmethod
     def from_episodes(
         rollout: Sequence[RecordedEpisode], demonstrations: Sequence[RecordedEpisode]
@@ -143,6 +161,8 @@ class GripperUse:
             open_level=_measure_median_opening(rollout, is_command_open=True),
             training_open_level=_measure_median_opening(demonstrations, is_command_open=True),
             closed_level=_measure_median_opening(rollout, is_command_open=False),
+            reactions=[collect_reactions(episode) for episode in rollout],
+            training_reactions=[collect_reactions(episode) for episode in demonstrations],
         )
 
 
@@ -165,6 +185,8 @@ def _find_delay(episodes: Sequence[CommandedGripper]) -> Following | None:
     """
     if not episodes:
         return None
+    if np.ptp(np.concatenate([episode.opening for episode in episodes])) <= MAX_REST_CHANGE:
+        return Following(delay_steps=0, correlation=0.0)  # a gripper at rest follows nothing
     usual = max(correlate_commands_by_delay(episodes), key=lambda result: abs(result.correlation))
     if abs(usual.correlation) >= MIN_CORRELATION:
         return usual

@@ -5,6 +5,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from spear.types import Array
+
 # Two versions are tied if their margins differ by less than this share of (margin of training
 # pictures that were changed - margin of those that were not).
 TIE_SHARE = 0.1
@@ -80,6 +82,36 @@ def compute_odds(
     for version, scores in changed_scores.items():
         odds.append(_compute_version_odds(version, rollout_scores, plain_scores, scores))
     return sorted(odds, key=lambda entry: -entry.margin)
+
+
+def compare_shares(rollout: Array, training: Array, faulty_share: float) -> float:
+    """Return how much likelier a fault makes what happened in a rollout: a log likelihood ratio.
+
+    Something happens in most cases if there is a fault, for example in most episodes. Training says
+    in which share of the cases it happens without one.
+
+    Args:
+        rollout: [N] whether it happened in each case of the rollout.
+        training: [M] the same in training.
+        faulty_share: in which share of the cases it happens with a fault.
+
+    Returns:
+        The ratio; 0 if one of both has no cases.
+    """
+    if not len(rollout) or not len(training):
+        return 0.0
+    # If it never happened in training, it may happen still. So one case of each kind is added.
+    usual_share = (training.sum() + 1) / (len(training) + 2)
+    num_happened = int(rollout.sum())
+    num_others = len(rollout) - num_happened
+    log_ratio = num_happened * np.log(faulty_share / usual_share)
+    log_ratio += num_others * np.log((1 - faulty_share) / (1 - usual_share))
+    return float(np.clip(log_ratio, -MAX_LOG_RATIO, MAX_LOG_RATIO))
+
+
+def compute_probability(log_odds: float, highest: float) -> float:
+    """Turn log odds into a probability of at most `highest`, rounded to three digits."""
+    return round(float(min(1 / (1 + np.exp(-log_odds)), highest)), 3)
 
 
 def _compute_version_odds(

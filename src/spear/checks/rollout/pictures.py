@@ -8,14 +8,16 @@ averaged over an episode.
 
 Half of the training episodes fit this model. The other half, changed in the same ways, say how far
 the scores of two versions differ if the pictures are, or are not, of this version. So a version
-that the training pictures cannot tell from the plain one is never accused. How pictures move with
+that the training pictures cannot tell from the plain one is never accused. If there are few
+training episodes, a half of them would show too few scenes. Then all of them fit the model of
+shapes, and cross-validation says how far the scores differ. How pictures move with
 the arm (`flow`) decides between a picture and its mirror images.
 """
 
-import functools
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property, partial
+from functools import cached_property
+from typing import NamedTuple
 
 import numpy as np
 
@@ -32,6 +34,13 @@ from spear.checks.rollout.odds import (
     compute_odds,
     find_likely_version,
 )
+from spear.checks.rollout.picture_versions import (
+    COLOR_VERSIONS,
+    EXCHANGED,
+    SHAPE_VERSIONS,
+    change_content,
+    resize,
+)
 from spear.types import Array
 
 # A version that all cameras have must be ten times as likely as plain pictures for each of them.
@@ -39,124 +48,9 @@ MIN_COMMON_LOG_RATIO = float(np.log(10))
 PICTURE_WIDTH_PX = 32  # width to which pictures are reduced
 FEATURE_WIDTH = 16  # columns of cells that the model sees; as many rows as the aspect makes
 STATE_QUANTILES = (0.02, 0.98)  # of the state features of training, to which others are clipped
+FEW_EPISODES = 40  # with fewer training episodes, shapes are scored by cross-validation
+NUM_FOLDS = 10  # of the cross-validation
 RIDGE = 0.1  # added to the covariance, as a share of its mean diagonal
-
-Transform = Callable[[Array], Array]
-"""A change of pictures [N, h, w, 3] float32."""
-
-
-def _zoom(pictures: Array, share_x: float, share_y: float) -> Array:
-    """Show the middle of pictures [N, h, w, 3] only, in the same size."""
-    height, width = pictures.shape[1:3]
-    crop_width = max(1, round(width * share_x))
-    crop_height = max(1, round(height * share_y))
-    left_px = (width - crop_width) // 2
-    top_px = (height - crop_height) // 2
-    cropped = pictures[:, top_px : top_px + crop_height, left_px : left_px + crop_width]
-    return _resize(cropped, width, height)
-
-
-def _resize(pictures: Array, width: int, height: int) -> Array:
-    """Resize pictures [N, h, w, 3] by linear interpolation."""
-    rows = _make_interpolation_matrix(pictures.shape[1], height)
-    columns = _make_interpolation_matrix(pictures.shape[2], width)
-    num, _, old_width, _ = pictures.shape
-    # Two matrix products are many times faster than Pillow for thousands of small pictures.
-    tall = rows @ pictures.reshape(num, pictures.shape[1], -1)  # [N, height, w · 3]
-    wide = columns @ tall.reshape(num * height, old_width, 3)  # [N · height, width, 3]
-    return wide.reshape(num, height, width, 3)
-
-
-@functools.cache
-def _make_interpolation_matrix(old_size: int, new_size: int) -> Array:
-    """Return the matrix [new_size, old_size] that interpolates a row of pixels linearly."""
-    positions = (np.arange(new_size) + 0.5) * old_size / new_size - 0.5
-    positions = np.clip(positions, 0, old_size - 1)
-    lower = np.floor(positions).astype(int)
-    upper = np.minimum(lower + 1, old_size - 1)
-    fraction = positions - lower
-    matrix = np.zeros((new_size, old_size), np.float32)
-    matrix[np.arange(new_size), lower] += 1 - fraction
-    matrix[np.arange(new_size), upper] += fraction
-    return matrix
-
-
-def _squeeze(pictures: Array, share_x: float, share_y: float) -> Array:
-    """Squeeze pictures [N, h, w, 3] into their middle, as a wider view shows them.
-
-    What the wider view adds at the sides is taken to be like the border of the pictures.
-    """
-    height, width = pictures.shape[1:3]
-    inner_width = max(1, round(width * share_x))
-    inner_height = max(1, round(height * share_y))
-    squeezed = _resize(pictures, inner_width, inner_height)
-    left_px = (width - inner_width) // 2
-    top_px = (height - inner_height) // 2
-    rows = (top_px, height - inner_height - top_px)
-    columns = (left_px, width - inner_width - left_px)
-    return np.pad(squeezed, ((0, 0), rows, columns, (0, 0)), mode="edge")
-
-
-def _turn_quarter_and_stretch(pictures: Array, num_quarters: int) -> Array:
-    """Turn pictures [N, h, w, 3] by quarters of a turn, fitted into their size without bars."""
-    height, width = pictures.shape[1:3]
-    return _resize(np.rot90(pictures, num_quarters, axes=(1, 2)), width, height)
-
-
-def _turn_quarter_with_bars(pictures: Array, num_quarters: int) -> Array:
-    """Turn pictures by quarters of a turn, and fit them into their size with black bars."""
-    num, height, width, _ = pictures.shape
-    turned_width = max(1, round(height * height / width))
-    turned = _resize(np.rot90(pictures, num_quarters, axes=(1, 2)), turned_width, height)
-    left_px = (width - turned_width) // 2
-    barred = np.zeros((num, height, width, 3), np.float32)
-    barred[:, :, left_px : left_px + turned_width] = turned
-    return barred
-
-
-def scale_brightness(pictures: Array, factor: float) -> Array:
-    """Brighten or darken pictures, as another exposure does."""
-    return np.clip(pictures * factor, 0, 255)
-
-
-SHAPE_VERSIONS: dict[str, Transform] = {
-    "plain": lambda pictures: pictures,
-    "mirrored left to right": lambda pictures: pictures[:, :, ::-1],
-    "mirrored upside down": lambda pictures: pictures[:, ::-1],
-    "turned by 180°": lambda pictures: pictures[:, ::-1, ::-1],
-    "turned by 90° to the left": lambda pictures: _turn_quarter_and_stretch(pictures, 1),
-    "turned by 90° to the right": lambda pictures: _turn_quarter_and_stretch(pictures, 3),
-    "turned by 90° to the left, with bars": lambda pictures: _turn_quarter_with_bars(pictures, 1),
-    "turned by 90° to the right, with bars": lambda pictures: _turn_quarter_with_bars(pictures, 3),
-    "cropped to 80 %": lambda pictures: _zoom(pictures, 0.8, 0.8),
-    "cropped to 60 %": lambda pictures: _zoom(pictures, 0.6, 0.6),
-    "stretched in width": lambda pictures: _zoom(pictures, 0.7, 1.0),
-    "stretched in width, slightly": lambda pictures: _zoom(pictures, 0.87, 1.0),
-    "stretched in height": lambda pictures: _zoom(pictures, 1.0, 0.7),
-    "stretched in height, slightly": lambda pictures: _zoom(pictures, 1.0, 0.87),
-    "squeezed in width": lambda pictures: _squeeze(pictures, 0.75, 1.0),
-    "squeezed in height": lambda pictures: _squeeze(pictures, 1.0, 0.75),
-}
-"""Changes that move the content of a picture; they are compared without colors and brightness."""
-
-EXCHANGED = "exchanged with "
-"""The version of pictures that are another camera's; the camera's name follows."""
-
-EXPOSURE_FACTORS = {
-    "exposed for half as long": 0.5,
-    "exposed for 70 % as long": 0.7,
-    "exposed for half as long again": 1.5,
-    "exposed for twice as long": 2.0,
-}
-"""Version of pictures with another exposure → how much brighter they are."""
-
-COLOR_VERSIONS: dict[str, Transform] = {
-    "plain": lambda pictures: pictures,
-    "with red and blue exchanged": lambda pictures: pictures[..., ::-1],
-}
-"""Changes of the colors; they are compared with colors and brightness."""
-for _version, _factor in EXPOSURE_FACTORS.items():
-    COLOR_VERSIONS[_version] = partial(scale_brightness, factor=_factor)
 
 
 @dataclass(frozen=True)
@@ -209,6 +103,17 @@ class _VersionModel:
         return scores
 
 
+class _VersionSample(NamedTuple):
+    """What a training episode of T steps says about versions.
+
+    states    [T, S] features of the arm's state.
+    features  version → [T, D] features of the pictures, changed to this version.
+    """
+
+    states: Array
+    features: Mapping[str, Array]
+
+
 @dataclass(frozen=True)
 class VersionReference:
     """What training pictures of one camera say about its versions.
@@ -216,9 +121,9 @@ class VersionReference:
     camera          the camera.
     kind            "shape" or "color".
     height          rows of its small pictures.
-    model           the model, fitted to half of the training episodes.
-    plain_scores    scores of each other training episode.
-    changed_scores  version → scores of each other training episode, changed to this version.
+    model           the model.
+    plain_scores    scores of training episodes that did not fit the model that scores them.
+    changed_scores  version → scores of the same training episodes, changed to this version.
     """
 
     camera: str
@@ -235,7 +140,7 @@ class VersionReference:
         kind: str,
         other_cameras: Sequence[str],
     ) -> "VersionReference | None":
-        """Fit the model, and score the other half; None with too few pictures.
+        """Fit the model, and score training episodes; None with too few pictures.
 
         Args:
             demonstrations: the training episodes.
@@ -248,40 +153,27 @@ class VersionReference:
         if len(training) < MIN_PICTURE_EPISODES:
             return None
         height = training[0].pictures[camera].small.shape[1]
-        transforms = SHAPE_VERSIONS if kind == "shape" else COLOR_VERSIONS
+        samples = [
+            _read_version_sample(episode, camera, kind, other_cameras, height)
+            for episode in training
+        ]
+        # A half of few episodes shows colors well enough, but not each scene.
+        if kind == "color" or len(samples) >= FEW_EPISODES:
+            model = _fit_version_model(samples[::2])
+            plain_scores, changed_scores = _score_samples(model, samples[1::2])
+            return VersionReference(camera, kind, height, model, plain_scores, changed_scores)
 
-        def read(episode: RecordedEpisode, version: str) -> Array:
-            """Return the features of an episode's pictures, changed to a version."""
-            exchanged_camera = version.removeprefix(EXCHANGED)
-            if exchanged_camera != version:
-                pictures = _get_resized_pictures(episode, exchanged_camera, height)
-            else:
-                pictures = transforms[version](_get_resized_pictures(episode, camera, height))
-            return _extract_features(kind, pictures)
-
-        # Fit the model to every second episode.
-        fitted = training[::2]
-        versions = [*transforms, *(f"{EXCHANGED}{name}" for name in other_cameras)]
-        features = {}
-        for version in versions:
-            features[version] = np.concatenate([read(episode, version) for episode in fitted])
-        states = np.concatenate([_extract_state_features(episode) for episode in fitted])
-        model = _VersionModel.fit(states, features)
-
-        # Score the other episodes, as they are and changed to each version but the first, "plain".
-        plain_scores: list[dict[str, float]] = []  # of each episode: version → log likelihood
-        changed_scores: dict[str, list[dict[str, float]]] = {name: [] for name in versions[1:]}
-        for episode in training[1::2]:
-            episode_states = _extract_state_features(episode)
-            plain_scores.append(
-                model.compute_mean_log_likelihoods(episode_states, read(episode, "plain"), versions)
-            )
-            for version, scores in changed_scores.items():
-                changed_features = read(episode, version)
-                pair = ("plain", version)
-                scores.append(
-                    model.compute_mean_log_likelihoods(episode_states, changed_features, pair)
-                )
+        # Score each fold by a model of the other folds.
+        num_folds = min(NUM_FOLDS, len(samples))
+        plain_scores = []
+        changed_scores = {version: [] for version in list(samples[0].features)[1:]}
+        for fold in range(num_folds):
+            others = [sample for n, sample in enumerate(samples) if n % num_folds != fold]
+            plain, changed = _score_samples(_fit_version_model(others), samples[fold::num_folds])
+            plain_scores += plain
+            for version, scores in changed.items():
+                changed_scores[version] += scores
+        model = _fit_version_model(samples)
         return VersionReference(camera, kind, height, model, plain_scores, changed_scores)
 
     def compute_mean_log_likelihoods(self, episode: RecordedEpisode) -> dict[str, float]:
@@ -297,12 +189,57 @@ class VersionReference:
         return compute_odds(scores, self.plain_scores, self.changed_scores)
 
 
+def _read_version_sample(
+    episode: RecordedEpisode, camera: str, kind: str, other_cameras: Sequence[str], height: int
+) -> _VersionSample:
+    """Read a training episode, its pictures changed to every version; "plain" is the first one."""
+    transforms = SHAPE_VERSIONS if kind == "shape" else COLOR_VERSIONS
+    plain_pictures = _get_resized_pictures(episode, camera, height)
+    features = {}
+    for version, transform in transforms.items():
+        pictures = change_content(plain_pictures, episode.pictures[camera], transform)
+        features[version] = _extract_features(kind, pictures)
+    for other_camera in other_cameras:
+        pictures = _get_resized_pictures(episode, other_camera, height)
+        features[f"{EXCHANGED}{other_camera}"] = _extract_features(kind, pictures)
+    return _VersionSample(_extract_state_features(episode), features)
+
+
+def _fit_version_model(samples: Sequence[_VersionSample]) -> _VersionModel:
+    """Fit a model to training episodes."""
+    states = np.concatenate([sample.states for sample in samples])
+    features = {}
+    for version in samples[0].features:
+        features[version] = np.concatenate([sample.features[version] for sample in samples])
+    return _VersionModel.fit(states, features)
+
+
+def _score_samples(
+    model: _VersionModel, samples: Sequence[_VersionSample]
+) -> tuple[list[dict[str, float]], dict[str, list[dict[str, float]]]]:
+    """Score training episodes, as they are and changed to each version but the first, "plain".
+
+    Returns:
+        The scores of each episode (version → log likelihood); and version → the scores of each
+        episode that is changed to this version, which are those of "plain" and of the version.
+    """
+    versions = list(samples[0].features)
+    plain_scores = []
+    changed_scores: dict[str, list[dict[str, float]]] = {name: [] for name in versions[1:]}
+    for states, features in samples:
+        plain_scores.append(model.compute_mean_log_likelihoods(states, features["plain"], versions))
+        for version, scores in changed_scores.items():
+            pair = ("plain", version)
+            scores.append(model.compute_mean_log_likelihoods(states, features[version], pair))
+    return plain_scores, changed_scores
+
+
 def _get_resized_pictures(episode: RecordedEpisode, camera: str, height: int) -> Array:
     """Return the small pictures [T, height, w, 3] of a camera as float32."""
     pictures = episode.pictures[camera].small.astype(np.float32)
     if pictures.shape[1] == height:
         return pictures
-    return _resize(pictures, PICTURE_WIDTH_PX, height)
+    return resize(pictures, PICTURE_WIDTH_PX, height)
 
 
 def _extract_features(kind: str, pictures: Array) -> Array:
@@ -470,10 +407,6 @@ class PictureComparison:
     def get_mirror_and_turn_odds_by_flow(self, camera: str) -> list[VersionOdds] | None:
         """Return the odds of mirrored and turned pictures, by how they move with the arm."""
         return self._get_or_compute_odds(camera, "flow")
-
-    def find_best_delay(self, camera: str) -> VersionOdds | None:
-        """Return the delay in `get_delay_odds` that fits best, if it is likelier than no delay."""
-        return find_likely_version(self.get_delay_odds(camera))
 
     def _get_or_compute_odds(self, camera: str, kind: str) -> list[VersionOdds] | None:
         """Compute the odds of a kind ("shape", "color", "delay" or "flow") of a camera once."""
