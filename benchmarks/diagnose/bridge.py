@@ -91,21 +91,33 @@ class Options:
     """Episodes that `spear diagnose` gets as those of the training"""
     held_out_split: str = "train[19:]"
     """Episodes in which faults are planted"""
+    num_runs: int = 1
+    """Runs of each strength of each fault"""
+    first_run: int = 0
+    """Number of the first run of each strength; runs of other numbers have other episodes"""
     workers: int = 2
     """Processes that diagnose"""
 
 
-def list_bridge_cases(num_episodes: int) -> list[tuple[Case, tuple[int, ...]]]:
-    """List the runs, each with the numbers of its episodes."""
+def list_bridge_cases(num_episodes: int, repetitions: range) -> list[tuple[Case, tuple[int, ...]]]:
+    """List the runs, each with the numbers of its episodes.
+
+    Args:
+        num_episodes: how many held-out episodes there are.
+        repetitions: numbers of the runs of each strength of each fault.
+    """
     choices = list(itertools.combinations(range(num_episodes), EPISODES_PER_RUN))
     cases = []
     for number, episodes in enumerate(choices):
         cases.append((_make_case("clean", (), number), episodes))
-    for number, plant in enumerate(list_plantings()):
-        is_of_wrist = plant.settings.get("camera") == "wrist"
-        if plant.fault in FAULTS and not is_of_wrist:
-            case = _make_case("single", (plant,), number)
-            cases.append((case, choices[number % len(choices)]))
+    plantings = list_plantings()
+    for repetition in repetitions:
+        for index, plant in enumerate(plantings):
+            number = repetition * len(plantings) + index
+            is_of_wrist = plant.settings.get("camera") == "wrist"
+            if plant.fault in FAULTS and not is_of_wrist:
+                case = _make_case("single", (plant,), number)
+                cases.append((case, choices[number % len(choices)]))
     return cases
 
 
@@ -209,7 +221,8 @@ def main(options: Options) -> None:
 
     cases = []
     (out / "outcomes").mkdir(exist_ok=True)
-    for case, numbers in list_bridge_cases(len(held_out)):
+    repetitions = range(options.first_run, options.first_run + options.num_runs)
+    for case, numbers in list_bridge_cases(len(held_out), repetitions):
         folder = out / "rollouts" / case.name
         shutil.rmtree(folder, ignore_errors=True)
         record_case(case, [held_out[number] for number in numbers], service, folder)

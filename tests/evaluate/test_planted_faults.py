@@ -266,10 +266,19 @@ def test_runs_of_recorded_episodes_plant_each_kind_and_no_fault_of_a_camera_that
 ) -> None:
     bridge = importlib.import_module("bridge")
 
-    runs = bridge.list_bridge_cases(num_episodes=6)
+    runs = bridge.list_bridge_cases(num_episodes=6, repetitions=range(1))
 
     plants = [plant for case, _ in runs for plant in case.plants]
     clean_choices = [numbers for case, numbers in runs if case.kind == "clean"]
     assert {plant.fault for plant in plants} == set(bridge.FAULTS)
     assert all(plant.settings.get("camera") != "wrist" for plant in plants)
     assert len(set(clean_choices)) == len(clean_choices) == 15
+
+
+def test_another_run_of_the_same_strength_has_other_recorded_episodes(bench: ModuleType) -> None:
+    bridge = importlib.import_module("bridge")
+
+    runs = bridge.list_bridge_cases(num_episodes=6, repetitions=range(3))
+
+    choices = [numbers for case, numbers in runs if case.faults == ["camera-missing"]]
+    assert len(set(choices)) == 3
