@@ -148,11 +148,43 @@ def hold_still(episode: RecordedEpisode) -> RecordedEpisode:
     return replace(episode, opening=opening)
 
 
+def end_two_seconds_after_first_command(episode: RecordedEpisode) -> RecordedEpisode:
+    """Keep the steps until two seconds after the gripper's command changes for the first time."""
+    is_open = episode.action[:, 7] > 0.5
+    first_change = int(np.argmax(is_open != is_open[0]))
+    end = first_change + round(2 * episode.rate_hz)
+    return replace(
+        episode,
+        position=episode.position[:end],
+        rotation=episode.rotation[:end],
+        opening=episode.opening[:end],
+        action=episode.action[:end],
+        is_known=episode.is_known[:end],
+        pictures={},
+        served=None,
+    )
+
+
 def test_a_gripper_that_has_not_moved_when_its_episodes_end_is_late() -> None:
-    result = GripperLateCheck().examine(make_case(change=hold_still))
+    def end_before_it_moves(episode: RecordedEpisode) -> RecordedEpisode:
+        return end_two_seconds_after_first_command(hold_still(episode))
+
+    case = make_case(change=end_before_it_moves)
+    result = GripperLateCheck().examine(case)
 
     assert isinstance(result, Finding)
     assert "does not move yet in 6 of 6 episodes" in result.evidence
+    assert GripperScaleCheck().examine(case) is None
+
+
+def test_a_gripper_that_never_moves_is_not_late_but_gets_commands_in_another_range() -> None:
+    case = make_case(change=hold_still)
+    result = GripperScaleCheck().examine(case)
+
+    assert isinstance(result, Finding)
+    assert "stays between 0.99 and 1.00" in result.evidence
+    assert "range" in result.cure
+    assert GripperLateCheck().examine(case) is None
 
 
 def test_a_gripper_that_is_blocked_in_some_episodes_is_not_late() -> None:

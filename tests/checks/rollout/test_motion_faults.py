@@ -263,6 +263,44 @@ def test_a_base_that_is_turned_by_a_quarter_is_another_frame() -> None:
     assert "turned by 90°" in result.evidence
 
 
+def go_to_changed_targets(
+    matrix: list[list[float]],
+) -> Callable[[RecordedEpisode], RecordedEpisode]:
+    """Go towards targets that a matrix changes, by at most 6 cm at a time."""
+
+    def change(episode: RecordedEpisode) -> RecordedEpisode:
+        position = np.array(episode.position)
+        for step in range(len(episode) - 1):
+            target = np.array(matrix) @ (position[step] + episode.action[step, :3])
+            path = target - position[step]
+            share = min(1.0, 0.06 / np.linalg.norm(path))
+            position[step + 1] = position[step] + share * path
+        return replace(episode, position=position)
+
+    return change
+
+
+def test_targets_in_a_turned_base_are_in_another_frame() -> None:
+    """Absolute poses far from the arm: its moves have nothing to do with the commanded ones."""
+    quarter_turn = [[0.0, -1.0, 0.0], [1.0, 0.0, 0.0], [0.0, 0.0, 1.0]]
+
+    result = ActionFrameCheck().examine(make_case(change=go_to_changed_targets(quarter_turn)))
+
+    assert isinstance(result, Finding)
+    assert "turned by 90° about the vertical axis" in result.evidence
+
+
+def test_targets_in_meters_for_a_robot_with_millimeters_are_in_another_unit() -> None:
+    thousandth = [[0.001, 0.0, 0.0], [0.0, 0.001, 0.0], [0.0, 0.0, 0.001]]
+
+    case = make_case(change=go_to_changed_targets(thousandth))
+    result = TranslationUnitCheck().examine(case)
+
+    assert isinstance(result, Finding)
+    assert "1000 times too near to the base" in result.evidence
+    assert not isinstance(ActionFrameCheck().examine(case), Finding)
+
+
 def test_an_arm_that_is_often_blocked_still_shows_a_reversed_axis() -> None:
     rng = np.random.default_rng(0)
 

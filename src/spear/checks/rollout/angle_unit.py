@@ -29,7 +29,7 @@ class AngleUnitCheck(RolloutCheck):
         gain = motion.turn_gain
         translation_gain = float(np.nan_to_num(np.nanquantile(motion.move_gains, 0.75)))
         if translation_gain < MIN_TRANSLATION_GAIN:
-            return Doubt("the arm hardly moves")
+            return Doubt("the arm hardly moves along its commands")
         commanded = np.degrees(
             np.linalg.norm(motion.commanded_turn[motion.is_commanded_to_turn], axis=1)
         )

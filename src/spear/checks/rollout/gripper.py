@@ -11,6 +11,7 @@ import numpy as np
 from spear.checks.gripper import (
     MAX_REST_CHANGE,
     MIN_CORRELATION,
+    MIN_MOTION,
     CommandedGripper,
     Following,
     are_opposite,
@@ -29,6 +30,7 @@ SETTLING_STEPS = 2  # steps after a change of the command that are not compared
 MAX_SCALE = 0.7
 MAX_CLOSED_SCALE = 0.04  # the same of a closed gripper; one that opens in meters has about 0.08
 MIN_USUAL_OPENING = 0.5  # in training; an open gripper below it is no measure
+MIN_UNMOVED_EPISODES = 2  # in which a gripper must not move although its command changes
 
 
 @dataclass(frozen=True)
@@ -83,6 +85,25 @@ class GripperUse:
     def follows_commands(self) -> bool:
         """Whether openings follow their commands."""
         return self.following is not None and self.following.correlation >= MIN_CORRELATION
+
+    @property
+    def ignores_commands(self) -> bool:
+        """Whether the gripper never moves, although it had the time to follow a changed command.
+
+        A late gripper moves in the end. In training, the gripper must follow its commands.
+        """
+        usual = self.training_following
+        if usual is None or abs(usual.correlation) < MIN_CORRELATION:
+            return False
+        num_unmoved = 0
+        for episode in self.rollout:
+            if np.ptp(episode.opening) > MIN_MOTION:
+                return False
+            is_open = episode.command > OPEN_COMMAND
+            first_change = int(np.argmax(is_open != is_open[0]))
+            remaining_s = (len(is_open) - first_change) / episode.rate_hz
+            num_unmoved += remaining_s > MAX_DELAY_S
+        return num_unmoved >= MIN_UNMOVED_EPISODES
 
     @property
     def starts_opposite_to_training(self) -> bool:

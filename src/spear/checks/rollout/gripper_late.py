@@ -30,7 +30,10 @@ class GripperLateCheck(RolloutCheck):
         following = gripper.following
         if following is None:
             return Doubt("the gripper's command never changes")
-        # Openings of another sense or scale are another fault, and show no reaction.
+        # Openings of another sense or scale are another fault, and show no reaction. A gripper that
+        # never moves is not late.
+        if gripper.ignores_commands:
+            return None
         if gripper.opposes_commands or gripper.open_ratio_to_training <= MAX_SCALE:
             return None
         if following.correlation >= MIN_CORRELATION:

@@ -18,10 +18,11 @@ from spear.checks.rollout.gripper import MAX_SCALE, MIN_USUAL_OPENING
 from spear.checks.rollout.gripper_figures import draw_gripper
 
 CERTAIN_SCALE = 0.4  # from this scale on down, it is sure; the limit is `MAX_SCALE`
+CONFIDENCE_IF_IGNORED = 0.85  # the range of the command is the usual cause, not the only one
 
 
 class GripperScaleCheck(RolloutCheck):
-    """Finds a gripper that never opens as far as in training."""
+    """Finds a gripper that never opens as far as in training, or never moves."""
 
     fault = "gripper-scale"
     title = "the gripper's opening has another scale than in training"
@@ -35,6 +36,8 @@ class GripperScaleCheck(RolloutCheck):
             return None  # inverted
         if gripper.training_open_level < MIN_USUAL_OPENING:
             return Doubt("the gripper is hardly open in training")
+        if gripper.ignores_commands:
+            return self._report_ignored_commands(case)
         scale = gripper.open_ratio_to_training
         if scale > MAX_SCALE:
             return None
@@ -48,5 +51,23 @@ class GripperScaleCheck(RolloutCheck):
             ),
             cure="divide the measured opening by that of the open gripper, so that open is 1",
             file=f"observe in your robot's file, and {ROBOT_FILE}",
+            figure=draw_gripper(case),
+        )
+
+    @staticmethod
+    def _report_ignored_commands(case: Case) -> Finding:
+        openings = np.concatenate([episode.opening for episode in case.gripper.rollout])
+        return Finding(
+            confidence=CONFIDENCE_IF_IGNORED,
+            evidence=(
+                f"in {len(case.gripper.rollout)} episodes the gripper's command changes, and its "
+                f"opening stays between {openings.min():.2f} and {openings.max():.2f}; in training "
+                "it follows its commands"
+            ),
+            cure=(
+                "send the gripper's command in the range and unit of your gripper, and check that "
+                "it arrives there"
+            ),
+            file=ROBOT_FILE,
             figure=draw_gripper(case),
         )

@@ -150,6 +150,7 @@ class TimingFit(NamedTuple):
 class RolloutMotion:
     """The commanded and the achieved motion of a rollout, in N moves.
 
+    position     [N, 3] position at the first of the two observations, base frame, m.
     achieved     [N, 3] displacement between two observations, base frame, m.
     commanded    [N, H, 3] displacement of the first 1, 2, … H actions, base frame, m.
     orientation  [N, 4] orientation at the first of the two observations.
@@ -161,6 +162,7 @@ class RolloutMotion:
     episode      [N] the index of the episode.
     """
 
+    position: Array
     achieved: Array
     commanded: Array
     orientation: Array
@@ -183,6 +185,7 @@ class RolloutMotion:
                 )
         if not moves_of_episodes:
             return RolloutMotion(
+                position=np.zeros((0, 3)),
                 achieved=np.zeros((0, 3)),
                 commanded=np.zeros((0, 1, 3)),
                 orientation=np.zeros((0, 4)),
@@ -668,6 +671,7 @@ def _collect_commanded_and_achieved_moves(
         rotations.append(quat_multiply(rotations[-1], torch.as_tensor(chunks[:, step, 3:7])))
     is_known = episode.is_known[:-1]
     return RolloutMotion(
+        position=np.asarray(episode.position[:-1], np.float64)[is_known],
         achieved=np.diff(np.asarray(episode.position, np.float64), axis=0)[is_known],
         commanded=chunks[:, :, :3].cumsum(1)[is_known],
         orientation=orientation[:-1].numpy()[is_known],

@@ -10,6 +10,7 @@ from spear.checks.rollout.case import Case, Finding, Result
 from spear.checks.rollout.motion import MAX_READING_ERROR, RolloutMotion
 from spear.checks.rollout.motion_check import MotionCheck
 from spear.checks.rollout.motion_figures import draw_move_gains
+from spear.checks.rollout.targets import SCALES, find_changed_targets
 from spear.checks.states import explain_implausible_positions
 
 # Factors between commanded and achieved displacements. In rollouts of nano they are 0.98 to 1.03.
@@ -48,6 +49,18 @@ class TranslationUnitCheck(MotionCheck):
         )
 
     def examine_motion(self, motion: RolloutMotion) -> Result:
+        targets = find_changed_targets(motion)
+        if targets is not None and targets.change in SCALES:
+            return Finding(
+                confidence=0.95,
+                evidence=(
+                    f"in {targets.share:.0%} of {targets.num_moves} moves the arm goes to points "
+                    f"that are {targets.change}, and in {targets.plain_share:.0%} to its targets"
+                ),
+                cure="convert meters to the unit of the robot's controller, and nothing else",
+                file=ROBOT_FILE,
+                figure=draw_move_gains(motion),
+            )
         motion = motion.with_likely_actions
         # Does the arm hardly move, both along its commands and in any direction?
         is_too_near = np.nanquantile(motion.move_gains, UPPER_QUANTILE) < MAX_UNIT_GAIN
