@@ -7,9 +7,11 @@
 #   sh experiments/labs/run.sh 3d-no-moge  the same without a depth encoder
 #   sh experiments/labs/run.sh 2d          the same, whose VLM was asked 2D questions about the same images
 #   sh experiments/labs/run.sh no-images   the same, whose VLM saw none of these images
+#   sh experiments/labs/run.sh more-data   labels four times as many images
+#   sh experiments/labs/run.sh more        trains two SPEAR-VLMs with them, from that of stage0 and from nano-vlm
 #
 # The rows begin with the shipped nano-vlm-0 and nano-depth, which know the default world only; no row begins with the
-# models of stage0 yet. All but the first can run side by side, one process each. Stopped at any moment, the same
+# models of stage0 or more yet. The rows can run side by side, one process each. Stopped at any moment, the same
 # command continues where it was. PROCESSES=2 trains a VLM on two cores.
 set -eu
 BIN=${BIN:-.venv/bin}
@@ -31,6 +33,10 @@ make_data() {
     done
 }
 
+make_more_data() {
+    "$BIN/spear" label --world colorful --no-robot --num-scenes 14000 --first-seed 460000 --out "$RUNS/labels-more"
+}
+
 train_stage0() {
     labels="$RUNS/labels-3d $RUNS/labels-robot"
     "$BIN/spear" train nano-siglip --labels $labels --init nano-vlm-0 --out "$RUNS/siglip-colorful" \
@@ -42,6 +48,13 @@ train_stage0() {
         --init-depth-encoder "$RUNS/depth-colorful" --out "$RUNS/vlm-3d-stage0-1" \
         --set 'lr_scale={"multi_modal_projector":0.02,"moge_projector":0.02}'
     $TRAIN_VLM nano-vlm-2 --labels $labels --init "$RUNS/vlm-3d-stage0-1" --out "$RUNS/vlm-3d-stage0" --steps 4200
+}
+
+train_with_more_data() {
+    labels="$RUNS/labels-3d $RUNS/labels-robot $RUNS/labels-more"
+    $TRAIN_VLM nano-vlm-2 --labels $labels --init "$RUNS/vlm-3d-stage0" --out "$RUNS/vlm-3d-more" \
+        --steps 6000 --lr 3e-4
+    $TRAIN_VLM nano-vlm-2 --labels $labels --init nano-vlm --out "$RUNS/vlm-nano-more" --steps 5000 --lr 2.5e-4
 }
 
 train_vlm() {
@@ -96,6 +109,8 @@ score_policy() {  # ROW LABS SEED
 
 case $1 in
 data) make_data ;;
+more-data) make_more_data ;;
+more) train_with_more_data ;;
 stage0) train_stage0 ;;
 3d | 3d-no-moge | 2d | no-images)
     train_vlm "$1"
@@ -107,7 +122,7 @@ stage0) train_stage0 ;;
     done
     ;;
 *)
-    echo "run.sh: choose data, stage0, 3d, 3d-no-moge, 2d or no-images" >&2
+    echo "run.sh: choose data, stage0, more-data, more, 3d, 3d-no-moge, 2d or no-images" >&2
     exit 2
     ;;
 esac
