@@ -77,6 +77,17 @@ FAULTS = (
 """The faults that can be planted in recorded episodes of one camera."""
 
 
+@dataclass(frozen=True)
+class ArmResponse:
+    """How an arm follows its commands.
+
+    In a step it moves by `share` of the command, and by `carry` of its motion in the step before.
+    """
+
+    share: float = 1.0
+    carry: float = 0.0
+
+
 @dataclass
 class Options:
     """Measure `spear diagnose` on planted faults in real episodes."""
@@ -131,29 +142,46 @@ def _make_case(kind: str, plants: tuple[Planting, ...], number: int) -> Case:
 
 
 def record_case(
-    case: Case, episodes: Sequence[Episode], service: Service, session_folder: Path
+    case: Case,
+    episodes: Sequence[Episode],
+    service: Service,
+    out: Path,
+    response: ArmResponse = ArmResponse(),
 ) -> None:
-    """Record the episodes of a run, with its faults, as a server would have."""
+    """Record the episodes of a run, with its faults, as a server would have.
+
+    Args:
+        case: the run.
+        episodes: its episodes, without faults.
+        service: the policy for which the recorded actions stand.
+        out: the folder of the bench.
+        response: how the arm follows its commands.
+    """
+    session_folder = out / "rollouts" / case.name
+    shutil.rmtree(session_folder, ignore_errors=True)
     session_folder.mkdir(parents=True)
     write_or_check_marker(session_folder, {})
     writer = RecordingWriter(session_folder, service.metadata, MAX_RECORDING_BYTES)
     for index, episode in enumerate(episodes):
         fault = case.plants[0].make() if case.plants else PlantedFault()
         start_s = FIRST_START_S + 3600 * case.number + EPISODE_DISTANCE_S * index
-        for exchange in make_exchanges(episode, fault, index, start_s):
+        for exchange in make_exchanges(episode, fault, index, start_s, response):
             writer.add(exchange)
     writer.end_all()
+    (out / "outcomes").mkdir(exist_ok=True)
+    outcome = json.dumps({"successes": 0, "episodes": len(episodes)})
+    (out / "outcomes" / f"{case.name}.json").write_text(outcome, "utf-8")
 
 
 def make_exchanges(
-    episode: Episode, fault: PlantedFault, client: int, start_s: float
+    episode: Episode, fault: PlantedFault, client: int, start_s: float, response: ArmResponse
 ) -> list[Exchange]:
     """Make what a server would have recorded of an episode with a fault."""
     assert episode.action is not None
     assert episode.action_mask is not None
     observations = build_observations(episode, ["external"])
     states = np.stack([observation["observation/state"] for observation in observations])
-    moved_states = move_states(states, episode.action, fault)
+    moved_states = move_states(states, episode.action, fault, response)
     robot = embodiments.load("generic")
     exchanges = []
     for step, observation in enumerate(observations):
@@ -175,26 +203,42 @@ def make_exchanges(
     return exchanges
 
 
-def move_states(states: Array, actions: Array, fault: PlantedFault) -> Array:
+def move_states(
+    states: Array,
+    actions: Array,
+    fault: PlantedFault,
+    response: ArmResponse = ArmResponse(),
+) -> Array:
     """Return the states [T, 8] to which the faulty execution of actions [T, 8] would have led.
 
-    What the real arm did differently from its commands is added to each motion, so that without a
-    fault the states are the recorded ones.
+    What the fault changes is added to each recorded motion, so that without a fault the states are
+    the recorded ones.
     """
+    rng = np.random.default_rng(0)
     moved = [np.asarray(states[0], np.float64)]
+    motion_change_m = np.zeros(3)
+    turn_change_rad = np.zeros(3)
+    last_command = 1.0  # of the gripper
     for step in range(len(states) - 1):
         state = np.asarray(states[step], np.float64)
         next_state = np.asarray(states[step + 1], np.float64)
         action = np.asarray(actions[step], np.float64)
         executed = fault.change_action(actions[step].astype(np.float32), moved[-1])
+        if fault.count_executions(rng) == 0:
+            executed = np.array([0, 0, 0, 1, 0, 0, 0, last_command], np.float32)
         executed = np.asarray(executed, np.float64)
+        last_command = float(executed[7])
 
-        tracking_error_m = next_state[:3] - state[:3] - action[:3]
-        position = moved[-1][:3] + executed[:3] + tracking_error_m
+        command_change_m = executed[:3] - action[:3]
+        motion_change_m = response.share * command_change_m + response.carry * motion_change_m
+        position = moved[-1][:3] + next_state[:3] - state[:3] + motion_change_m
 
+        command_turn = _read_rotation(executed) * _read_rotation(action).inv()
+        command_turn_rad = command_turn.as_rotvec()
+        turn_change_rad = response.share * command_turn_rad + response.carry * turn_change_rad
         recorded_turn = _read_rotation(state).inv() * _read_rotation(next_state)
-        tracking_error = _read_rotation(action).inv() * recorded_turn
-        rotation = _read_rotation(moved[-1]) * _read_rotation(executed) * tracking_error
+        turn = Rotation.from_rotvec(turn_change_rad) * recorded_turn
+        rotation = _read_rotation(moved[-1]) * turn
 
         opening = np.clip(next_state[7] + executed[7] - action[7], 0, 1)
         quaternion = rotation.as_quat(canonical=True, scalar_first=True)
@@ -205,6 +249,22 @@ def move_states(states: Array, actions: Array, fault: PlantedFault) -> Array:
 def _read_rotation(vector: Array) -> Rotation:
     """Read the rotation of an action or a state [8]."""
     return Rotation.from_quat(vector[3:7], scalar_first=True)
+
+
+def diagnose_recorded(cases: Sequence[Case], subject: Subject, out: Path, workers: int) -> None:
+    """Diagnose the recorded runs, and write the table."""
+    results_file = out / "results.jsonl"
+    with (
+        start_workers(workers) as executor,
+        results_file.open("w", encoding="utf-8") as file,
+    ):
+        jobs = [(case, subject) for case in cases]
+        for result in diagnose_cases(jobs, out, executor):
+            file.write(json.dumps(result) + "\n")
+            file.flush()
+            named = ", ".join(result["named"]) or result["verdict"]
+            print(f"{result['name']}: {named}", flush=True)
+    write_table(summarize(read_results(results_file)), out / "diagnose.csv")
 
 
 def main(options: Options) -> None:
@@ -220,27 +280,12 @@ def main(options: Options) -> None:
     service = Service(policy, embodiments.load("generic"), name="bridge")
 
     cases = []
-    (out / "outcomes").mkdir(exist_ok=True)
     repetitions = range(options.first_run, options.first_run + options.num_runs)
     for case, numbers in list_bridge_cases(len(held_out), repetitions):
-        folder = out / "rollouts" / case.name
-        shutil.rmtree(folder, ignore_errors=True)
-        record_case(case, [held_out[number] for number in numbers], service, folder)
-        outcome = json.dumps({"successes": 0, "episodes": len(numbers)})
-        (out / "outcomes" / f"{case.name}.json").write_text(outcome, "utf-8")
+        record_case(case, [held_out[number] for number in numbers], service, out)
         cases.append(case)
-
     subject = Subject(str(policy.folder), out / "episodes")
-    results_file = out / "results.jsonl"
-    with (
-        start_workers(options.workers) as executor,
-        results_file.open("w", encoding="utf-8") as file,
-    ):
-        jobs = [(case, subject) for case in cases]
-        for result in diagnose_cases(jobs, out, executor):
-            file.write(json.dumps(result) + "\n")
-            print(f"{result['name']}: {', '.join(result['named']) or result['verdict']}")
-    write_table(summarize(read_results(results_file)), out / "diagnose.csv")
+    diagnose_recorded(cases, subject, out, options.workers)
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from spear.data.store.episode_store import EpisodeStore
 from spear.geometry import UNIT_NORM_TOLERANCE
 from spear.sim.render import Renderer
 from spear.sim.scene import SceneSpec, sample_scene
+from spear.types import Episode
 
 RNG = np.random.default_rng(0)
 # Position or translation (m), quaternion (w x y z), gripper. No two axes are alike, and the gripper
@@ -282,3 +283,71 @@ def test_another_run_of_the_same_strength_has_other_recorded_episodes(bench: Mod
 
     choices = [numbers for case, numbers in runs if case.faults == ["camera-missing"]]
     assert len(set(choices)) == 3
+
+
+def test_a_lagging_arm_leaves_its_recorded_way_over_several_steps(bench: ModuleType) -> None:
+    """It follows 0.6 of a command in its step, and keeps 0.25 of its last motion."""
+    bridge = importlib.import_module("bridge")
+    command_m = 0.02
+    actions = np.tile(np.array([command_m, 0.0, 0.0, 1.0, 0.0, 0.0, 0.0, 1.0], np.float32), (20, 1))
+    states = np.tile(np.array([0.3, 0.0, 0.2, 1.0, 0.0, 0.0, 0.0, 1.0], np.float32), (20, 1))
+    inverted = bench.Planting("action-sign", 0).make()
+
+    moved = bridge.move_states(states, actions, inverted, bridge.ArmResponse(0.6, 0.25))
+
+    motions_m = np.diff(moved[:, 0])
+    assert motions_m[0] == pytest.approx(-2 * command_m * 0.6, abs=1e-6)
+    assert motions_m[1] == pytest.approx(-2 * command_m * 0.6 * 1.25, abs=1e-6)
+    assert motions_m[-1] == pytest.approx(-2 * command_m * 0.6 / 0.75, abs=1e-6)
+
+
+def test_the_response_of_a_lagging_arm_is_fitted_to_its_motions(bench: ModuleType) -> None:
+    simpler = importlib.import_module("simpler")
+    rng = np.random.default_rng(0)
+    actions = np.tile(np.array([0, 0, 0, 1, 0, 0, 0, 1], np.float32), (30, 1))
+    actions[:, :3] = rng.normal(0, 0.02, (30, 3))
+    positions_m = [np.zeros(3)]
+    motion_m = np.zeros(3)
+    for action in actions[:-1]:
+        motion_m = 0.6 * action[:3] + 0.3 * motion_m
+        positions_m.append(positions_m[-1] + motion_m)
+    episode = Episode(
+        images={},
+        position=np.array(positions_m),
+        rotation=np.tile([1.0, 0.0, 0.0, 0.0], (30, 1)),
+        gripper=np.ones(30),
+        instruction="put the carrot on the plate",
+        rate_hz=5.0,
+        source="test",
+        action=actions,
+    )
+
+    response = simpler.fit_response([episode])
+
+    assert response.share == pytest.approx(0.6, abs=1e-5)
+    assert response.carry == pytest.approx(0.3, abs=1e-5)
+
+
+def test_runs_of_simpler_have_two_episodes_of_each_task(bench: ModuleType) -> None:
+    simpler = importlib.import_module("simpler")
+
+    runs = simpler.list_simpler_cases([3, 4])
+
+    clean_choices = [choice for case, choice in runs if case.kind == "clean"]
+    assert len(set(clean_choices)) == len(clean_choices) == 3 * 6
+    for _, (first_task, second_task) in runs:
+        assert len(set(first_task)) == 2
+        assert len(set(second_task)) == 2
+    assert len({fault for case, _ in runs for fault in case.faults}) >= 20
+
+
+def test_an_unseen_instruction_can_be_planted_in_a_recorded_episode(bench: ModuleType) -> None:
+    simpler = importlib.import_module("simpler")
+    plants = [p for p in simpler.list_simpler_plantings() if p.fault == "unseen-instruction"]
+    assert plants
+    for plant in plants:
+        observation = make_observation()
+
+        changed = plant.make().change_observation(observation)
+
+        assert find_changes(observation, changed) == {"prompt"}
