@@ -13,7 +13,7 @@ from spear.checks.rollout.action_sign import ActionSignCheck
 from spear.checks.rollout.actions_dropped import ActionsDroppedCheck
 from spear.checks.rollout.actions_repeated import ActionsRepeatedCheck
 from spear.checks.rollout.angle_unit import AngleUnitCheck
-from spear.checks.rollout.case import Doubt, Finding, RolloutCheck
+from spear.checks.rollout.case import Case, Doubt, Finding, RolloutCheck
 from spear.checks.rollout.control_rate import ControlRateCheck
 from spear.checks.rollout.controller_short import ControllerShortCheck
 from spear.checks.rollout.episode import RecordedEpisode
@@ -357,3 +357,74 @@ def test_an_arm_that_follows_the_answer_before_the_last_is_late() -> None:
     assert isinstance(result, Finding)
     assert "the answer before the last one" in result.evidence
     assert LatencyCheck().examine(make_case()) is None
+
+
+def add_lag(episode: RecordedEpisode) -> RecordedEpisode:
+    """Let an arm move by 0.6 of each motion in its step, and carry on 0.4 of its last motion."""
+    displacements = np.diff(episode.position, axis=0)
+    orientation = as_tensor(episode.rotation)
+    turns = quat_log(
+        quat_canonical(quat_multiply(quat_conjugate(orientation[:-1]), orientation[1:]))
+    )
+    positions = [episode.position[0]]
+    rotations = [orientation[0]]
+    displacement = np.zeros(3)
+    turn = torch.zeros(3, dtype=torch.float64)
+    for step in range(len(displacements)):
+        displacement = 0.6 * displacements[step] + 0.4 * displacement
+        turn = 0.6 * turns[step] + 0.4 * turn
+        positions.append(positions[-1] + displacement)
+        rotations.append(quat_multiply(rotations[-1], quat_exp(turn)))
+    return replace(episode, position=np.array(positions), rotation=torch.stack(rotations).numpy())
+
+
+def make_lagging_case(execute: Execute | None = None) -> Case:
+    """Make a case whose arm lags behind its commands, in the rollout and in the training."""
+    robot = MadeRobot() if execute is None else MadeRobot(execute=execute)
+    case = make_case(robot, change=add_lag)
+    return replace(case, demonstrations=[add_lag(episode) for episode in case.demonstrations])
+
+
+def drop_every_third_action() -> Execute:
+    """Stand still in every third step."""
+    num_actions = 0
+
+    def execute(action: Array, rotation: Array) -> Array:
+        nonlocal num_actions
+        num_actions += 1
+        if num_actions % 3:
+            return action
+        return np.array([0, 0, 0, 1, 0, 0, 0, action[7]])
+
+    return execute
+
+
+def test_an_arm_that_lags_in_training_too_is_not_accused() -> None:
+    case = make_lagging_case()
+
+    findings = [check.fault for check in CHECKS if isinstance(check.examine(case), Finding)]
+
+    assert findings == []
+
+
+@pytest.mark.parametrize(
+    "execute, check",
+    [
+        (scale_translation(0.1), TranslationUnitCheck()),
+        (scale_translation(0.6), ControllerShortCheck()),
+        (scale_rotation(0.017), AngleUnitCheck()),
+        (reverse_y, ActionSignCheck()),
+        (in_tool_frame, ActionFrameCheck()),
+        (drop_every_third_action(), ActionsDroppedCheck()),
+    ],
+)
+def test_faults_of_a_lagging_arm_are_found(execute: Execute, check: RolloutCheck) -> None:
+    case = make_lagging_case(execute)
+
+    assert isinstance(check.examine(case), Finding)
+
+
+def test_an_arm_that_lags_only_in_the_rollout_is_not_taken_for_one_without_a_fault() -> None:
+    case = make_case(MadeRobot(execute=scale_translation(0.6)), change=add_lag)
+
+    assert isinstance(ControllerShortCheck().examine(case), Finding)

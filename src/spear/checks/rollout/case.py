@@ -7,6 +7,7 @@ from typing import ClassVar, Literal
 
 import numpy as np
 
+from spear.checks.rollout.arm_lag import fit_arm_lag
 from spear.checks.rollout.episode import RecordedEpisode
 from spear.checks.rollout.gripper import GripperUse
 from spear.checks.rollout.meant_states import correct_orientations_and_openings
@@ -44,7 +45,7 @@ class Case:
     @cached_property
     def motion(self) -> RolloutMotion:
         """The commanded and the achieved motion of the rollout."""
-        return RolloutMotion.from_episodes(self.rollout)
+        return RolloutMotion.from_episodes(self.rollout, fit_arm_lag(self.demonstrations))
 
     @cached_property
     def gripper(self) -> GripperUse:

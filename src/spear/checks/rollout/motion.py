@@ -19,6 +19,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from spear.checks.rollout.arm_lag import NO_LAG, ArmLag, measure_displacements, measure_turns
 from spear.checks.rollout.episode import RecordedEpisode
 from spear.checks.rollout.orientation import (
     EULER_VARIANTS,
@@ -150,6 +151,9 @@ class TimingFit(NamedTuple):
 class RolloutMotion:
     """The commanded and the achieved motion of a rollout, in N moves.
 
+    If the arm lags behind its commands in training, too (`arm_lag`), the achieved motions are those
+    of an arm that follows at once.
+
     position     [N, 3] position at the first of the two observations, base frame, m.
     achieved     [N, 3] displacement between two observations, base frame, m.
     commanded    [N, H, 3] displacement of the first 1, 2, … H actions, base frame, m.
@@ -174,14 +178,19 @@ class RolloutMotion:
     episode: Array
 
     @staticmethod
-    def from_episodes(episodes: Sequence[RecordedEpisode]) -> "RolloutMotion":
-        """Collect the moves of some episodes."""
+    def from_episodes(episodes: Sequence[RecordedEpisode], lag: ArmLag = NO_LAG) -> "RolloutMotion":
+        """Collect the moves of some episodes.
+
+        Args:
+            episodes: the episodes.
+            lag: how the arm lags behind its commands in training.
+        """
         horizon = min((_get_horizon(episode) for episode in episodes), default=1)
         moves_of_episodes = []
         for number, episode in enumerate(episodes):
             if len(episode) > 1 and not _moves_while_waiting(episode):
                 moves_of_episodes.append(
-                    _collect_commanded_and_achieved_moves(episode, number, horizon)
+                    _collect_commanded_and_achieved_moves(episode, number, horizon, lag)
                 )
         if not moves_of_episodes:
             return RolloutMotion(
@@ -652,11 +661,12 @@ def _get_horizon(episode: RecordedEpisode) -> int:
 
 
 def _collect_commanded_and_achieved_moves(
-    episode: RecordedEpisode, number: int, horizon: int
+    episode: RecordedEpisode, number: int, horizon: int, lag: ArmLag
 ) -> RolloutMotion:
     """Collect the moves of one episode of at least two steps."""
-    orientation = torch.as_tensor(np.asarray(episode.rotation, np.float64))
-    turn_quats = quat_multiply(quat_conjugate(orientation[:-1]), orientation[1:])
+    orientation = np.asarray(episode.rotation, np.float64)
+    displacements = measure_displacements(episode)
+    turns = measure_turns(episode)
     if episode.served is None:
         chunks = episode.action[:-1, None].astype(np.float64)
         seconds = np.full(len(episode) - 1, np.nan)
@@ -669,13 +679,16 @@ def _collect_commanded_and_achieved_moves(
     rotations = [torch.as_tensor(chunks[:, 0, 3:7])]  # of the first 1, 2, … H actions
     for step in range(1, chunks.shape[1]):
         rotations.append(quat_multiply(rotations[-1], torch.as_tensor(chunks[:, step, 3:7])))
+    if np.median(num_executed) == 1:  # the lag is known for steps of one action
+        displacements = lag.translation.remove(displacements)
+        turns = lag.rotation.remove(turns)
     is_known = episode.is_known[:-1]
     return RolloutMotion(
         position=np.asarray(episode.position[:-1], np.float64)[is_known],
-        achieved=np.diff(np.asarray(episode.position, np.float64), axis=0)[is_known],
+        achieved=displacements[is_known],
         commanded=chunks[:, :, :3].cumsum(1)[is_known],
-        orientation=orientation[:-1].numpy()[is_known],
-        turn=quat_log(quat_canonical(turn_quats)).numpy()[is_known],
+        orientation=orientation[:-1][is_known],
+        turn=turns[is_known],
         turn_quats=torch.stack(rotations, 1).numpy()[is_known],
         opening=np.asarray(episode.opening, np.float64)[1:][is_known],
         seconds=seconds[is_known],
