@@ -1,17 +1,19 @@
 """The bench of planted faults on episodes of SIMPLER, which ManiSkill 3 simulated.
 
-    spear record simpler --first-seed 20000 --num-episodes 9 --out runs/simpler-episodes
+    spear record simpler --first-seed 20000 --num-episodes 13 --out runs/simpler-episodes \\
+        --tasks PutCarrotOnPlateInScene-v1 StackGreenCubeOnYellowCubeBakedTexInScene-v1
     spear train nano-post --init nano --episodes runs/simpler-episodes/* --split "train[:6]" \\
         --steps 20 --out runs/simpler
     python benchmarks/diagnose/simpler.py runs/simpler-episodes --policy runs/simpler \\
-        --out runs/diagnose-simpler
+        --held-out-split "train[9:]" --out runs/diagnose-simpler
 
 As for real episodes (`bridge.py`), held-out demonstrations become recordings, in which the oracle's
 actions stand for the policy's answers. Faults change the pictures, the words, and the states. The
 arm of SIMPLER lags behind its commands, so the change of a command moves it over several steps, as
 the commands of the training episodes do.
 
-A run has two episodes of each task.
+A run has two episodes of each task. To try a changed check, give other episodes than those of the
+result, such as `--held-out-split "train[6:9]"`.
 """
 
 from __future__ import annotations

@@ -60,8 +60,9 @@ def fit_arm_lag(demonstrations: Sequence[RecordedEpisode]) -> ArmLag:
     for episode in demonstrations:
         if len(episode) < 3:
             continue
-        turn_commands = quat_log(quat_canonical(torch.as_tensor(episode.action[:, 3:7]).double()))
-        command = np.concatenate([episode.action[:, :3], turn_commands.numpy()], axis=1)
+        action = np.asarray(episode.action, np.float64)
+        turn_commands = quat_log(quat_canonical(torch.as_tensor(action[:, 3:7])))
+        command = np.concatenate([action[:, :3], turn_commands.numpy()], axis=1)
         motion = np.concatenate([measure_displacements(episode), measure_turns(episode)], axis=1)
         is_known = episode.is_known[1:-1]
         commands.append(command[1:-1][is_known])
