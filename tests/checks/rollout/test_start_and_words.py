@@ -143,15 +143,14 @@ def test_a_start_near_few_scattered_ones_is_not_outside() -> None:
     """Eight starts that are 10 cm apart do not make one that is 14 cm away unusual; 80 do."""
     case = make_case()
     episode = case.rollout[0]
-    first_position = episode.position[:1]
 
     def start_away(distance_m: float, num_demonstrations: int) -> Case:
         demonstrations = []
         for index in range(num_demonstrations):
             offset_m = np.array([0.1 * index, 0.0, 0.0])
-            demonstrations.append(replace(episode, position=first_position + offset_m))
+            demonstrations.append(replace(episode, position=episode.position + offset_m))
         offset_m = np.array([-distance_m, 0.0, 0.0])
-        rollout = [replace(episode, position=first_position + offset_m)]
+        rollout = [replace(episode, position=episode.position + offset_m)]
         return replace(case, rollout=rollout, demonstrations=demonstrations)
 
     check = StartOutsideCheck()
