@@ -141,8 +141,8 @@ def main(options: Options) -> None:
     held_out = []
     for folder in task_folders:
         training += list(read_episodes(folder, options.train_split))
-        episodes = read_episodes(folder, options.held_out_split)
-        held_out.append([with_canonical_actions(episode) for episode in episodes])
+        held_out_episodes = read_episodes(folder, options.held_out_split)
+        held_out.append([with_canonical_actions(episode) for episode in held_out_episodes])
     if not (out / "episodes").is_dir():
         append_episodes(training, out / "episodes")
     response = fit_response(training)
