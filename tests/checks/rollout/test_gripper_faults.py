@@ -46,6 +46,7 @@ def test_an_opening_that_is_sent_inverted_is_inverted() -> None:
     result = GripperInvertedCheck().examine(make_case(change=invert_opening))
 
     assert isinstance(result, Finding)
+    assert result.file.startswith("observe")
     assert "begins at 0.00" in result.evidence
 
 

@@ -6,6 +6,8 @@ from spear.checks.rollout.action_frame import ROBOT_FILE
 from spear.checks.rollout.case import Case, Doubt, Finding, Result, RolloutCheck
 from spear.checks.rollout.gripper_figures import draw_gripper
 
+OBSERVE = "observe in your robot's file"
+
 
 class GripperInvertedCheck(RolloutCheck):
     """Finds a gripper, or its measured opening, that runs against the commands."""
@@ -34,7 +36,7 @@ class GripperInvertedCheck(RolloutCheck):
                     if gripper.is_state_inverted
                     else "1 means open and 0 closed: invert the commands for your gripper"
                 ),
-                file=ROBOT_FILE,
+                file=OBSERVE if gripper.is_state_inverted else ROBOT_FILE,
                 figure=draw_gripper(case),
             )
         if gripper.starts_opposite_to_training and not gripper.is_state_scaled:
@@ -47,7 +49,7 @@ class GripperInvertedCheck(RolloutCheck):
                     "send 1 for open and 0 for closed, and take the commands alike; or begin with "
                     "the opening of training"
                 ),
-                file=ROBOT_FILE,
+                file=f"{OBSERVE}, and {ROBOT_FILE}",
                 figure=draw_gripper(case),
             )
         if gripper.closes_when_commanded_open:
