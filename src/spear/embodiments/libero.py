@@ -17,8 +17,14 @@ checked in the simulator (docs/howto/libero.md):
 - The axes of the robot's base are parallel to those of the world. The base's position differs
   between scenes.
 
-Our choices: images are mirrored back, so that left in the image is left in the world. The gripper
-is commanded open from an opening of 0.5 on.
+Our choices:
+
+- Images are mirrored back, so that left in the image is left in the world.
+- The gripper is commanded open from an opening of 0.5 on.
+- An action says where the arm is to go from the pose that is measured when the action begins: the
+  *goal* is the measured pose, moved by the action. The arm follows with a lag and is still behind
+  the goal when the action ends. The next action again begins at the pose where the arm is, so
+  nothing of the past has to be known to execute it. openpi's client knows nothing else.
 """
 
 from typing import Any
@@ -27,7 +33,7 @@ import numpy as np
 import torch
 
 from spear.embodiments import Control, Embodiment, Observation
-from spear.embodiments.actions import compute_step_quats_about_base_axes, compute_target_poses
+from spear.embodiments.actions import compute_step_quats_about_base_axes
 from spear.embodiments.observations import (
     IMAGE_KEY,
     PROMPT_KEY,
@@ -111,7 +117,7 @@ def _read_or_guess_base_position(observation: Observation, ee_position: Array) -
 
 
 def convert_to_pose_steps(actions: Array, state: Array, observation: Observation) -> Array:
-    """Convert actions [H, 8] to steps of the commanded pose [H, 7], one per action."""
+    """Convert actions [H, 8] to steps from the measured pose to the goal [H, 7], one per action."""
     quaternions = torch.from_numpy(compute_step_quats_about_base_axes(state, actions))  # [H, 4]
     vectors = quat_log(quaternions).numpy()  # [H, 3]
     return _make_command_rows(actions[:, :3], vectors, actions[:, 7:])
@@ -120,26 +126,26 @@ def convert_to_pose_steps(actions: Array, state: Array, observation: Observation
 def convert_to_controller_commands(actions: Array, state: Array, observation: Observation) -> Array:
     """Convert actions [H, 8] to the controller's own commands [4 H, 7], four per action.
 
-    The goal of each command is the pose after the action. A command says how far the goal is from
-    the pose at which the arm is then expected. The expected pose follows from the controller's
-    equation of motion (`predict_after_controller_step`), if the arm is at rest before the first
-    command.
+    The goal of an action is the pose at which the arm is expected when the action begins, moved by
+    the action. A command says how far the goal is from the pose at which the arm is expected when
+    the command begins. The expected poses follow from the controller's equation of motion
+    (`predict_after_controller_step`), if the arm is at rest before the first command.
     """
-    positions, rotations = compute_target_poses(state, actions)
-    first_position = np.float64(state[:3])
-    first_rotation = torch.from_numpy(np.float64(state[3:7]))
     # A pose has six coordinates: the translation and the rotation vector since the first pose. The
     # controller moves them independently of each other, and all in the same way.
-    translations = positions - first_position  # [H, 3]
-    relative_rotations = quat_multiply(torch.from_numpy(rotations), quat_conjugate(first_rotation))
-    goals = np.concatenate([translations, quat_log(relative_rotations).numpy()], axis=1)  # [H, 6]
+    first_rotation = torch.from_numpy(np.float64(state[3:7]))
     # [6] by how much a command of 1 moves the goal in each coordinate, m and rad
     unit_change = np.repeat([MAX_TRANSLATION_M, MAX_ROTATION_RAD], 3)
 
     expected_pose = np.zeros(6)
     speed = np.zeros(6)
     commands = []
-    for goal in goals:
+    for action in np.float64(actions):
+        turn_since_first = quat_exp(torch.from_numpy(expected_pose[3:]))
+        rotation = quat_multiply(turn_since_first, first_rotation)
+        goal_rotation = quat_multiply(rotation, torch.from_numpy(action[3:7]))
+        goal_turn = quat_log(quat_multiply(goal_rotation, quat_conjugate(first_rotation)))
+        goal = np.concatenate([expected_pose[:3] + action[:3], goal_turn.numpy()])  # [6]
         for _ in range(CONTROLLER_STEPS_PER_ACTION):
             command = np.clip((goal - expected_pose) / unit_change, -1, 1)
             commands.append(command)
@@ -198,7 +204,7 @@ EMBODIMENT = Embodiment(
             convert=convert_to_controller_commands,
         ),
         "pose_steps": Control(
-            "x y z (m) and rotation vector (rad) by which the commanded pose moves, base axes, "
+            "x y z (m) and rotation vector (rad) from the measured pose to the goal, base axes, "
             "gripper (-1 open, 1 closed)",
             rate_hz=5.0,
             convert=convert_to_pose_steps,

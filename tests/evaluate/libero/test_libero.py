@@ -242,6 +242,19 @@ class TestOracle:
 
         assert np.linalg.norm(action[:3]) <= oracle.MAX_STEP_M + 1e-6
 
+    def test_an_action_leads_from_the_measured_to_the_commanded_pose(self) -> None:
+        """The commanded pose moves on from where it is, while the arm lags behind."""
+        moment = make_moment(position=(0.3, 0, 0.3))
+        lag = np.array([0.01, 0.02, 0.0])
+        ahead = np.concatenate([moment.pose[:3] + lag, moment.pose[3:]])
+
+        without_lag = choose(moment)
+        with_lag = choose(dataclasses.replace(moment, commanded=ahead))
+
+        moved_commanded = moment.pose[:3] + with_lag[:3] - ahead[:3]
+        assert np.linalg.norm(moved_commanded) <= oracle.MAX_STEP_M + 1e-6
+        assert np.linalg.norm(with_lag[:3]) > np.linalg.norm(without_lag[:3])
+
 
 def has_libero() -> bool:
     try:
@@ -277,6 +290,17 @@ class TestLibero:
         np.testing.assert_array_equal(second_moment.pose, first_moment.pose)
         for name, box in first_moment.objects.items():
             np.testing.assert_array_equal(second_moment.objects[name].pose, box.pose)
+
+    def test_the_commanded_pose_is_the_measured_one_moved_by_the_row(
+        self, process: LiberoProcess
+    ) -> None:
+        row = np.array([0.03, 0, 0, 0, 0, 0, -1.0])
+        process.reset(3)
+        before = process.run(row[None], max_episode_steps=100)
+
+        after = process.run(row[None], max_episode_steps=100)
+
+        np.testing.assert_allclose(after.commanded[:3], before.pose[:3] + row[:3], atol=1e-9)
 
     def test_a_step_gives_the_same_as_that_of_libero(self) -> None:
         script = Path(__file__).with_name("compare_steps.py")

@@ -4,9 +4,11 @@ Its actions pass through the same adapter and controller as a policy's, so its s
 adapter and controller allow. An action depends on the present moment only, so the oracle tries
 again when an object slips.
 
-The controller moves a *commanded pose*, which the arm follows with a lag. So a step is planned from
-the commanded pose, and the measured pose says what has been reached. All positions are in the base
-frame, m. All numbers are our choice.
+The controller moves the arm towards a *commanded pose*, which the arm follows with a lag. So the
+oracle plans how the commanded pose moves on, and the measured pose says what has been reached. The
+action that it returns leads from the measured pose to the new commanded one, as all actions of this
+robot do (`spear.embodiments.libero`). All positions are in the base frame, m. All numbers are our
+choice.
 """
 
 import itertools
@@ -30,8 +32,8 @@ from spear.geometry import (
 )
 from spear.types import Array
 
-MAX_STEP_M = 0.04  # longest translation of an action
-MAX_TURN_RAD = 0.3  # largest rotation of an action
+MAX_STEP_M = 0.04  # by how much an action moves the commanded pose at most
+MAX_TURN_RAD = 0.3  # by how much an action turns the commanded pose at most
 MIN_NORM = 1e-9  # a vector is divided by its norm (m or rad), or by this if the norm is smaller
 
 # Moving across: first straight up, then level, then down.
@@ -763,16 +765,25 @@ def _move_towards(
 ) -> ActionArray:
     """Make the action that moves the commanded pose towards a position [3] and an orientation [4].
 
-    The action goes at most `MAX_STEP_M` and `MAX_TURN_RAD` of the way.
+    The commanded pose goes at most `MAX_STEP_M` and `MAX_TURN_RAD` of the way. The action leads to
+    it from the measured pose, so it is longer by the lag of the arm.
     """
-    position, orientation = torch.from_numpy(moment.commanded).split([3, 4])
-    move, rotation = action_between_poses(
-        position, orientation, torch.from_numpy(goal), torch.from_numpy(facing_quat)
+    commanded_position, commanded_quat = torch.from_numpy(moment.commanded).split([3, 4])
+    step, rotation = action_between_poses(
+        commanded_position, commanded_quat, torch.from_numpy(goal), torch.from_numpy(facing_quat)
     )
     turn = quat_log(rotation)
-    move = move * min(1.0, MAX_STEP_M / max(float(move.norm()), MIN_NORM))
+    step = step * min(1.0, MAX_STEP_M / max(float(step.norm()), MIN_NORM))
     turn = turn * min(1.0, MAX_TURN_RAD / max(float(turn.norm()), MIN_NORM))
-    action = np.concatenate([move, quat_canonical(quat_exp(turn)), [float(is_open)]])
+
+    measured_position, measured_quat = torch.from_numpy(moment.pose).split([3, 4])
+    translation, action_quat = action_between_poses(
+        measured_position,
+        measured_quat,
+        commanded_position + step,
+        quat_multiply(commanded_quat, quat_exp(turn)),
+    )
+    action = np.concatenate([translation, quat_canonical(action_quat), [float(is_open)]])
     return action.astype(np.float32)
 
 

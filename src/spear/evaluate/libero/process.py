@@ -29,6 +29,8 @@ IMAGE_SIZE_PX = 256
 """Side of both pictures, as in openpi's and OpenVLA-OFT's protocols."""
 FAST_RENDERING = "no multisampling, no reflections, simplified meshes"
 """What results and demonstrations say if their pictures were rendered fast."""
+ACTIONS = "from the measured pose"
+"""What results and demonstrations say of their actions. Earlier ones moved the commanded pose."""
 WORKER = Path(__file__).with_name("worker.py")
 MAX_START_S = 120.0
 """How long the process may take to start, s. It imports MuJoCo first."""

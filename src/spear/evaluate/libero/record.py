@@ -19,7 +19,7 @@ import numpy as np
 from spear import embodiments
 from spear.evaluate.libero import oracle
 from spear.evaluate.libero.environment import REQUIREMENTS
-from spear.evaluate.libero.process import FAST_RENDERING, LiberoMoment, LiberoProcess
+from spear.evaluate.libero.process import ACTIONS, FAST_RENDERING, LiberoMoment, LiberoProcess
 from spear.evaluate.libero.run import CONTROL, ROBOT
 from spear.evaluate.libero.starts import sample_start
 from spear.evaluate.libero.suites import (
@@ -101,7 +101,7 @@ def record_demonstrations(
     for suite in suites:
         resolve_original_suite(suite)
     check_training_seed(seeds.start)
-    simulator = " ".join(REQUIREMENTS)
+    simulator = f"{' '.join(REQUIREMENTS)}, actions {ACTIONS}"
     if settings.fast_rendering:
         simulator += f", {FAST_RENDERING}"
     counts = {}

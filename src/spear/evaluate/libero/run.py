@@ -25,6 +25,7 @@ from spear.evaluate.agents import Agent
 from spear.evaluate.libero import oracle
 from spear.evaluate.libero.environment import REQUIREMENTS
 from spear.evaluate.libero.process import (
+    ACTIONS,
     FAST_RENDERING,
     LiberoMoment,
     LiberoProcess,
@@ -72,6 +73,7 @@ def evaluate_libero(agent: Agent, options: LiberoOptions) -> tuple[Results, list
     settings: dict[str, Any] = {
         "simulator": list(REQUIREMENTS),
         "protocol": options.protocol,
+        "actions": ACTIONS,
         "replan": options.replan_steps,
         "weights": agent.weights,
     }
@@ -207,10 +209,8 @@ class Libero:
                 observations = [self._observe(scene) for scene in scenes]
                 chunks = agent.choose_action_chunks(scenes, observations)
                 moving = []
-                for scene, chunk, observation in zip(scenes, chunks, observations, strict=True):
-                    moving.append(
-                        threads.submit(self._execute, scene, chunk, observation, needs_pictures)
-                    )
+                for scene, chunk in zip(scenes, chunks, strict=True):
+                    moving.append(threads.submit(self._execute, scene, chunk, needs_pictures))
                 has_ended = [move.result() for move in moving]
 
                 running = []
@@ -286,22 +286,17 @@ class Libero:
         observation = scene.moment.make_observation(scene.process.instruction, scene.pictures)
         return self._robot.read(observation)
 
-    def _execute(
-        self,
-        scene: LiberoScene,
-        chunk: Array,
-        observation: CheckedObservation,
-        needs_pictures: bool,
-    ) -> HasEnded:
+    def _execute(self, scene: LiberoScene, chunk: Array, needs_pictures: bool) -> HasEnded:
         """Step one scene until the next inference is due. Returns True if its episode has ended."""
         check_replan_interval(self._options.replan_steps, len(chunk))
         suite, _ = parse_task(scene.task)
         max_steps = get_max_steps(suite, self._protocol)
-        actions = chunk[: self._options.replan_steps]
         robot_observation: Mapping[str, Any] = {}  # this control reads nothing from it
-        rows = self._convert(actions, observation["observation/state"], robot_observation)
-        for row in rows:
-            scene.moment = scene.process.run(row[None], max_steps)
+        for action in chunk[: self._options.replan_steps]:
+            # An action begins at the measured pose, also when it is not the first one of its chunk.
+            state = np.append(scene.moment.pose, scene.moment.opening)
+            rows = self._convert(action[None], state, robot_observation)
+            scene.moment = scene.process.run(rows, max_steps)
             scene.update_milestones()
         if needs_pictures:
             scene.pictures = scene.process.render()

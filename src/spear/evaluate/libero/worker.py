@@ -168,12 +168,13 @@ class LiberoTask:
 
         Args:
             pose_steps: [n, 7] as `spear.embodiments.libero` makes them: translation (m) and
-                rotation vector (rad) of the commanded pose, about the axes of the base, and the
-                gripper's command, -1 (open) to 1 (closed).
+                rotation vector (rad) from the pose that is measured when the action begins to the
+                commanded pose, about the axes of the base, and the gripper's command, -1 (open) to
+                1 (closed).
             max_episode_steps: controller steps after which an episode ends.
         """
         for pose_step in np.asarray(pose_steps, np.float64):
-            self._move_commanded_pose(pose_step)
+            self._command_pose(pose_step)
             self._is_commanded_open = bool(pose_step[6] < 0)
             for _ in range(CONTROLLER_STEPS_PER_ACTION):
                 if self._has_succeeded or self._num_steps >= max_episode_steps:
@@ -416,11 +417,13 @@ class LiberoTask:
         self._env.env.robots[0].controller.update(force=True)
         self._env.env.robots[0].controller.reset_goal()
 
-    def _move_commanded_pose(self, pose_step: Array) -> None:
-        """Move the commanded pose by a step: translation and rotation vector, base frame."""
-        self._commanded[:3] += pose_step[:3]
+    def _command_pose(self, pose_step: Array) -> None:
+        """Set the commanded pose to the measured one, moved by a translation and a rotation vector
+        (base frame)."""
+        measured = self._read_ee_pose()
         turn = rotation_vector_to_quaternion(pose_step[3:6])
-        rotation = multiply_quaternions(turn, self._commanded[3:])
+        rotation = multiply_quaternions(turn, measured[3:])
+        self._commanded[:3] = measured[:3] + pose_step[:3]
         self._commanded[3:] = rotation / np.linalg.norm(rotation)
 
     def _compute_command(self, gripper: float) -> Array:
