@@ -29,6 +29,7 @@ RECORDED = json.loads((Path(__file__).parent / "data" / "libero.json").read_text
 ROBOT = load("libero")
 NUM_ACTIONS = 5
 """How often a recorded motion repeats its action."""
+LAST_STEPS_OF_ACTIONS = np.arange(1, NUM_ACTIONS + 1) * CONTROLLER_STEPS_PER_ACTION - 1
 
 
 def compute_rotation_vector(quaternion_xyzw: list[float]) -> Array:
@@ -164,6 +165,19 @@ class TestCommands:
         # Seen in the recorded motions: 11 mm in the first action, from rest, and 6 mm later.
         assert errors_m.max() < 0.015
         assert errors_m[CONTROLLER_STEPS_PER_ACTION:].max() < 0.008
+
+    @pytest.mark.parametrize("motion", RECORDED["motions"])
+    def test_commands_lead_to_where_steps_from_measured_poses_lead(
+        self, motion: dict[str, Any]
+    ) -> None:
+        """The recorded arm executed five actions in both ways, `osc_pose` without measuring."""
+        with_commands = np.array(motion["poses"])[LAST_STEPS_OF_ACTIONS, :3]
+        with_steps = np.array(motion["poses_with_pose_steps"])[:, :3]
+
+        distances_m = np.linalg.norm(with_commands - with_steps, axis=1)
+
+        assert distances_m[0] < 0.002  # after the first action
+        assert distances_m[-1] < 0.009  # after five actions, on ways of 54 to 122 mm
 
     def test_an_action_in_the_middle_begins_where_the_arm_is_expected(self) -> None:
         """A motion is as long as its actions only if the arm has no lag."""

@@ -140,7 +140,7 @@ def convert_to_controller_commands(actions: Array, state: Array, observation: Ob
     expected_pose = np.zeros(6)
     speed = np.zeros(6)
     commands = []
-    for action in np.float64(actions):
+    for action in np.asarray(actions, np.float64):
         turn_since_first = quat_exp(torch.from_numpy(expected_pose[3:]))
         rotation = quat_multiply(turn_since_first, first_rotation)
         goal_rotation = quat_multiply(rotation, torch.from_numpy(action[3:7]))
