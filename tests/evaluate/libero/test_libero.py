@@ -183,6 +183,24 @@ class TestOracle:
 
         assert choose(moment)[7] == 0
 
+    @pytest.mark.parametrize(("speed", "rises"), [(0.0, True), (0.1, False)])
+    def test_it_rises_when_a_finger_stands_on_something(self, speed: float, rises: bool) -> None:
+        """The arm is 4 cm above the grasp, to which it is commanded, and has stopped or has not."""
+        grasp = oracle.list_grasps("bowl_1", make_moment((0.5, 0, 0.3)))[0]
+        facing_grasp = [math.cos(grasp.yaw / 2), 0, 0, math.sin(grasp.yaw / 2)]
+        x, y, z = grasp.position
+        moment = dataclasses.replace(
+            make_moment((x, y, z + 0.04)),
+            pose=np.array([x, y, z + 0.04, *facing_grasp]),
+            commanded=np.array([x, y, z, *facing_grasp]),
+            speed=speed,
+        )
+
+        action = choose(moment)
+
+        assert (action[2] > 0) == rises
+        assert action[7] == 1  # open
+
     def test_it_grasps_an_object_that_stands_on_a_corner(self) -> None:
         moment = make_moment((0.5, 0, 0.3))
         turn = math.acos(3**-0.5) * np.array([1, -1, 0]) / math.sqrt(2)  # all axes as steep

@@ -14,7 +14,7 @@ choice.
 import itertools
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -77,7 +77,10 @@ FAR_OFFSET_M = 0.03  # a gripper farther from its grasp has to clear what stands
 DISTANCE_WEIGHT_RAD_PER_M = 3  # to move by 1 m costs as much effort as to turn by 3 rad
 MAX_ARM_OFFSET_M = 0.008  # distance within which the arm has reached its target
 MAX_BLOCKED_HEIGHT_M = 0.02  # a gripper that stops below this height over its grasp is blocked
-MAX_PLACE_OFFSET_M = 0.012  # horizontal distance within which a carried object is lowered
+BLOCKED_LAG_M = 0.02  # an arm that has stopped so far above its command stands on something
+MAX_PLACE_OFFSET_M = 0.018
+"""Horizontal distance within which a carried object is lowered. At the limit of a joint the arm
+stops 15 mm beside the place."""
 MAX_PLACED_OFFSET_M = 0.025  # horizontal distance within which a released object is in its place
 MAX_BLOCKED_PLACE_HEIGHT_M = 0.05  # an object that stops below this height rests on something
 CARRY_MARGIN_M = 0.05  # least height of a carried object above its place
@@ -449,8 +452,13 @@ def _approach_and_grasp(name: str, moment: LiberoMoment) -> ActionArray:
         return _move_over(moment, goal, hover, facing_quat, is_open=True)
     is_at_grasp = np.linalg.norm(moment.pose[:3] - goal) < MAX_ARM_OFFSET_M
     is_low = moment.pose[2] < goal[2] + MAX_BLOCKED_HEIGHT_M
-    is_blocked = moment.speed < STILL_SPEED_M_S and is_low
-    should_close = is_at_grasp or is_blocked
+    has_stopped = moment.speed < STILL_SPEED_M_S
+    if has_stopped and not is_low and moment.pose[2] > moment.commanded[2] + BLOCKED_LAG_M:
+        # A finger stands on something. Rise from where the arm is, and try again from above.
+        above = np.array([*goal[:2], moment.pose[2] + HOVER_M])
+        from_here = replace(moment, commanded=moment.pose)
+        return _move_towards(from_here, above, facing_quat, is_open=True)
+    should_close = is_at_grasp or (has_stopped and is_low)
     return _move_towards(moment, goal, facing_quat, is_open=not should_close)
 
 
