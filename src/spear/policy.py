@@ -44,7 +44,7 @@ from spear.models.weights.load import ModelT
 from spear.monitor.distribution import TrainingDistribution
 from spear.monitor.drift import DriftMonitor
 from spear.question_types import ANSWER_FORMS
-from spear.types import ACTION_DIM, Action, Array, Pixel, Segments, Unit
+from spear.types import ACTION_DIM, Action, Array, Pixel, Segments, Unit, WidthAndHeight
 from spear.util.fingerprints import fingerprint_checkpoint
 
 # The noise of an observation is seeded with (policy seed) · SEED_STRIDE + (observation seed). So
@@ -176,7 +176,7 @@ class VlmBundle:
         return answers
 
     def _encode_prompts(
-        self, prompts: Sequence[str], image_sizes: Sequence[tuple[int, int]], view: str
+        self, prompts: Sequence[str], image_sizes: Sequence[WidthAndHeight], view: str
     ) -> Mapping[str, Tensor]:
         """Convert prompts to "input_ids" and "attention_mask".
 
@@ -205,7 +205,7 @@ class VlmBundle:
         return Distribution(probabilities[number_positions], self.processor.coordinates)
 
     def _decode_to_segments(
-        self, answer_ids: list[int], image_size: tuple[int, int], view: str
+        self, answer_ids: list[int], image_size: WidthAndHeight, view: str
     ) -> Segments:
         """Decode an answer's token ids to segments, with locations mapped to the user's image."""
         fitted_size = self.processor.image_sizes[view]
@@ -432,7 +432,7 @@ class Spear1Policy:
         return int(self.model.config.committed)
 
     @property
-    def image_sizes(self) -> Mapping[str, tuple[int, int]]:
+    def image_sizes(self) -> Mapping[str, WidthAndHeight]:
         """The cameras of the policy: view → (width, height) in pixels."""
         return self.processor.image_sizes
 

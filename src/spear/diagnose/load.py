@@ -18,7 +18,7 @@ from spear.embodiments import load as load_embodiment
 from spear.errors import SpearError, suppress_notices
 from spear.models.devices import prepare_device
 from spear.policy import Spear1Policy
-from spear.types import Array
+from spear.types import Array, WidthAndHeight
 from spear.util.images import decode_image, fit_image
 
 MAX_ROLLOUT_STEPS = 600  # two minutes at 5 Hz; the newest episodes are looked at
@@ -28,7 +28,7 @@ MAX_TRAINING_STEPS = 2000
 # like DROID, which also take joint angles but report poses, give their controls other names.
 JOINTS_CONTROL = "joints"
 
-ImageSizes = Mapping[str, tuple[int, int]]
+ImageSizes = Mapping[str, WidthAndHeight]
 """Camera → (width, height) in pixels of the images that the policy takes."""
 
 
@@ -86,7 +86,7 @@ def read_episode(store: EpisodeStore, index: int, image_sizes: ImageSizes) -> Re
 
 
 def _decode_and_shrink(
-    encoded: list[bytes], size: tuple[int, int] | None, context: str
+    encoded: list[bytes], size: WidthAndHeight | None, context: str
 ) -> CameraPictures:
     """Reduce a camera's encoded pictures, each different one once.
 

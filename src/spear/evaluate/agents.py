@@ -17,7 +17,7 @@ import torch
 from spear.embodiments.observations import DEFAULT_IMAGE_SIZES, get_rendered_sizes, select_cameras
 from spear.errors import SpearError, notice
 from spear.evaluate.options import AgentOptions
-from spear.types import Array, Policy
+from spear.types import Array, Policy, WidthAndHeight
 from spear.util.options import to_option_name
 
 # Names that stand for no policy. The commands of SIMPLER and LIBERO make their own "oracle", so
@@ -43,7 +43,7 @@ class Agent(Protocol):
     name: str
     weights: str | None = None
     needs_images: bool = False
-    image_sizes: Mapping[str, tuple[int, int]] = DEFAULT_IMAGE_SIZES
+    image_sizes: Mapping[str, WidthAndHeight] = DEFAULT_IMAGE_SIZES
     max_committed: int = 0
 
     def choose_action_chunks(

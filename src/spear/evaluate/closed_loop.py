@@ -24,7 +24,7 @@ from spear.sim.scene import FAMILIES, SceneSpec, list_held_out_seeds, sample_sce
 from spear.sim.shifts import Shift, shift_scene
 from spear.sim.world import SIMULATOR_VERSION, World
 from spear.sim.worlds import DEFAULT_WORLD, place_in_world, validate_world
-from spear.types import Array
+from spear.types import Array, WidthAndHeight
 
 
 def evaluate_tabletop(agent: Agent, options: TabletopOptions) -> tuple[Results, list[Film]]:
@@ -62,7 +62,7 @@ def evaluate_tabletop(agent: Agent, options: TabletopOptions) -> tuple[Results, 
     return run_evaluation(_Tabletop(agent, options), agent, scenes, settings, options)
 
 
-def _make_image_size_settings(image_sizes: Mapping[str, tuple[int, int]]) -> dict[str, list[int]]:
+def _make_image_size_settings(image_sizes: Mapping[str, WidthAndHeight]) -> dict[str, list[int]]:
     """Describe the sizes (width, height) of the images, for the settings that results record.
 
     The size of the external camera's images keeps the key "image_size", which it has had in

@@ -35,7 +35,7 @@ from PIL import Image
 from spear.errors import SpearError
 from spear.labels.fit.image import have_same_aspect, resize_nearest
 from spear.labels.inputs import make_file_stamp
-from spear.types import Array, Frame
+from spear.types import Array, Frame, WidthAndHeight
 from spear.util.files import read_json
 from spear.util.images import IMAGE_SUFFIXES, check_num_pixels, load_image_and_is_turned_invisibly
 from spear.util.json_text import read_utf8_bytes
@@ -53,9 +53,7 @@ MAX_CENTER_OFFSET = 0.15
 """Largest distance of the principal point from the center of the image, as a fraction of the
 image's size (our choice)."""
 
-Size = tuple[int, int]
-"""Width and height of an image, in pixels."""
-WidthAndHeight = tuple[object, object]
+StatedSize = tuple[object, object]
 """Width and height of an image as a file states them; (None, None) if it does not."""
 
 
@@ -148,7 +146,7 @@ class RgbdScene:
     def _get_instances_path(self, color: Path) -> Path:
         return self.folder / "instance-filt" / f"{color.stem}.png"
 
-    def _get_depth_intrinsics(self, path: Path, depth: Array, color_size: Size) -> Array:
+    def _get_depth_intrinsics(self, path: Path, depth: Array, color_size: WidthAndHeight) -> Array:
         """The intrinsics [3, 3] of the depth camera, in pixels of the depth image.
 
         In a plain folder there is one camera, whose intrinsics are scaled from the size of the
@@ -184,7 +182,7 @@ class RgbdScene:
         return resize_nearest(instances, height, width).astype(np.int32)
 
 
-def _check_camera_center(image: Path, camera: Array, size: Size) -> None:
+def _check_camera_center(image: Path, camera: Array, size: WidthAndHeight) -> None:
     """Raise `SpearError` if intrinsics seem to belong to images of another size.
 
     Args:
@@ -297,7 +295,7 @@ def read_matrix(path: Path) -> Array:
     return matrix
 
 
-def read_intrinsics_and_size(path: Path) -> tuple[Array, WidthAndHeight]:
+def read_intrinsics_and_size(path: Path) -> tuple[Array, StatedSize]:
     """Read the intrinsics of a camera, and the size of its images.
 
     In the file the first pixel's center is at 0. In the result it is at 0.5.
@@ -311,7 +309,7 @@ def read_intrinsics_and_size(path: Path) -> tuple[Array, WidthAndHeight]:
     Raises:
         SpearError: The intrinsics are missing or not in pixels.
     """
-    size: WidthAndHeight = (None, None)
+    size: StatedSize = (None, None)
     if path.suffix == ".json":
         values = read_json(path, "give fx, fy, cx, cy in pixels")
         try:

@@ -32,7 +32,7 @@ from spear.models.sampling import relative_difference
 from spear.models.spear1 import NUM_STATE_FEATURES, Spear1ForActionPrediction
 from spear.models.vision import DinoEmbeddings, SiglipEmbeddings
 from spear.models.vlm import Prefix
-from spear.types import Action, Array, FlowConfig
+from spear.types import Action, Array, FlowConfig, WidthAndHeight
 from spear.util.files import read_json_as, write_text
 
 FEATURE = "the export of a policy"  # named in the error if a package is not installed
@@ -58,7 +58,7 @@ class ExportedPolicy:
     flow           Fields of `spear.types.FlowConfig`.
     """
 
-    image_sizes: dict[str, tuple[int, int]]
+    image_sizes: dict[str, WidthAndHeight]
     prompt_tokens: int
     num_visual_tokens: int
     horizon: int
@@ -141,7 +141,7 @@ class ActionExpertGraph(nn.Module):
 
 def export_policy(
     model: Spear1ForActionPrediction,
-    image_sizes: Mapping[str, tuple[int, int]],
+    image_sizes: Mapping[str, WidthAndHeight],
     prompt_tokens: int,
     folder: Path,
 ) -> ExportedPolicy:
@@ -193,7 +193,7 @@ def export_policy(
 
 
 def _make_exportable(
-    model: Spear1ForActionPrediction, image_sizes: Mapping[str, tuple[int, int]]
+    model: Spear1ForActionPrediction, image_sizes: Mapping[str, WidthAndHeight]
 ) -> Any:
     """Copy a model in float32, with norms that consist of PyTorch's own operations, and with
     position embeddings that were resampled to the image sizes in advance."""
@@ -207,7 +207,7 @@ def _make_exportable(
 
 
 @torch.no_grad()
-def _fix_position_embeddings(module: Any, image_sizes: Mapping[str, tuple[int, int]]) -> None:
+def _fix_position_embeddings(module: Any, image_sizes: Mapping[str, WidthAndHeight]) -> None:
     """Let a module look up the position embeddings of the image sizes instead of resampling."""
     tables = {}
     for width, height in image_sizes.values():

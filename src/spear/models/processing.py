@@ -22,7 +22,7 @@ from spear.models.decode import FreeTextGrammar
 from spear.models.presets import SPECIAL_TOKEN_IDS, Preset
 from spear.models.weights.load import load_tokenizer
 from spear.tokens import CoordinateTokenizer, extend_tokenizer
-from spear.types import Array, Pixel, Question, Segments
+from spear.types import Array, Pixel, Question, Segments, WidthAndHeight
 from spear.util.files import read_json_as
 from spear.util.images import compute_placement, fit_image
 
@@ -44,8 +44,6 @@ A piece is as long as possible, except that every other "<" or "[" (the last alt
 of its own. So a user cannot type the name of a token such as "<eos>". Only the two location tokens
 of a pixel are recognized as tokens."""
 
-Size = tuple[int, int]
-"""(width, height) in pixels."""
 
 # These limit the memory of a processor, because the clients of a server choose images and texts.
 MAX_NOTIFIED_SIZES = 32  # image sizes about which a processor gives a notice
@@ -69,7 +67,7 @@ class VisibleWindow(NamedTuple):
     height: float
 
 
-def compute_visible_window(source: Size, target: Size) -> VisibleWindow:
+def compute_visible_window(source: WidthAndHeight, target: WidthAndHeight) -> VisibleWindow:
     """The rectangle, in the source image, that the fitted image of the target size shows.
 
     Where the fitted image has padding, the rectangle extends beyond the source image. Its sides are
@@ -89,7 +87,9 @@ def compute_visible_window(source: Size, target: Size) -> VisibleWindow:
     )
 
 
-def map_pixel(pixel: Pixel, source: Size, target: Size, inverse: bool = False) -> Pixel:
+def map_pixel(
+    pixel: Pixel, source: WidthAndHeight, target: WidthAndHeight, inverse: bool = False
+) -> Pixel:
     """Map a pixel of a source image to the same place in the image fitted into the target size.
 
     With `inverse` the function maps from the fitted image to the source. A place in the padding is
@@ -112,7 +112,9 @@ def map_pixel(pixel: Pixel, source: Size, target: Size, inverse: bool = False) -
     return Pixel(min(max(x, 0.0), below_one), min(max(y, 0.0), below_one))
 
 
-def describe_fit_losses(source: Size, target: Size, are_bars_expected: bool = False) -> str | None:
+def describe_fit_losses(
+    source: WidthAndHeight, target: WidthAndHeight, are_bars_expected: bool = False
+) -> str | None:
     """Describe what an image loses when it is fitted into the target size; None if almost nothing.
 
     If the aspects differ, black bars take some of the target. If the image is enlarged, the model
@@ -177,7 +179,7 @@ class Processor:
 
     tokenizer: Any
     coordinates: CoordinateTokenizer
-    image_sizes: Mapping[str, tuple[int, int]]
+    image_sizes: Mapping[str, WidthAndHeight]
     prompt_tokens: int = 64
     coordinate_ids: range = field(init=False)
     location_start: int = field(init=False)
@@ -188,7 +190,7 @@ class Processor:
         check_paligemma_tokens(self.tokenizer)
         self.location_start = int(self.tokenizer.convert_tokens_to_ids(LOCATION_FORMAT.format(0)))
         self._token_cache: dict[str, list[int]] = {}  # text -> token ids
-        self._notified: set[tuple[str, Size]] = set()  # (view, size of images)
+        self._notified: set[tuple[str, WidthAndHeight]] = set()  # (view, size of images)
 
     @staticmethod
     def build(
@@ -225,7 +227,7 @@ class Processor:
                 self._notified.add((view, size))
         return pixels.permute(2, 0, 1).clone(memory_format=torch.contiguous_format)
 
-    def _is_aspect_of_training(self, size: Size, view: str) -> bool:
+    def _is_aspect_of_training(self, size: WidthAndHeight, view: str) -> bool:
         """Whether images of training had the aspect of this size."""
         aspect = size[0] / size[1]
         for training_aspect in self.training_aspects.get(view, []):
@@ -234,7 +236,7 @@ class Processor:
                 return True
         return False
 
-    def _advise_on_fit(self, size: Size, view: str) -> str:
+    def _advise_on_fit(self, size: WidthAndHeight, view: str) -> str:
         """Say which images lose nothing, or are like those of training."""
         known_aspects = self.training_aspects.get(view)
         if known_aspects is None:
@@ -244,7 +246,7 @@ class Processor:
         aspects = format_alternatives([f"{aspect:.2f}" for aspect in known_aspects])
         return f"The images of training had width / height {aspects}; send such ones, unchanged."
 
-    def map_text_pixels(self, text: str, size: Size, view: str) -> str:
+    def map_text_pixels(self, text: str, size: WidthAndHeight, view: str) -> str:
         """Map the pixels in a text from an image of this size to the fitted image of the view.
 
         In the text, a pixel is two location tokens.
@@ -258,7 +260,7 @@ class Processor:
 
         return _PIXEL_TOKENS.sub(map_tokens, text)
 
-    def map_question_pixels(self, question: Question, size: Size, view: str) -> Question:
+    def map_question_pixels(self, question: Question, size: WidthAndHeight, view: str) -> Question:
         """Map the pixels in a question and its answer to the fitted image of the view.
 
         `size` is that of the image that the question was asked about.

@@ -14,11 +14,11 @@ from numpy.typing import NDArray
 
 from spear.embodiments.observations import DEFAULT_IMAGE_SIZES, get_camera_key
 from spear.sim.control import split_action
-from spear.sim.render import ImageSize, get_thread_renderer
+from spear.sim.render import get_thread_renderer
 from spear.sim.scene import sample_scene
 from spear.sim.world import World, get_milestone_states, list_cameras
 from spear.sim.worlds import place_in_world, validate_world
-from spear.types import CONTROL_RATE_HZ
+from spear.types import CONTROL_RATE_HZ, WidthAndHeight
 from spear.util.held_out import FIRST_TRAIN_SEED
 
 MAX_STEPS = 60
@@ -71,7 +71,7 @@ class TabletopEnv(gymnasium.Env[Observation, NDArray[np.floating]]):
     def __init__(
         self,
         family: str = "put_on",
-        image_sizes: Mapping[str, ImageSize] = DEFAULT_IMAGE_SIZES,
+        image_sizes: Mapping[str, WidthAndHeight] = DEFAULT_IMAGE_SIZES,
         images: bool = True,
         render_mode: str | None = "rgb_array",
         world: str = "default",
@@ -169,6 +169,6 @@ class TabletopEnv(gymnasium.Env[Observation, NDArray[np.floating]]):
         return info
 
 
-def _make_image_space(size: ImageSize) -> gymnasium.spaces.Box:
+def _make_image_space(size: WidthAndHeight) -> gymnasium.spaces.Box:
     width, height = size
     return gymnasium.spaces.Box(0, 255, (height, width, 3), np.uint8)

@@ -21,8 +21,7 @@ from spear.embodiments.inverse_kinematics import compute_euclidean_norm
 from spear.embodiments.observations import DEFAULT_IMAGE_SIZES, get_camera_key
 from spear.sim import expert
 from spear.sim.env import MAX_STEPS, TabletopEnv
-from spear.sim.render import ImageSize
-from spear.types import CONTROL_RATE_HZ, Array, Episode
+from spear.types import CONTROL_RATE_HZ, Array, Episode, WidthAndHeight
 from spear.util import processes
 from spear.util.images import encode_jpeg
 
@@ -75,7 +74,7 @@ class Disturbance:
 
 def record_episodes(
     tasks: Iterable[tuple[str, int]],
-    image_sizes: Mapping[str, ImageSize] = DEFAULT_IMAGE_SIZES,
+    image_sizes: Mapping[str, WidthAndHeight] = DEFAULT_IMAGE_SIZES,
     workers: int = 2,
     policy: InterveningPolicy | None = None,
     world: str = "default",
@@ -101,7 +100,7 @@ def record_episodes(
 
 
 def _record_task(
-    image_sizes: Mapping[str, ImageSize],
+    image_sizes: Mapping[str, WidthAndHeight],
     policy: InterveningPolicy | None,
     world: str,
     task: tuple[str, int],
@@ -114,7 +113,7 @@ def _record_task(
 def record_episode(
     family: str,
     seed: int,
-    image_sizes: Mapping[str, ImageSize] = DEFAULT_IMAGE_SIZES,
+    image_sizes: Mapping[str, WidthAndHeight] = DEFAULT_IMAGE_SIZES,
     disturbance: Disturbance = Disturbance(),
     policy: InterveningPolicy | None = None,
     world: str = "default",

@@ -30,10 +30,8 @@ from spear.sim.world import (
     get_shared_base_spec,
     list_cameras,
 )
-from spear.types import Frame
+from spear.types import Frame, WidthAndHeight
 
-ImageSize = tuple[int, int]
-"""Width and height, pixels."""
 MIN_PIXELS = 8
 """An object with fewer visible pixels is not among a frame's instances."""
 INITIAL_BUFFER_PX = (560, 420)  # (width, height); the buffer grows if larger images are requested
@@ -87,7 +85,7 @@ class Renderer:
         self._perturbation = mujoco.MjvPerturb()  # MuJoCo requires one; this one moves nothing
 
     def render_images(
-        self, world: World, views: Sequence[tuple[str, ImageSize]]
+        self, world: World, views: Sequence[tuple[str, WidthAndHeight]]
     ) -> list[NDArray[np.uint8]]:
         """Render one image [h, w, 3] uint8 per (camera name, size), in the order of the views."""
         # Draw all views side by side.
@@ -112,7 +110,7 @@ class Renderer:
         return images
 
     def render_image_depth_and_geom_ids(
-        self, world: World, camera: str, size: ImageSize
+        self, world: World, camera: str, size: WidthAndHeight
     ) -> tuple[NDArray[np.uint8], NDArray[np.float32], NDArray[np.int32]]:
         """Render what one camera sees.
 
@@ -138,7 +136,7 @@ class Renderer:
         depth_m = _to_meters(depth_buffer[::-1], world)
         return np.ascontiguousarray(image[::-1]), depth_m, self._decode_geom_ids(codes[::-1])
 
-    def _lay_out(self, sizes: Sequence[ImageSize]) -> list[mujoco.MjrRect]:
+    def _lay_out(self, sizes: Sequence[WidthAndHeight]) -> list[mujoco.MjrRect]:
         """Return rectangles of these sizes, side by side in the buffer.
 
         The buffer is enlarged if the rectangles do not fit.
@@ -227,7 +225,7 @@ def get_thread_renderer() -> Renderer:
 # --- Ground truth ---
 
 
-def render_frame(world: World, camera: str, size: ImageSize) -> Frame:
+def render_frame(world: World, camera: str, size: WidthAndHeight) -> Frame:
     """Render what a camera of the world sees, with its ground truth.
 
     Args:
@@ -268,7 +266,7 @@ def render_frame(world: World, camera: str, size: ImageSize) -> Frame:
     )
 
 
-def render_clutter_frame(seed: int, camera: str, size: ImageSize) -> Frame:
+def render_clutter_frame(seed: int, camera: str, size: WidthAndHeight) -> Frame:
     """Render the cluttered scene, without a task, that `seed` stands for, with its ground truth."""
     return render_frame(World(sample_clutter_scene(seed)), camera, size)
 
@@ -280,7 +278,7 @@ def _get_instance_name(world: World, instance: int) -> str:
     return GRIPPER_NAME
 
 
-def compute_intrinsics(world: World, camera: str, size: ImageSize) -> NDArray[np.float64]:
+def compute_intrinsics(world: World, camera: str, size: WidthAndHeight) -> NDArray[np.float64]:
     """The camera's pinhole matrix [3, 3], in pixels; pixel centers are at integer + 0.5.
 
     Pixels are square, and the principal point is in the middle of the image.

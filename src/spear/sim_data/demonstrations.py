@@ -16,11 +16,10 @@ from spear.data.store.episode_store import (
 )
 from spear.errors import SpearError, check_known
 from spear.sim.record import InterveningPolicy, format_episode_source, record_episodes
-from spear.sim.render import ImageSize
 from spear.sim.scene import FAMILIES
 from spear.sim.world import SIMULATOR_VERSION
 from spear.sim.worlds import DEFAULT_WORLD, validate_world
-from spear.types import Episode
+from spear.types import Episode, WidthAndHeight
 from spear.util.files import check_empty_or_own_folder
 from spear.util.fingerprints import fingerprint_checkpoint
 from spear.util.held_out import FIRST_TRAIN_SEED
@@ -51,7 +50,7 @@ def record_demonstrations(  # noqa: PLR0913  the options of its command
     families: Sequence[str],
     episodes_per_family: int,
     first_seed: int,
-    image_sizes: Mapping[str, ImageSize],
+    image_sizes: Mapping[str, WidthAndHeight],
     workers: int = 2,
     policy: InterveningPolicy | None = None,
     world: str = "default",
@@ -114,7 +113,7 @@ def record_successes(
     out: Path,
     sources: Sequence[str],
     record_from: Callable[[int], Iterator[Episode]],
-    image_sizes: Mapping[str, ImageSize],
+    image_sizes: Mapping[str, WidthAndHeight],
     policy: InterveningPolicy | None,
     simulator_version: str,
     shard_size: int = 256,
@@ -155,7 +154,7 @@ def record_successes(
 
 
 def _read_progress(
-    out: Path, sources: Sequence[str], image_sizes: Mapping[str, ImageSize]
+    out: Path, sources: Sequence[str], image_sizes: Mapping[str, WidthAndHeight]
 ) -> RecordingProgress:
     """Find out how many of the episodes `sources` were tried and how many are in the store.
 
@@ -182,7 +181,7 @@ def _read_progress(
     return RecordingProgress(num_recorded=len(store), num_tried=last_position + 1)
 
 
-def _check_image_size(store: EpisodeStore, out: Path, camera: str, size: ImageSize) -> None:
+def _check_image_size(store: EpisodeStore, out: Path, camera: str, size: WidthAndHeight) -> None:
     """Raise SpearError if a store's images of a camera have another size."""
     encoded = store.image(0, 0, camera)  # of the first step of the first episode
     stored_size = None

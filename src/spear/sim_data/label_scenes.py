@@ -28,7 +28,7 @@ from spear.labels.store import (
     write_images_with_coarse_depth,
     write_labels,
 )
-from spear.types import Frame, LabeledImage
+from spear.types import Frame, LabeledImage, WidthAndHeight
 from spear.util import processes
 from spear.util.files import check_empty_or_own_folder, write_text
 from spear.util.held_out import FIRST_TRAIN_SEED
@@ -50,8 +50,6 @@ INSTRUCTIONS_FILE = "wording.txt"
 """The file of the simulator's instructions. It is written first, so a folder that contains it is a
 folder of scene labels."""
 
-Size = tuple[int, int]
-"""Width and height of an image, in pixels."""
 NumImages = int
 """The number of labeled images in a folder, of all views, whichever call labeled them."""
 SceneJob = tuple[str, range]
@@ -104,7 +102,7 @@ def render_scenes(path: str, seeds: Sequence[int]) -> Iterator[Content]:
 def label_scenes(  # noqa: PLR0913  the options of its command
     out: Path,
     num_scenes: int,
-    sizes: Mapping[str, Size],
+    sizes: Mapping[str, WidthAndHeight],
     first_seed: int,
     workers: int = 2,
     label_frames: LabelFrames = label_with_ground_truth,
@@ -156,7 +154,7 @@ def split_into_jobs(kind: str, seeds: range, max_scenes_per_job: int) -> list[Sc
     return [(kind, seeds[i : i + step]) for i in range(0, len(seeds), step)]
 
 
-def make_task_settings(seeds: range, size: Size, simulator: str) -> dict[str, Any]:
+def make_task_settings(seeds: range, size: WidthAndHeight, simulator: str) -> dict[str, Any]:
     """Return the settings of labels of a benchmark's tasks.
 
     Args:
@@ -328,7 +326,7 @@ def _label_job_and_count_scenes(
 
 
 def _render_clutter(
-    sizes: Mapping[str, Size], world: str, shows_robot: bool, job: SceneJob
+    sizes: Mapping[str, WidthAndHeight], world: str, shows_robot: bool, job: SceneJob
 ) -> Iterator[tuple[str, list[Frame]]]:
     """Render the clutter scenes of a job in the embedded simulator.
 

@@ -242,7 +242,7 @@ class SimulatedEpisode:
 
 
 @dataclass
-class RecordedEpisode:
+class PhotographedEpisode:
     """An episode whose images were taken before: a recorded episode, or a single photo.
 
     Attributes:
@@ -322,7 +322,7 @@ class RecordedEpisode:
         return "success" if self.success else "failure"
 
 
-Episode = SimulatedEpisode | RecordedEpisode
+Episode = SimulatedEpisode | PhotographedEpisode
 
 
 class EpisodeFolder:
@@ -373,7 +373,7 @@ class _Recordings:
             ending = _make_title_prefix(episode.success)
             self.titles.append(f"{number} · {ending}{episode.instruction[:80]}")
 
-    def open(self, number: int, policy: Spear1Policy) -> RecordedEpisode:
+    def open(self, number: int, policy: Spear1Policy) -> PhotographedEpisode:
         episode = self._store.without_images(number)
 
         def load_image(step: int, camera: str) -> Array | None:
@@ -383,7 +383,7 @@ class _Recordings:
 
         columns = [episode.position, episode.rotation, episode.gripper[:, None]]
         states = np.concatenate(columns, axis=1).astype(np.float32)  # [T, 3 + 4 + 1]
-        return RecordedEpisode(
+        return PhotographedEpisode(
             kind="recording",
             name=f"episode-{number}",
             load_image=load_image,

@@ -33,7 +33,7 @@ from spear.ui.episodes import (
     Episode,
     EpisodeFolder,
     PageState,
-    RecordedEpisode,
+    PhotographedEpisode,
     SimulatedEpisode,
     validate_whole_number,
 )
@@ -164,7 +164,7 @@ class Tab:
         name = "the image"  # in messages
         pixels = load_image(request["data"], name, largest_allowed_side_px=MAX_IMAGE_SIDE_PX)
         image = read_image({name: pixels}, name)  # checks the size as that of a robot's image
-        photo = RecordedEpisode(
+        photo = PhotographedEpisode(
             kind="photo",
             name="photo",
             load_image=lambda step, view: image if view == "external" else None,

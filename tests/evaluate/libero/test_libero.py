@@ -264,14 +264,14 @@ class TestOracle:
         """The commanded pose moves on from where it is, while the arm lags behind."""
         moment = make_moment(position=(0.3, 0, 0.3))
         lag = np.array([0.01, 0.02, 0.0])
-        ahead = np.concatenate([moment.pose[:3] + lag, moment.pose[3:]])
+        commanded_pose = np.concatenate([moment.pose[:3] + lag, moment.pose[3:]])
 
-        without_lag = choose(moment)
-        with_lag = choose(dataclasses.replace(moment, commanded=ahead))
+        action = choose(moment)
+        action_with_lag = choose(dataclasses.replace(moment, commanded=commanded_pose))
 
-        moved_commanded = moment.pose[:3] + with_lag[:3] - ahead[:3]
-        assert np.linalg.norm(moved_commanded) <= oracle.MAX_STEP_M + 1e-6
-        assert np.linalg.norm(with_lag[:3]) > np.linalg.norm(without_lag[:3])
+        commanded_step = moment.pose[:3] + action_with_lag[:3] - commanded_pose[:3]
+        assert np.linalg.norm(commanded_step) <= oracle.MAX_STEP_M + 1e-6
+        assert np.linalg.norm(action_with_lag[:3]) > np.linalg.norm(action[:3])
 
 
 def has_libero() -> bool:
@@ -314,11 +314,12 @@ class TestLibero:
     ) -> None:
         row = np.array([0.03, 0, 0, 0, 0, 0, -1.0])
         process.reset(3)
-        before = process.run(row[None], max_episode_steps=100)
+        first_moment = process.run(row[None], max_episode_steps=100)
 
-        after = process.run(row[None], max_episode_steps=100)
+        second_moment = process.run(row[None], max_episode_steps=100)
 
-        np.testing.assert_allclose(after.commanded[:3], before.pose[:3] + row[:3], atol=1e-9)
+        expected_position = first_moment.pose[:3] + row[:3]
+        np.testing.assert_allclose(second_moment.commanded[:3], expected_position, atol=1e-9)
 
     def test_a_step_gives_the_same_as_that_of_libero(self) -> None:
         script = Path(__file__).with_name("compare_steps.py")

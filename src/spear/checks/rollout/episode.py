@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from spear.types import Array
+from spear.types import Array, WidthAndHeight
 
 MIN_PICTURE_EPISODES = 8  # training episodes with a camera; with fewer it is not compared
 CELL_PX = 2  # side of the cells over which small pictures are averaged
@@ -21,7 +21,7 @@ class CameraPictures:
 
     small: Array
     fingerprint: Array
-    size: tuple[int, int]
+    size: WidthAndHeight
 
 
 def average_cells(pictures: Array) -> Array:

@@ -32,7 +32,7 @@ from spear.sim_data.label_scenes import (
     make_task_settings,
     split_into_jobs,
 )
-from spear.types import Frame
+from spear.types import Frame, WidthAndHeight
 
 VIEW = "external"  # the only labeled view
 SCENES_PER_JOB = 32  # that one process renders
@@ -59,7 +59,7 @@ their names."""
 
 
 def label_tasks(
-    out: Path, suites: Sequence[str], seeds: range, size: tuple[int, int], workers: int = 2
+    out: Path, suites: Sequence[str], seeds: range, size: WidthAndHeight, workers: int = 2
 ) -> int:
     """Label scenes of all tasks of some suites (see `label_scene_jobs`).
 
@@ -100,7 +100,7 @@ def list_jobs(suites: Sequence[str], seeds: range) -> list[SceneJob]:
 
 
 def render_labeled_frame(
-    process: LiberoProcess, task: str, seed: int, size: tuple[int, int]
+    process: LiberoProcess, task: str, seed: int, size: WidthAndHeight
 ) -> Frame:
     """Render the scene of a seed, with its ground truth, at the policy's size."""
     begin_at_resting_start(process, seed)
@@ -143,7 +143,7 @@ def name_object(libero_name: str) -> str:
     return OBJECT_NAMES.get(kind, kind.replace("_", " "))
 
 
-def _render_frames(size: tuple[int, int], job: SceneJob) -> Iterator[tuple[str, list[Frame]]]:
+def _render_frames(size: WidthAndHeight, job: SceneJob) -> Iterator[tuple[str, list[Frame]]]:
     """Render the frames of one job in a process of its own."""
     task, seeds = job
     suite, index = parse_task(task)

@@ -37,7 +37,7 @@ from spear.sim.record import (
     format_episode_source,
 )
 from spear.sim_data.demonstrations import RecordingProgress, check_training_seed, record_successes
-from spear.types import CONTROL_RATE_HZ, Array, Episode
+from spear.types import CONTROL_RATE_HZ, Array, Episode, WidthAndHeight
 from spear.util.images import fit_image
 from spear.util.processes import map_in_order
 
@@ -67,7 +67,7 @@ class RecordingSettings:
                     so that they are no training targets (`spear.sim.record`).
     """
 
-    sizes: Mapping[str, tuple[int, int]]
+    sizes: Mapping[str, WidthAndHeight]
     workers: int = 2
     fast_rendering: bool = False
     policy: InterveningPolicy | None = None

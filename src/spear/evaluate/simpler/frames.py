@@ -23,7 +23,7 @@ from spear.evaluate.simpler.tasks import (
 from spear.geometry import quat_exp, quat_multiply
 from spear.sim.render import MIN_PIXELS
 from spear.sim.world import GRIPPER_NAME
-from spear.types import Array, Frame
+from spear.types import Array, Frame, WidthAndHeight
 from spear.util.images import compute_placement, fit_image
 
 OBJECT_NAMES = {
@@ -252,7 +252,7 @@ def sample_positions_with_clutter(
     return positions, clutter_names
 
 
-def fit_frame_and_drop_cut_instances(frame: Frame, size: tuple[int, int], source: str) -> Frame:
+def fit_frame_and_drop_cut_instances(frame: Frame, size: WidthAndHeight, source: str) -> Frame:
     """Scale a frame to the size at which the policy sees images.
 
     The whole frame is visible. If the aspect ratio differs, there is a black border on two sides,

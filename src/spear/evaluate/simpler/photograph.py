@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from scipy.ndimage import map_coordinates
 
 from spear.sim.textures import TEXTURE_SIZE_PX, draw_texture
-from spear.types import Array
+from spear.types import Array, WidthAndHeight
 
 DOME_RADIUS_M = 0.7  # of the dome around the point that the camera looks at; the wall is as far
 MIN_DEPTH_M = 0.01  # smaller depths in the photographing camera count as this
@@ -38,7 +38,7 @@ class CameraView:
     rotation: Array
     focal_px: float
     center_px: tuple[float, float]
-    size_px: tuple[int, int]
+    size_px: WidthAndHeight
 
     @property
     def fovy_deg(self) -> float:

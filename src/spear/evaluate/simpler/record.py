@@ -36,7 +36,7 @@ from spear.sim_data.label_scenes import (
     make_task_settings,
     split_into_jobs,
 )
-from spear.types import CONTROL_RATE_HZ, Episode, Frame
+from spear.types import CONTROL_RATE_HZ, Episode, Frame, WidthAndHeight
 from spear.util.images import fit_image
 from spear.util.processes import map_in_order
 
@@ -102,7 +102,7 @@ def record_demonstrations(
 def record_episodes(
     task: str,
     seeds: Sequence[int],
-    size: tuple[int, int],
+    size: WidthAndHeight,
     workers: int,
     assets: Path | None = None,
     policy: InterveningPolicy | None = None,
@@ -141,7 +141,7 @@ def record_episode(
     process: SimplerProcess,
     task: str,
     seed: int,
-    size: tuple[int, int],
+    size: WidthAndHeight,
     policy: InterveningPolicy | None = None,
 ) -> Episode:
     """Record the oracle's demonstration from one start off the grid.
@@ -188,7 +188,7 @@ def _format_source(task: str, seed: int, policy: InterveningPolicy | None) -> st
     return format_episode_source(task, seed, policy is not None, "simpler")
 
 
-def label_tasks(out: Path, seeds: range, size: tuple[int, int], workers: int = 2) -> int:
+def label_tasks(out: Path, seeds: range, size: WidthAndHeight, workers: int = 2) -> int:
     """Label scenes of all four tasks from the simulator's ground truth (see `label_scene_jobs`).
 
     Args:
@@ -213,7 +213,7 @@ def label_tasks(out: Path, seeds: range, size: tuple[int, int], workers: int = 2
 
 
 def _render_frames(
-    size: tuple[int, int], assets: Path, job: SceneJob
+    size: WidthAndHeight, assets: Path, job: SceneJob
 ) -> Iterator[tuple[str, list[Frame]]]:
     """Render the frames of one job in a process of its own."""
     task, seeds = job

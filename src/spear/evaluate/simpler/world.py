@@ -52,7 +52,7 @@ from spear.evaluate.simpler.tasks import (
     sample_off_grid_start,
 )
 from spear.geometry import pose_compose, pose_inverse, quat_canonical, quat_multiply
-from spear.types import Array, Frame
+from spear.types import Array, Frame, WidthAndHeight
 from spear.util.fingerprints import hash_files
 from spear.util.processes import (
     NO_WORKER_STARTED,
@@ -236,7 +236,7 @@ class SimplerWorld:
                 pictures.append(self.render_picture())
         return self._make_moment(image, pictures)
 
-    def build_and_render_scene(self, seed: int, size: tuple[int, int]) -> Frame:
+    def build_and_render_scene(self, seed: int, size: WidthAndHeight) -> Frame:
         """Build and render a scene for labeling (see `spear.evaluate.simpler.frames`).
 
         Args:
@@ -466,7 +466,7 @@ class SimplerProcess:
         """Execute control steps, see `SimplerWorld.run`."""
         return self._call("run", rows, image, filming)
 
-    def build_and_render_scene(self, seed: int, size: tuple[int, int]) -> Frame:
+    def build_and_render_scene(self, seed: int, size: WidthAndHeight) -> Frame:
         """Build and render a scene for labeling, see `SimplerWorld.build_and_render_scene`."""
         return self._call("build_and_render_scene", seed, size)
 

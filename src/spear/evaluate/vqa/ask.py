@@ -20,14 +20,14 @@ from spear.models.readout import DecodeMethod, Distribution, replace_numbers
 from spear.policy import Answer, VlmBundle
 from spear.question_types import QUESTION_TYPES
 from spear.sim.shifts import Shift
-from spear.types import Array, Frame, LabeledImage
+from spear.types import Array, Frame, LabeledImage, WidthAndHeight
 from spear.util.images import load_image
 
 NUM_BOX_NUMBERS = 24  # x, y, z of eight vertices
 MAX_NAME_TOKENS = 8  # longest answer to the question what is at a point, in tokens
 
 
-def load_picture(source: str, size: tuple[int, int], camera: str = "external") -> Frame:
+def load_picture(source: str, size: WidthAndHeight, camera: str = "external") -> Frame:
     """Load the image to ask about.
 
     Args:
@@ -325,7 +325,7 @@ def parse_sim_seed(source: str) -> int:
 def render_held_out_frames(
     num_scenes: int,
     first_seed: int,
-    size: tuple[int, int],
+    size: WidthAndHeight,
     camera: str = "external",
     shift: Shift | None = None,
 ) -> Iterator[Frame]:

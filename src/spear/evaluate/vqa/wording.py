@@ -26,7 +26,7 @@ from spear.evaluate.vqa.skeleton import (
 from spear.labels.questions.templates import KEYPOINT_NAMES, UNIT_TEMPLATES, with_article
 from spear.labels.questions.types import PROMPT_TEMPLATES, QUESTION_TYPE_BY_NAME
 from spear.question_types import ANSWER_FORMS
-from spear.types import Pixel
+from spear.types import Pixel, WidthAndHeight
 
 EXAMPLE_TYPES = ("distance", "box_vertices")  # types of the examples in `describe_untaught`
 KEYPOINT_OF_WORD = {
@@ -69,7 +69,7 @@ class ParsedQuestion:
 def understand_question(
     question: str,
     taught_types: Collection[str] | None = None,
-    image_size: tuple[int, int] | None = None,
+    image_size: WidthAndHeight | None = None,
     classifier: QuestionTypeClassifier | None = None,
 ) -> ParsedQuestion | None:
     """Find out what a question asks.
@@ -117,7 +117,7 @@ def _parse_skeleton(
     skeleton: Skeleton,
     question_type: str,
     pixel: tuple[float, float] | None,
-    image_size: tuple[int, int] | None,
+    image_size: WidthAndHeight | None,
 ) -> ParsedQuestion:
     """Put a question in a taught wording of its type."""
     names = [MODEL_NAMES.get(name, name) for name in _order_names(skeleton, question_type)]
@@ -130,7 +130,7 @@ def _parse_skeleton(
     return ParsedQuestion(question_type, names, prompt, is_taught_wording=False, pixel=pixel)
 
 
-def _format_pixel(pixel: tuple[float, float], image_size: tuple[int, int] | None) -> str:
+def _format_pixel(pixel: tuple[float, float], image_size: WidthAndHeight | None) -> str:
     """Write a pixel as in taught wordings, or in numbers if the size of the image is not known."""
     x, y = pixel
     if image_size is None:

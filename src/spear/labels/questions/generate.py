@@ -25,7 +25,16 @@ from spear.labels.questions.templates import (
 )
 from spear.labels.questions.types import PROMPT_TEMPLATES, QUESTION_TYPE_BY_NAME
 from spear.question_types import QUESTION_TYPES
-from spear.types import Array, LabeledImage, LabeledObject, Pixel, Question, Segments, Unit
+from spear.types import (
+    Array,
+    LabeledImage,
+    LabeledObject,
+    Pixel,
+    Question,
+    Segments,
+    Unit,
+    WidthAndHeight,
+)
 
 MIN_VISIBLE = 0.7
 """3D questions are about objects whose "visible" score is at least this: the fraction of the
@@ -161,7 +170,7 @@ def generate_questions(
     return list(questions.values())
 
 
-def format_answer(segments: Segments, unit: Unit, size: tuple[int, int] | None = None) -> str:
+def format_answer(segments: Segments, unit: Unit, size: WidthAndHeight | None = None) -> str:
     """Format an answer for people to read.
 
     Numbers get three decimals and their unit. An answer that consists only of numbers is written as
