@@ -8,7 +8,8 @@
 #   sh experiments/labs/run.sh 2d          the same, whose VLM was asked 2D questions about the same images
 #   sh experiments/labs/run.sh no-images   the same, whose VLM saw none of these images
 #   sh experiments/labs/run.sh more-data   labels four times as many images
-#   sh experiments/labs/run.sh more        trains two SPEAR-VLMs with them, from that of stage0 and from nano-vlm
+#   sh experiments/labs/run.sh more        trains two SPEAR-VLMs with them, from that of stage0 and from nano-vlm, and
+#                                          one VLM with 2D questions
 #
 # The rows begin with the shipped nano-vlm-0 and nano-depth, which know the default world only; no row begins with the
 # models of stage0 or more yet. The rows can run side by side, one process each. Stopped at any moment, the same
@@ -55,6 +56,8 @@ train_with_more_data() {
     $TRAIN_VLM nano-vlm-2 --labels $labels --init "$RUNS/vlm-3d-stage0" --out "$RUNS/vlm-3d-more" \
         --steps 6000 --lr 3e-4
     $TRAIN_VLM nano-vlm-2 --labels $labels --init nano-vlm --out "$RUNS/vlm-nano-more" --steps 5000 --lr 2.5e-4
+    $TRAIN_VLM nano-vlm-0 --labels $labels --init "$RUNS/vlm-0-colorful" --out "$RUNS/vlm-2d-more" \
+        --steps 6000 --lr 3e-4 --set 'frozen=[]' 'lr_scale={"vision_tower":0.3}'
 }
 
 train_vlm() {
