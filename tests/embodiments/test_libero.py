@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 
+from refusals import refuses
 from spear.embodiments import load
 from spear.embodiments.libero import (
     BASE_POSITION_KEY,
@@ -27,6 +28,7 @@ from spear.types import Array
 
 RECORDED = json.loads((Path(__file__).parent / "data" / "libero.json").read_text("utf-8"))
 ROBOT = load("libero")
+VLA_EVAL_ROBOT = load("libero_vla_eval")
 NUM_ACTIONS = 5
 """How often a recorded motion repeats its action."""
 LAST_STEPS_OF_ACTIONS = np.arange(1, NUM_ACTIONS + 1) * CONTROLLER_STEPS_PER_ACTION - 1
@@ -119,6 +121,41 @@ def test_pictures_are_mirrored_back() -> None:
         picture = observation[key]
         assert (picture[:, :16] == 0).all()
         assert (picture[:, 16:] == 255).all()
+
+
+class TestVlaEval:
+    """The same robot, as AllenAI's harness sends it."""
+
+    def test_it_reads_the_same_as_from_openpi_client(self) -> None:
+        openpi_observation = make_observation(RECORDED["observations"][0])
+        harness_observation = {
+            "images": {
+                "agentview": openpi_observation["observation/image"],
+                "wrist": openpi_observation["observation/wrist_image"],
+            },
+            "states": openpi_observation["observation/state"],
+            "controller_states": np.zeros(8),
+            "task_description": openpi_observation["prompt"],
+        }
+
+        from_harness = VLA_EVAL_ROBOT.read(harness_observation)
+
+        expected = ROBOT.read(openpi_observation)
+        assert sorted(from_harness) == sorted(expected)
+        for key, value in expected.items():
+            np.testing.assert_array_equal(from_harness[key], value)
+
+    def test_a_missing_camera_is_named_with_the_parameter_that_brings_it(self) -> None:
+        observation = VLA_EVAL_ROBOT.example()
+        del observation["images"]["wrist"]
+
+        refuses("images has no 'wrist'.*Set send_wrist_image", VLA_EVAL_ROBOT.read, observation)
+
+    def test_an_error_of_the_state_names_the_key_of_the_harness(self) -> None:
+        observation = VLA_EVAL_ROBOT.example()
+        observation["states"] = np.full(8, 100.0)
+
+        refuses(r"states\[0:3\]", VLA_EVAL_ROBOT.read, observation)
 
 
 class TestCommands:

@@ -27,6 +27,7 @@ Our choices:
   nothing of the past has to be known to execute it. openpi's client knows nothing else.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -82,22 +83,42 @@ def observe(observation: Observation) -> dict[str, Any]:
 
     Images are mirrored back, and the pose is converted to the frame of the robot's base.
     """
-    values = read_numbers(observation, OBSERVED_STATE_KEY, 8)
-    position = validate_meters(values[:3], f"{OBSERVED_STATE_KEY}[0:3]")
-    vector = validate_radians(values[3:6], f"{OBSERVED_STATE_KEY}[3:6]")
+    return convert_client_observation(
+        observation,
+        image_keys={IMAGE_KEY: IMAGE_KEY, WRIST_IMAGE_KEY: WRIST_IMAGE_KEY},
+        state_key=OBSERVED_STATE_KEY,
+        prompt_key=PROMPT_KEY,
+    )
+
+
+def convert_client_observation(
+    observation: Observation, image_keys: Mapping[str, str], state_key: str, prompt_key: str
+) -> dict[str, Any]:
+    """Make an observation of `spear.types.Policy` from one with keys of any client.
+
+    Args:
+        observation: what the client sends. Its values are those that this module describes.
+        image_keys: key of a camera in `spear.types.Policy` → the client's key.
+        state_key: the client's key of the state.
+        prompt_key: the client's key of the instruction.
+    """
+    values = read_numbers(observation, state_key, 8)
+    position = validate_meters(values[:3], f"{state_key}[0:3]")
+    vector = validate_radians(values[3:6], f"{state_key}[3:6]")
     finger_distance_m = values[6] - values[7]
     measured_opening = float(finger_distance_m / (2 * FINGER_TRAVEL_M))
-    opening = validate_and_clip_opening(measured_opening, f"{OBSERVED_STATE_KEY}[6:8]")
+    opening = validate_and_clip_opening(measured_opening, f"{state_key}[6:8]")
 
     hand_rotation = quat_exp(torch.from_numpy(np.float64(vector)))
     rotation = quat_multiply(hand_rotation, quat_conjugate(HAND_ROTATION)).numpy()
     base_position = _read_or_guess_base_position(observation, position)
-    state = make_state(position - base_position, rotation, opening, f"{OBSERVED_STATE_KEY}[3:6]")
+    state = make_state(position - base_position, rotation, opening, f"{state_key}[3:6]")
 
     images = {}
-    for key in (IMAGE_KEY, WRIST_IMAGE_KEY):
-        images[key] = np.ascontiguousarray(read_image(observation, key)[:, ::-1])
-    return {**images, STATE_KEY: state, PROMPT_KEY: read_prompt(observation)}
+    for key, client_key in image_keys.items():
+        images[key] = np.ascontiguousarray(read_image(observation, client_key)[:, ::-1])
+    prompt = read_prompt(observation, prompt_key)
+    return {**images, STATE_KEY: state, PROMPT_KEY: prompt}
 
 
 def _read_or_guess_base_position(observation: Observation, ee_position: Array) -> Array:

@@ -26,6 +26,7 @@ EMBODIMENTS = (
     "roboarena",
     "widowx",
     "libero",
+    "libero_vla_eval",
     "simpler_widowx",
     "maniskill2_widowx",
 )

@@ -1,0 +1,76 @@
+"""LIBERO's Franka, with the observations of AllenAI's vla-eval harness.
+
+Facts, read in vla-eval 0.8 (`benchmarks/libero`):
+
+- The images, the state and the commands are those of openpi's LIBERO client (`libero.py`), under
+  other keys. The images of both cameras are in one map.
+- The wrist image and the state are sent only if the benchmark's parameters ask for them.
+- The harness sends one command to the controller per observation, 20 per second.
+
+A policy therefore answers with 20 rows for 5 actions, of which `--replan-steps` says how many are
+executed before the next inference: 4 rows are one action.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from spear.embodiments import Control, Embodiment, Observation, libero
+from spear.embodiments.observations import IMAGE_KEY, PROMPT_KEY, WRIST_IMAGE_KEY
+from spear.errors import SpearError
+
+IMAGES_KEY = "images"
+STATES_KEY = "states"
+DESCRIPTION_KEY = "task_description"
+CAMERA_OF_KEY = {IMAGE_KEY: "agentview", WRIST_IMAGE_KEY: "wrist"}
+"""Key of a camera in `spear.types.Policy` → its name in the harness's map of images."""
+
+
+def observe(observation: Observation) -> dict[str, Any]:
+    """Convert the harness's observation to one of `spear.types.Policy`."""
+    images = observation[IMAGES_KEY]
+    flat_observation = dict(observation)
+    image_keys = {}
+    for key, camera in CAMERA_OF_KEY.items():
+        if not isinstance(images, Mapping) or camera not in images:
+            raise SpearError(
+                f"images has no '{camera}'. Set send_wrist_image and send_state to true in the "
+                "parameters of the benchmark, as examples/libero.yaml does."
+            )
+        image_keys[key] = f"{IMAGES_KEY}/{camera}"  # what error messages call the image
+        flat_observation[image_keys[key]] = images[camera]
+    return libero.convert_client_observation(
+        flat_observation, image_keys, state_key=STATES_KEY, prompt_key=DESCRIPTION_KEY
+    )
+
+
+def _make_example() -> dict[str, Any]:
+    """Make an observation as the harness sends it."""
+    example = libero.EMBODIMENT.example()
+    images = {camera: example[key] for key, camera in CAMERA_OF_KEY.items()}
+    return {
+        IMAGES_KEY: images,
+        STATES_KEY: example[libero.OBSERVED_STATE_KEY],
+        DESCRIPTION_KEY: example[PROMPT_KEY],
+    }
+
+
+EMBODIMENT = Embodiment(
+    required={
+        IMAGES_KEY: "a map of the images 'agentview' and 'wrist', turned by 180°, uint8 [height, "
+        "width, 3] (the benchmark's send_wrist_image: true)",
+        STATES_KEY: libero.EMBODIMENT.required[libero.OBSERVED_STATE_KEY]
+        + " (the benchmark's send_state: true)",
+        DESCRIPTION_KEY: "the instruction in words",
+    },
+    optional={"controller_states": "not looked at"},
+    observe=observe,
+    controls={
+        "osc_pose": Control(
+            "x y z (1 is 0.05 m), rotation vector (1 is 0.5 rad), gripper (-1 open, 1 closed), "
+            "for the harness, which hands them to robosuite's OSC_POSE one by one",
+            rate_hz=20.0,
+            convert=libero.convert_to_controller_commands,
+        )
+    },
+    example=_make_example,
+)
