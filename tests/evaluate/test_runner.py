@@ -19,7 +19,7 @@ from spear.evaluate.agents import Agent, IdleAgent
 from spear.evaluate.compare import compare_results
 from spear.evaluate.options import EpisodeOptions, Films
 from spear.evaluate.results import Outcome, Results, load_results
-from spear.evaluate.runner import run_evaluation
+from spear.evaluate.runner import EndedEpisode, run_evaluation
 
 IDLE = IdleAgent()
 NO_SETTINGS: dict[str, Any] = {}  # of the simulator; they do not matter here
@@ -50,9 +50,9 @@ class ParitySimulator:
         self.live_tracks: weakref.WeakSet[Track] = weakref.WeakSet()
         self.max_live_tracks = 0
 
-    def run(
+    def run_episodes(
         self, agent: Agent, family: str, seeds: Sequence[int], filming: bool
-    ) -> Iterator[tuple[Outcome, float, str]]:
+    ) -> Iterator[EndedEpisode[str]]:
         for seed in seeds:
             self.episodes.append((seed, filming))
             self.max_live_tracks = max(self.max_live_tracks, len(self.live_tracks))
@@ -70,7 +70,7 @@ class ParitySimulator:
                 unreachable=0,
                 steps=9,
             )
-            yield outcome, 2.5, track  # an episode takes 2.5 s
+            yield EndedEpisode(outcome, 2.5, track)  # an episode takes 2.5 s
             del track  # so that only the runner may keep it in memory
 
     def make_film_frames(self, outcome: Outcome, track: str) -> str:
@@ -82,8 +82,8 @@ class StoppedSimulator(ParitySimulator):
 
     group_size = 20
 
-    def run(self, *arguments: Any) -> Iterator[tuple[Outcome, float, str]]:
-        for episode in super().run(*arguments):
+    def run_episodes(self, *arguments: Any) -> Iterator[EndedEpisode[str]]:
+        for episode in super().run_episodes(*arguments):
             outcome, _, _ = episode
             if outcome.success:
                 yield episode
@@ -201,7 +201,7 @@ def test_an_episode_that_ends_differently_when_run_again_has_no_film(
 
 def test_a_simulator_that_cannot_run_leaves_nothing_behind(tmp_path: Path) -> None:
     class BrokenSimulator(ParitySimulator):
-        def run(self, *_: object) -> Iterator[tuple[Outcome, float, str]]:
+        def run_episodes(self, *_: object) -> Iterator[EndedEpisode[str]]:
             raise SpearError("no renderer")
 
     options = EpisodeOptions(out=tmp_path / "new")
@@ -217,20 +217,20 @@ class CrowdedSimulator(ParitySimulator):
 
     group_size = 3
 
-    def run(
+    def run_episodes(
         self, agent: Agent, family: str, seeds: Sequence[int], filming: bool
-    ) -> Iterator[tuple[Outcome, float, str]]:
-        for outcome, seconds, track in super().run(agent, family, seeds, filming):
-            yield dataclasses.replace(outcome, steps=len(seeds)), seconds, track
+    ) -> Iterator[EndedEpisode[str]]:
+        for outcome, seconds, track in super().run_episodes(agent, family, seeds, filming):
+            yield EndedEpisode(dataclasses.replace(outcome, steps=len(seeds)), seconds, track)
 
 
 class StoppedCrowdedSimulator(CrowdedSimulator):
     """That simulator, interrupted in its second group, in which only the last episode has ended."""
 
-    def run(
+    def run_episodes(
         self, agent: Agent, family: str, seeds: Sequence[int], filming: bool
-    ) -> Iterator[tuple[Outcome, float, str]]:
-        for episode in super().run(agent, family, seeds, filming):
+    ) -> Iterator[EndedEpisode[str]]:
+        for episode in super().run_episodes(agent, family, seeds, filming):
             outcome, _, _ = episode
             is_second_group = 3 in seeds
             if not is_second_group or outcome.seed == 5:

@@ -50,7 +50,7 @@ class Departures:
 def measure_departures(
     rollout: Sequence[RecordedEpisode],
     demonstrations: Sequence[RecordedEpisode],
-    instructions: Sequence[str],
+    training_instructions: Sequence[str],
 ) -> Departures:
     """Measure how far each step of a rollout is from training."""
     # Name of a quantity → what `_extract_vectors` reads: a part of the state, or a camera.
@@ -80,7 +80,7 @@ def measure_departures(
                 amount = f"{distance[step]:.3g}, in training at most {limits[quantity]:.3g}"
                 first.append(Departure(number, step, quantity, amount))
         distances[quantity] = np.concatenate(values)
-    first += _find_new_words(rollout, instructions)
+    first += _find_new_words(rollout, training_instructions)
     first.sort(key=lambda departure: (departure.episode, departure.step))
     return Departures(distances, limits, first)
 
@@ -131,11 +131,11 @@ def _measure_nearest_distances(vectors: Array, references: Array, part_or_camera
 
 
 def _find_new_words(
-    rollout: Sequence[RecordedEpisode], instructions: Sequence[str]
+    rollout: Sequence[RecordedEpisode], training_instructions: Sequence[str]
 ) -> list[Departure]:
     """List the episodes whose instruction has words that training never had."""
     vocabulary: set[str] = set()
-    for text in instructions:
+    for text in training_instructions:
         vocabulary |= split_words(text)
     departures = []
     for number, episode in enumerate(rollout):

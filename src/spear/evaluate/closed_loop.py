@@ -17,7 +17,7 @@ from spear.evaluate.agents import Agent
 from spear.evaluate.noise import NOISE_LEVELS, degrade_observation
 from spear.evaluate.options import TabletopOptions
 from spear.evaluate.results import Outcome, Results
-from spear.evaluate.runner import Film, HasEnded, run_evaluation
+from spear.evaluate.runner import EndedEpisode, Film, HasEnded, run_evaluation
 from spear.sim.env import MAX_STEPS, TabletopEnv
 from spear.sim.render import get_thread_renderer
 from spear.sim.scene import FAMILIES, SceneSpec, list_held_out_seeds, sample_scene
@@ -121,10 +121,10 @@ class _Tabletop:
         if agent.needs_images or options.videos:
             get_thread_renderer()  # raises now, before any episode runs, if there is no renderer
 
-    def run(
+    def run_episodes(
         self, agent: Agent, family: str, seeds: Sequence[int], filming: bool
-    ) -> Iterator[tuple[Outcome, float, list[Array]]]:
-        """Run one episode per seed, all at once (see `Simulator.run`).
+    ) -> Iterator[EndedEpisode[list[Array]]]:
+        """Run one episode per seed, all at once (see `Simulator.run_episodes`).
 
         Tracks are recorded whether `filming` or not, because joint positions cost hardly any time.
 
@@ -151,7 +151,7 @@ class _Tabletop:
                 has_ended = _step_until_inference_or_end(scene)
                 if has_ended:
                     seconds = time.perf_counter() - scene.start_time_s
-                    yield _make_outcome(scene), seconds, scene.track
+                    yield EndedEpisode(_make_outcome(scene), seconds, scene.track)
                 else:
                     running.append(scene)
             scenes = running

@@ -8,7 +8,7 @@ import contextlib
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
 from spear.data.readers.formats import check_holds_no_input
 from spear.errors import SpearError, format_count
@@ -37,6 +37,19 @@ class Film:
     data: bytes
 
 
+class EndedEpisode(NamedTuple, Generic[Track]):
+    """An episode that has ended.
+
+    outcome  how it ended.
+    seconds  how long it ran, at the same time as others.
+    track    what its film is made from.
+    """
+
+    outcome: Outcome
+    seconds: float
+    track: Track
+
+
 class Simulator(Protocol[Track]):
     """Scenes of task families, each fixed by its seed, in which an agent acts.
 
@@ -51,10 +64,10 @@ class Simulator(Protocol[Track]):
     has_cheap_tracks: bool
     group_size: int
 
-    def run(
+    def run_episodes(
         self, agent: Agent, family: str, seeds: Sequence[int], filming: bool
-    ) -> Iterator[tuple[Outcome, float, Track]]:
-        """Run one episode per seed, in any order.
+    ) -> Iterator[EndedEpisode[Track]]:
+        """Run one episode per seed, several at a time.
 
         Args:
             agent: Who acts.
@@ -63,8 +76,7 @@ class Simulator(Protocol[Track]):
             filming: Whether tracks are needed. Otherwise they may be empty.
 
         Yields:
-            (outcome, seconds, track) of each episode, when the episode ends. The seconds are how
-            long the episode ran, at the same time as others.
+            Each episode when it ends, so the order is not that of the seeds.
         """
 
     def make_film_frames(self, outcome: Outcome, track: Track) -> Iterable[Array]:
@@ -230,7 +242,7 @@ class _Evaluation(Generic[Track]):
         for group in self._split_into_groups(seeds):
             if all(seed in outcomes for seed in group):
                 continue
-            episodes = self.simulator.run(self.agent, family, group, self.records_tracks)
+            episodes = self.simulator.run_episodes(self.agent, family, group, self.records_tracks)
             for outcome, seconds, track in episodes:
                 if outcome.seed not in outcomes:
                     outcomes[outcome.seed] = outcome
@@ -265,7 +277,9 @@ class _Evaluation(Generic[Track]):
         for group in self._split_into_groups(seeds):
             if not set(group) & set(seeds_to_film):
                 continue
-            for outcome, _, track in self.simulator.run(self.agent, family, group, filming=True):
+            for outcome, _, track in self.simulator.run_episodes(
+                self.agent, family, group, filming=True
+            ):
                 if outcome.seed not in seeds_to_film:
                     continue
                 if outcome == outcomes[outcome.seed]:

@@ -231,7 +231,9 @@ def _choose_fit(
         support = _find_support_height(cloud, points_beside, image.support_plane)
     # Pixels at the object's depth, in the unit of the points
     margin = MARGIN_PX * _compute_median_depth(cloud) / image.focal_px
-    return partial(fit_box, up=up, support=support, margin=margin, noise=image.noise)
+    return partial(
+        fit_box, up=up, support_height=support, margin=margin, relative_noise=image.noise
+    )
 
 
 def compute_planarity(points: Array) -> float:

@@ -271,7 +271,7 @@ class SpearVLMForConditionalGeneration(PreTrainedModel):
             return logits
         return softcap * (logits / softcap).tanh()
 
-    def compute_token_loss(
+    def compute_aligned_token_loss(
         self, hidden: Tensor, labels: Tensor
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """`compute_weighted_cross_entropy` of hidden states [M, D] with labels [M]."""
@@ -352,7 +352,7 @@ class SpearVLMForConditionalGeneration(PreTrainedModel):
         num_padding = -len(targets) % PAD_NUM_TARGETS_TO_MULTIPLE
         hidden = F.pad(hidden, (0, 0, 0, num_padding))
         targets = F.pad(targets, (0, num_padding), value=IGNORE_LABEL)
-        loss, parts = self.compute_token_loss(hidden, targets)
+        loss, parts = self.compute_aligned_token_loss(hidden, targets)
         return LossOutput(loss=loss, parts=parts)
 
 

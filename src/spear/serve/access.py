@@ -62,7 +62,7 @@ def _is_parsable_address(text: str) -> bool:
     return True
 
 
-def explain_foreign_page(request: Request, token: str | None) -> str | None:
+def explain_foreign_page(request: Request, server_token: str | None) -> str | None:
     """Say why a request may come from somebody else's web page; None if it cannot.
 
     A browser sends the address of the page that makes a request as Origin. Programs send no Origin.
@@ -72,13 +72,13 @@ def explain_foreign_page(request: Request, token: str | None) -> str | None:
 
     Args:
         request: a request in which `explain_malformed_request` finds no error.
-        token: the server's token, or None.
+        server_token: the server's token, or None.
     """
     hosts = request.headers.get_all("Host")
     origins = request.headers.get_all("Origin")
     if any(urlsplit(origin).netloc not in hosts for origin in origins):
         return "this server is not for other web pages\n"
-    if token is None and not all(_is_ip_address_or_local_name(host) for host in hosts):
+    if server_token is None and not all(_is_ip_address_or_local_name(host) for host in hosts):
         return (
             "use this server by its address (http://127.0.0.1:PORT), or start it with a --token\n"
         )

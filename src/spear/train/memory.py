@@ -270,7 +270,7 @@ def _compute_question_loss_of_zeros(
     )
     hidden = prefix.hidden[:, -MAX_ANSWER_TOKENS:].flatten(0, 1)
     labels = torch.zeros(len(hidden), dtype=torch.long)
-    return vlm.compute_token_loss(hidden, labels)[0]
+    return vlm.compute_aligned_token_loss(hidden, labels)[0]
 
 
 def plan_memory_savings(recipe: Recipe) -> Iterator[tuple[dict[str, Any], MemoryEstimate]]:

@@ -418,7 +418,9 @@ class TestLibero:
         options = LiberoOptions(batch_size=1, fast_rendering=True)
 
         with contextlib.closing(Libero(options)) as simulator:
-            [(outcome, _, _)] = simulator.run(OracleAgent(), "libero_object-0", [0], filming=False)
+            [(outcome, _, _)] = simulator.run_episodes(
+                OracleAgent(), "libero_object-0", [0], filming=False
+            )
 
         assert outcome.success
         assert outcome.reached

@@ -200,7 +200,7 @@ def test_upright_fit_reaches_the_support(seed: int, yaw_rad: float) -> None:
     support = (points @ up).min()
     upper_points = points[points @ up > support + 0.5 * true.size[1]]
 
-    with_support = fit_box(upper_points, up, support=support)
+    with_support = fit_box(upper_points, up, support_height=support)
     without_support = fit_box(upper_points, up)
 
     # Without the support, the box ends at the lowest visible point, at half the true height.
@@ -223,7 +223,7 @@ def test_the_hidden_back_of_a_ball_is_part_of_its_box(radius: float) -> None:
     cosines = np.einsum("ij,ij->i", normals, rays)
     visible_points = points[cosines < -0.3]
 
-    box = fit_box(visible_points, up, support=up @ center - radius)
+    box = fit_box(visible_points, up, support_height=up @ center - radius)
 
     np.testing.assert_allclose(box.size, 2 * radius, rtol=0.1)
     assert np.linalg.norm(box.center - center) < 0.15 * radius

@@ -122,7 +122,7 @@ def fit_leaning_box(seed: int, noise: float) -> float | None:
     if np.sort(np.abs(ray @ true.rotation))[1] <= 0.35:
         return None
     points = sample_visible_sides(true, rng, noise)
-    return compute_iou_3d(fit_box(points, up, support, noise=noise), true)
+    return compute_iou_3d(fit_box(points, up, support, relative_noise=noise), true)
 
 
 @pytest.mark.parametrize("noise", [0.0, 0.0025])
@@ -146,7 +146,7 @@ def fit_noisy_standing_box(seed: int, yaw_deg: float) -> tuple[Box3D, Box3D, Arr
     true, up, support = put_on_table(turn, rng.uniform(0.05, 0.16, 3))
     noise = 0.0025
     points = sample_visible_sides(true, rng, noise)
-    return fit_box(points, up, support, noise=noise), true, up
+    return fit_box(points, up, support, relative_noise=noise), true, up
 
 
 @given(seeds, st.floats(-40, 40))

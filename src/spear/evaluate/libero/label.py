@@ -104,7 +104,7 @@ def render_labeled_frame(
 ) -> Frame:
     """Render the scene of a seed, with its ground truth, at the policy's size."""
     begin_at_resting_start(process, seed)
-    values = process.render_ground_truth(RENDERED_SIZE_PX, sample_appearance(seed))
+    values = process.render_external_ground_truth(RENDERED_SIZE_PX, sample_appearance(seed))
     frame = Frame(
         image=values["image"],
         depth=values["depth"],
@@ -120,7 +120,7 @@ def sample_appearance(seed: int) -> dict[str, Any]:
     """Sample light and, for half of the seeds, a moved camera.
 
     Returns:
-        The changes for `LiberoTask.render_ground_truth` in worker.py.
+        The changes for `LiberoTask.render_external_ground_truth` in worker.py.
     """
     rng = np.random.default_rng([seed, 100])  # attempts at a start have the numbers 0, 1, …
     brightness = rng.uniform(*LIGHT_FACTOR)

@@ -171,9 +171,13 @@ class LiberoProcess:
         pictures: dict[str, Array] = self._call("render", size)
         return pictures
 
-    def render_ground_truth(self, size: int, changes: Mapping[str, Any]) -> dict[str, Any]:
+    def render_external_ground_truth(
+        self, size_px: int, appearance_changes: Mapping[str, Any]
+    ) -> dict[str, Any]:
         """Render the external camera, with the ground truth (see worker.py)."""
-        frame: dict[str, Any] = self._call("render_ground_truth", size, changes)
+        frame: dict[str, Any] = self._call(
+            "render_external_ground_truth", size_px, appearance_changes
+        )
         return frame
 
     def close(self) -> None:

@@ -41,7 +41,7 @@ from spear.evaluate.libero.suites import (
 )
 from spear.evaluate.options import LiberoOptions
 from spear.evaluate.results import Outcome, Results
-from spear.evaluate.runner import Film, HasEnded, run_evaluation
+from spear.evaluate.runner import EndedEpisode, Film, HasEnded, run_evaluation
 from spear.evaluate.stats import Estimate, estimate_mean_proportion
 from spear.types import Array
 
@@ -185,9 +185,9 @@ class Libero:
         self._processes: list[LiberoProcess] = []
         self._task = ""  # the task of the processes
 
-    def run(
+    def run_episodes(
         self, agent: Agent, family: str, seeds: Sequence[int], filming: bool
-    ) -> Iterator[tuple[Outcome, float, list[Mapping[str, Array]]]]:
+    ) -> Iterator[EndedEpisode[list[Mapping[str, Array]]]]:
         """Run all seeds through a few processes; one whose episode ends takes the next seed."""
         needs_pictures = agent.needs_images or filming
         waiting_seeds = list(reversed(seeds))
@@ -217,7 +217,7 @@ class Libero:
                 for scene, is_over in zip(scenes, has_ended, strict=True):
                     if is_over:
                         seconds = time.perf_counter() - scene.start_time_s
-                        yield scene.make_outcome(), seconds, scene.track
+                        yield EndedEpisode(scene.make_outcome(), seconds, scene.track)
                         free_processes.append(scene.process)
                     else:
                         running.append(scene)

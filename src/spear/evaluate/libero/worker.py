@@ -202,17 +202,19 @@ class LiberoTask:
             pictures[view] = np.ascontiguousarray(raw_picture[::-1])  # OpenGL's first row is below
         return pictures
 
-    def render_ground_truth(self, size: int, changes: dict[str, Any]) -> dict[str, Any]:
+    def render_external_ground_truth(
+        self, size_px: int, appearance_changes: dict[str, Any]
+    ) -> dict[str, Any]:
         """Render the external camera, with the ground truth.
 
         Args:
-            size: side of the square picture, px.
-            changes: how the scene looks in this picture only, see `_changed_appearance`.
+            size_px: side of the square picture, px.
+            appearance_changes: how the scene looks in this picture only, see `_changed_appearance`.
 
         Returns:
-            "image"       uint8 [size, size, 3], upright.
-            "depth"       float32 [size, size] along the camera's z axis, m.
-            "instances"   int32 [size, size], the number of the object at each pixel, 0 for none.
+            "image"       uint8 [size_px, size_px, 3], upright.
+            "depth"       float32 [size_px, size_px] along the camera's z axis, m.
+            "instances"   int32 [size_px, size_px], the number of the object at each pixel, 0: none.
             "names"       number → name of the object; "" for the gripper.
             "intrinsics"  [3, 3], px.
             "extrinsics"  [4, 4], from the camera's frame to that of the robot's base.
@@ -221,13 +223,13 @@ class LiberoTask:
         sim = self._env.sim
         camera = CAMERAS["external"]
         camera_index = sim.model.camera_name2id(camera)
-        with self._changed_appearance(camera_index, changes):
+        with self._changed_appearance(camera_index, appearance_changes):
             image, depth_buffer = sim.render(
-                width=size, height=size, camera_name=camera, depth=True
+                width=size_px, height=size_px, camera_name=camera, depth=True
             )
-            geoms = self._render_geoms(camera_index, size)
+            geoms = self._render_geoms(camera_index, size_px)
             model = sim.model._model
-            focal_length = 0.5 * size / np.tan(np.radians(model.cam_fovy[camera_index]) / 2)
+            focal_length = 0.5 * size_px / np.tan(np.radians(model.cam_fovy[camera_index]) / 2)
             camera_rotation = sim.data.cam_xmat[camera_index].reshape(3, 3) @ CAMERA_AXES
             pose = self._to_base_frame(sim.data.cam_xpos[camera_index], camera_rotation)
 
@@ -245,7 +247,7 @@ class LiberoTask:
             "instances": np.ascontiguousarray(instances[::-1]),
             "names": names,
             "intrinsics": np.array(
-                [[focal_length, 0, size / 2], [0, focal_length, size / 2], [0, 0, 1]]
+                [[focal_length, 0, size_px / 2], [0, focal_length, size_px / 2], [0, 0, 1]]
             ),
             "extrinsics": extrinsics,
         }

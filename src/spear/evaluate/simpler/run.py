@@ -23,7 +23,7 @@ from spear.evaluate.agents import IDLE_ACTION, Agent
 from spear.evaluate.noise import NOISE_LEVELS, degrade_observation
 from spear.evaluate.options import SimplerOptions
 from spear.evaluate.results import Outcome, Results
-from spear.evaluate.runner import Film, HasEnded, run_evaluation
+from spear.evaluate.runner import EndedEpisode, Film, HasEnded, run_evaluation
 from spear.evaluate.simpler import oracle
 from spear.evaluate.simpler.shifts import SceneShift, parse_simpler_shift, resolve_tasks
 from spear.evaluate.simpler.tasks import TASKS, Moment
@@ -150,10 +150,10 @@ class Simpler:
         self._processes: list[SimplerProcess] = []
         self._task = ""
 
-    def run(
+    def run_episodes(
         self, agent: Agent, family: str, seeds: Sequence[int], filming: bool
-    ) -> Iterator[tuple[Outcome, float, list[Array]]]:
-        """Run one episode per seed in a few processes (see `Simulator.run`).
+    ) -> Iterator[EndedEpisode[list[Array]]]:
+        """Run one episode per seed in a few processes (see `Simulator.run_episodes`).
 
         A process whose episode has ended takes the next seed.
         """
@@ -188,7 +188,7 @@ class Simpler:
                 for scene, is_over in zip(scenes, are_over, strict=True):
                     if is_over:
                         seconds = time.perf_counter() - scene.start_time_s
-                        yield _make_outcome(scene), seconds, scene.pictures
+                        yield EndedEpisode(_make_outcome(scene), seconds, scene.pictures)
                         free_processes.append(scene.process)
                     else:
                         running.append(scene)

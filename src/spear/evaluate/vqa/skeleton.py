@@ -483,7 +483,7 @@ class _Clause:
             index -= 1
         return self._token_at(index - 1) in WORDS["definite"]
 
-    def _is_participle(self, index: int) -> bool:
+    def _is_participle_before_preposition(self, index: int) -> bool:
         """Return whether a word is no name but a participle: "vector leading from x to y"."""
         token = self._token_at(index)
         is_before_preposition = self._token_at(index + 1) in WORDS["name_prepositions"]
@@ -594,7 +594,7 @@ class _Clause:
             is_after_adjective and self._is_after_determiner(start - 1)
         ):
             return True  # "is that [mug]", "the whole [bottle]"
-        if first_word in self.capitalized or self._is_participle(start):
+        if first_word in self.capitalized or self._is_participle_before_preposition(start):
             return False  # "the offset [leading] from the mug"
         is_before_cue = next_token in _CUES_AFTER_NAMES or next_token == "'s"
         is_before_cue |= self.tokens[end : end + 2] == ["away", "from"]

@@ -312,9 +312,9 @@ def _compute_rotation_matrix(turn: Array) -> Array:
 def fit_box(
     points: Array,
     up: Array | None = None,
-    support: float | None = None,
+    support_height: float | None = None,
     margin: float = 0,
-    noise: float = 0,
+    relative_noise: float = 0,
 ) -> Box3D:
     """Fit an oriented box to an object of which only the side that faces the camera is seen.
 
@@ -323,13 +323,13 @@ def fit_box(
         up: [3] unit normal of the support, camera frame, when known. The box is then upright (the
             first guess has the smallest footprint along `up`) unless the object clearly leans.
             Without `up` the box is free (the first guess has the smallest volume).
-        support: Height of the support under the object (up · p), when known. The box then reaches
-            down to the support, although the object's bottom is hidden.
+        support_height: Height of the support under the object (up · p), when known. The box then
+            reaches down to the support, although the object's bottom is hidden.
         margin: How far the object reaches beyond its outermost points on each side.
-        noise: Standard deviation of the points' depth, as a fraction of the depth. Noise pushes the
-            outermost points further out along their rays. To compensate, both ends of the box along
-            an axis are moved inwards by the push's component along this axis, at most by a fifth of
-            the points' extent.
+        relative_noise: Standard deviation of the points' depth, as a fraction of the depth. Noise
+            pushes the outermost points further out along their rays. To compensate, both ends of
+            the box along an axis are moved inwards by the push's component along this axis, at most
+            by a fifth of the points' extent.
 
     Returns:
         The box; no side is thinner than a thousandth of the longest.
@@ -338,7 +338,7 @@ def fit_box(
     distance = float(np.linalg.norm(points.mean(axis=0)))
     # The length by which noise moves a point. `masks.denoise_points_at_pixels` has smoothed the
     # points, which removes at least half of the noise.
-    blur = 0.5 * noise * distance
+    blur = 0.5 * relative_noise * distance
 
     # First try an upright box. Return it if its faces certainly fit the points.
     if up is not None:
@@ -354,7 +354,12 @@ def fit_box(
             upright = min(upright, fit_faces(points, upright.axes, up), key=_get_misfit)
         if is_upright_box(upright):
             return _fit_box_along_axes(
-                points, upright.axes, margin, noise, support=support, faces=upright
+                points,
+                upright.axes,
+                margin,
+                relative_noise,
+                support_height=support_height,
+                faces=upright,
             )
 
     # Then try a free box. On a support, it must fit much better than the upright box.
@@ -366,12 +371,14 @@ def fit_box(
     if up is not None:
         is_upright_almost_as_good = free.misfit > MAX_TILTED_MISFIT_FRACTION * upright.misfit
         if is_upright_almost_as_good or not is_free_box:
-            return _fit_box_along_axes(points, level_axes, margin, noise, support=support)
+            return _fit_box_along_axes(
+                points, level_axes, margin, relative_noise, support_height=support_height
+            )
     if is_free_box:
-        return _fit_box_along_axes(points, free.axes, margin, noise, faces=free)
+        return _fit_box_along_axes(points, free.axes, margin, relative_noise, faces=free)
 
     # The object is not box-shaped, and no support is known.
-    return _fit_box_along_axes(points, start_axes, margin, noise)
+    return _fit_box_along_axes(points, start_axes, margin, relative_noise)
 
 
 def _get_misfit(faces: VisibleFaces) -> float:
@@ -395,8 +402,8 @@ def _fit_box_along_axes(
     points: Array,
     axes: Array,
     margin: float,
-    noise: float,
-    support: float | None = None,
+    relative_noise: float,
+    support_height: float | None = None,
     faces: VisibleFaces | None = None,
 ) -> Box3D:
     """Fit a box with given axes to points [n, 3] of an object whose back is hidden.
@@ -407,8 +414,8 @@ def _fit_box_along_axes(
         points: [n, 3] points of the object, camera frame.
         axes: [3, 3] the box's axes as columns. If `support` is given, the last one is up.
         margin: How far the object reaches beyond its outermost points on each side.
-        noise: Standard deviation of the points' depth, as a fraction of the depth.
-        support: Height of the support under the object, when known.
+        relative_noise: Standard deviation of the points' depth, as a fraction of the depth.
+        support_height: Height of the support under the object, when known.
         faces: The visible faces along these axes, where they fit. The box ends at these faces
             instead of at the outermost points.
     """
@@ -417,7 +424,7 @@ def _fit_box_along_axes(
     high = along.max(axis=0)
 
     # Noise along the rays pushes the outermost points outwards: move both ends back.
-    push = np.minimum(noise * np.abs(along.mean(axis=0)), 0.2 * (high - low))
+    push = np.minimum(relative_noise * np.abs(along.mean(axis=0)), 0.2 * (high - low))
     low = low + push
     high = high - push
 
@@ -427,14 +434,14 @@ def _fit_box_along_axes(
         has_face = np.isfinite(faces.positions)
         low = np.where((faces.end_sign < 0) & has_face, faces.positions, low - margin)
         high = np.where((faces.end_sign > 0) & has_face, faces.positions, high + margin)
-    elif support is None:
+    elif support_height is None:
         low = low - margin
         high = high + margin
-    if support is not None:
-        low[2] = min(support, high[2])
+    if support_height is not None:
+        low[2] = min(support_height, high[2])
 
     # Without faces, an object on a support may be round. Its top gets no margin.
-    if support is not None and faces is None:
+    if support_height is not None and faces is None:
         middle = points.mean(axis=0)
         beyond_low, beyond_high = _estimate_hidden_back_of_round_object(
             along, axes, middle, low, high
