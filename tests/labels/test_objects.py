@@ -50,7 +50,7 @@ def test_planarity_of_one_point_is_zero() -> None:
 def test_stability_tells_many_points_from_few_and_stray_ones() -> None:
     """Half of few points, or the half without a stray point, has another box than all points."""
     rng = np.random.default_rng(0)
-    fit = partial(fit_box, up=np.array([0.0, -1.0, 0.0]), support=-0.1)
+    fit = partial(fit_box, up=np.array([0.0, -1.0, 0.0]), support_height=-0.1)
     center = np.array([0.0, 0, 1.0])  # of a cube with sides of 0.2 m
     dense = center + rng.uniform(-0.1, 0.1, (2000, 3))
     sparse = center + rng.uniform(-0.1, 0.1, (10, 3))
