@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
-from spear.policy import locate
+from spear.policy import locate_checkpoint
 
 NUM_PI0_FEATURES = 32  # numbers of a π0's state, and of its action
 
@@ -97,7 +97,7 @@ def write_tokenizer(nano: Path, folder: Path, num_tokens: int) -> None:
 
 def main(folder: Path) -> None:
     """Write the π0, a tokenizer, and what the 3D tokens mean."""
-    nano = locate("nano")
+    nano = locate_checkpoint("nano")
     nano_config = json.loads((nano / "config.json").read_text("utf-8"))
     num_tokens = nano_config["vlm_config"]["coordinate_start"]  # 3D tokens begin after the text's
 

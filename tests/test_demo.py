@@ -16,7 +16,7 @@ from spear.cli import load_command, main
 from spear.data.store.lerobot_write import write_lerobot
 from spear.evaluate import closed_loop
 from spear.evaluate.vqa.calibration import CALIBRATION_FILE
-from spear.policy import locate
+from spear.policy import locate_checkpoint
 
 
 @pytest.fixture
@@ -34,7 +34,7 @@ def small_demo(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(scope="module")
 def uncalibrated(tmp_path_factory: pytest.TempPathFactory) -> str:
     """A model whose certainty nobody has measured."""
-    model = shutil.copytree(locate("nano"), tmp_path_factory.mktemp("models") / "nano")
+    model = shutil.copytree(locate_checkpoint("nano"), tmp_path_factory.mktemp("models") / "nano")
     (model / CALIBRATION_FILE).unlink()
     return str(model)
 

@@ -19,7 +19,7 @@ from refusals import no_warning, refuses
 from spear.data.normalize import Normalizer
 from spear.errors import Notice, suppress_notices
 from spear.evaluate.agents import load_agent
-from spear.policy import Spear1Policy, VlmBundle, load_vlm, locate
+from spear.policy import Spear1Policy, VlmBundle, load_vlm, locate_checkpoint
 from spear.train.tasks import encode_robot_batch
 from spear.types import Action, Array
 from spear.util.images import fit_image
@@ -274,7 +274,7 @@ def folder_with_two_datasets(tmp_path: Path) -> tuple[Path, Normalizer]:
 
     The training datasets are "slow" and "fast". They differ in the scale of translations.
     """
-    folder = Path(shutil.copytree(locate("nano"), tmp_path / "each"))
+    folder = Path(shutil.copytree(locate_checkpoint("nano"), tmp_path / "each"))
     slow = Normalizer.load(folder / "normalizer.json")
     fast = dataclasses.replace(slow, translation_scale=(1.0, 1.0, 1.0))
     combined = dataclasses.replace(slow, datasets={"slow": slow, "fast": fast})
@@ -418,7 +418,7 @@ def copy_nano(
     folder: Path, change: Callable[[dict[str, Any]], Any], file: str = "config.json"
 ) -> Path:
     """Copy the nano policy to `folder`, and apply `change` to the content of its JSON `file`."""
-    edit_json(Path(shutil.copytree(locate("nano"), folder)) / file, change)
+    edit_json(Path(shutil.copytree(locate_checkpoint("nano"), folder)) / file, change)
     return folder
 
 

@@ -33,7 +33,7 @@ from spear.monitor.distribution import TrainingDistribution
 from spear.monitor.drift import NUM_FIRST_OBSERVATIONS
 from spear.monitor.motion import MotionChecks
 from spear.monitor.observations import examine_first_opening, examine_observations
-from spear.policy import Spear1Policy, locate
+from spear.policy import Spear1Policy, locate_checkpoint
 from spear.sim.env import MAX_STEPS, TabletopEnv
 from spear.sim.scene import FAMILIES
 from spear.types import Array
@@ -170,7 +170,7 @@ def iterate_observations(data: str, split: str) -> Iterator[dict[str, Any]]:
 
 def measure_observations(policy: str, data: str, split: str) -> None:
     """Print in how many steps each change of an observation is noticed."""
-    folder = locate(policy)
+    folder = locate_checkpoint(policy)
     distribution = TrainingDistribution.load(folder / "seen.json")
     processor = Processor.load(folder)
     assert distribution is not None, f"{policy}: has no seen.json"

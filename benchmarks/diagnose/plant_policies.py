@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from spear.cli import main as run_command
 from spear.data.store.episode_store import EpisodeStore, append_episodes
-from spear.models.weights.folders import locate
+from spear.models.weights.folders import locate_checkpoint
 
 NUM_TEXT_TOKENS = 1762
 """Rows of nano's token embeddings before the 3D tokens."""
@@ -20,7 +20,7 @@ NUM_TEXT_TOKENS = 1762
 
 def copy_policy(policy: str, target: Path) -> None:
     """Copy a policy's folder, in order to change it."""
-    shutil.copytree(locate(policy), target)
+    shutil.copytree(locate_checkpoint(policy), target)
 
 
 def change_statistics(target: Path, **factors: float) -> None:

@@ -27,7 +27,7 @@ from spear.cli import run_reporting_errors
 from spear.data.store.episode_store import EpisodeStore, WeightedStore, append_episodes
 from spear.models.devices import keep_freed_memory
 from spear.models.presets import PRESETS
-from spear.policy import locate
+from spear.policy import locate_checkpoint
 from spear.sim.record import record_episodes
 from spear.sim_data.label_scenes import label_scenes
 from spear.train.build import build
@@ -57,7 +57,7 @@ def measure_steps(root: Path, name: str, precision: str, num_steps: int) -> list
     inputs = TrainingInputs(
         labels=[root / "labels"] if needs_labels else [],
         episodes=[WeightedStore("made", EpisodeStore(root / "episodes"), 1.0)] if is_policy else [],
-        init=locate("nano") if is_policy else None,
+        init=locate_checkpoint("nano") if is_policy else None,
     )
     _, task, _ = build(recipe, inputs)
     stepper = Stepper(task, recipe.optimization, seed=0)

@@ -27,7 +27,7 @@ from spear.data.store.episode_store import EpisodeStore
 from spear.errors import SpearError, check_known, format_count
 from spear.labels.store import count_labeled_images
 from spear.models.presets import get_preset
-from spear.models.weights.folders import locate
+from spear.models.weights.folders import locate_checkpoint
 from spear.sim.scene import FAMILIES
 from spear.train.options import Recipe
 from spear.train.recipes import RECIPES, get_recipe
@@ -307,8 +307,8 @@ def find_pretrained_weights(
 
     Raises `SpearError` if they are not there.
     """
-    vlm_folder = locate(vlm)
-    depth_folder = locate(depth)
+    vlm_folder = locate_checkpoint(vlm)
+    depth_folder = locate_checkpoint(depth)
     return (
         Weights(vlm_folder, fingerprint_checkpoint(vlm_folder)),
         Weights(depth_folder, fingerprint_checkpoint(depth_folder)),

@@ -22,7 +22,7 @@ from pathlib import Path
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from spear.models.weights.folders import locate, read_provenance, write_provenance
+from spear.models.weights.folders import locate_checkpoint, read_provenance, write_provenance
 
 WEIGHTS_FILE = "model.safetensors"
 
@@ -39,10 +39,10 @@ def select_part(weights: Mapping[str, Tensor], part: str) -> dict[str, Tensor]:
 
 def main(model: str, part: str, source: str, source_part: str, out: str) -> None:
     """Write the model with the other part to a new folder."""
-    model_folder = locate(model)
+    model_folder = locate_checkpoint(model)
     weights = load_file(model_folder / WEIGHTS_FILE)
     old_part = select_part(weights, part)
-    new_part = select_part(load_file(locate(source) / WEIGHTS_FILE), source_part)
+    new_part = select_part(load_file(locate_checkpoint(source) / WEIGHTS_FILE), source_part)
 
     if old_part.keys() != new_part.keys():
         sys.exit(f"{part} of {model} has other layers than {source_part} of {source}.")

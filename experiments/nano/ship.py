@@ -15,7 +15,12 @@ import sys
 import torch
 from safetensors.torch import load_file, save_file
 
-from spear.models.weights.folders import BUNDLED_WEIGHTS, locate, read_provenance, write_provenance
+from spear.models.weights.folders import (
+    BUNDLED_WEIGHTS,
+    locate_checkpoint,
+    read_provenance,
+    write_provenance,
+)
 
 MAX_SIZE_MB = 20
 
@@ -25,7 +30,7 @@ def main(trained: str, name: str) -> None:
 
     A model card that is in the package stays.
     """
-    source = locate(trained)
+    source = locate_checkpoint(trained)
     destination = BUNDLED_WEIGHTS / name
     temporary = BUNDLED_WEIGHTS / f".part-{name}"
     shutil.rmtree(temporary, ignore_errors=True)

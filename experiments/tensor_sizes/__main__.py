@@ -22,7 +22,7 @@ import tyro
 from spear.cli import run_reporting_errors
 from spear.models import vlm
 from spear.models.devices import keep_freed_memory
-from spear.models.weights.folders import locate
+from spear.models.weights.folders import locate_checkpoint
 from spear.train.build import build
 from spear.train.optimize import Stepper
 from spear.train.options import TrainingInputs
@@ -40,7 +40,7 @@ def measure_steps_ms(labels: Path, init: str, steps: int) -> list[float]:
     torch.set_num_threads(1)
     keep_freed_memory()
     recipe = get_recipe("nano-vlm-2").with_changes(steps=steps)
-    _, task, _ = build(recipe, TrainingInputs([labels], [], locate(init)))
+    _, task, _ = build(recipe, TrainingInputs([labels], [], locate_checkpoint(init)))
     stepper = Stepper(task, recipe.optimization, seed=0)
     times_ms = []
     for number in range(steps):

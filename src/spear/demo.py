@@ -24,7 +24,7 @@ from spear.evaluate.vqa import run as vqa
 from spear.evaluate.vqa.ask import render_held_out_frames
 from spear.labels.fit.accuracy import compare_labels
 from spear.labels.pipeline import label_with_ground_truth
-from spear.policy import Spear1Policy, VlmBundle, load_vlm, locate
+from spear.policy import Spear1Policy, VlmBundle, load_vlm, locate_checkpoint
 from spear.report.comparison import describe_ending, draw_open_loop_actions
 from spear.report.draw import draw_label
 from spear.report.page import render, replace_underscores
@@ -217,7 +217,7 @@ def fine_tune(out: Path, data: Path | None) -> Values:
         return {"source": None}
     training, held_out = _prepare_and_split_episodes(data, out)
     dataset = WeightedStore(data.name, training, weight=1.0)
-    inputs = TrainingInputs(episodes=[dataset], init=locate("nano"))
+    inputs = TrainingInputs(episodes=[dataset], init=locate_checkpoint("nano"))
     recipe = get_recipe("nano-post").with_changes(steps=FINE_TUNE_STEPS)
     final = train(recipe, _get_fine_tuning_folder(out, training), inputs)
 
@@ -257,7 +257,7 @@ def _get_fine_tuning_folder(out: Path, training: EpisodeStore) -> Path:
 
     The folder's name has a hash of both, so that other weights or episodes get another folder.
     """
-    weights = (locate("nano") / "model.safetensors").read_bytes()
+    weights = (locate_checkpoint("nano") / "model.safetensors").read_bytes()
     store_path = str(training.path.resolve()).encode()
     key = hashlib.sha256(store_path + weights).hexdigest()[:8]
     return out / f"fine-tuned-{key}"

@@ -39,7 +39,7 @@ from spear.models.readout import Distribution
 from spear.models.spear1 import Spear1ForActionPrediction, load_inner_vlm
 from spear.models.vlm import SpearVLMForConditionalGeneration
 from spear.models.weights import load as weights
-from spear.models.weights.folders import is_simulator_only, locate
+from spear.models.weights.folders import is_simulator_only, locate_checkpoint
 from spear.models.weights.load import ModelT
 from spear.monitor.distribution import TrainingDistribution
 from spear.monitor.drift import DriftMonitor
@@ -278,7 +278,7 @@ def _load_model(
     Returns:
         The folder and the model.
     """
-    folder = locate(name)
+    folder = locate_checkpoint(name)
     if isinstance(device, str):
         device = prepare_device(device)
     torch_dtype = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype

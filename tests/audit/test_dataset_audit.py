@@ -22,7 +22,7 @@ from spear.audit.dataset_audit import (
     Report,
     audit_dataset,
     audit_recordings,
-    list_layout_answers,
+    collect_answers_about_logged_actions,
     list_possible_logged_units,
     make_recording,
 )
@@ -250,7 +250,7 @@ def test_every_answer_of_a_right_layout_is_the_best_one(name: str) -> None:
 
 def test_an_arm_that_follows_late_is_consistent_and_its_delay_is_mentioned() -> None:
     """A layout of logged actions does not say a delay, so no delay contradicts it."""
-    answers = list_layout_answers(REGISTRY["bridge_dataset"])
+    answers = collect_answers_about_logged_actions(REGISTRY["bridge_dataset"])
 
     report = audit_recordings(
         make_partial_recordings("translation", Mistakes(delay_steps=1)), answers
@@ -346,7 +346,9 @@ def test_a_unit_of_a_controller_that_the_layout_names_is_judged(
     recordings = make_partial_recordings("translation", Mistakes(translation_factor=1 / 0.05))
 
     report = audit_recordings(
-        recordings, list_layout_answers(layout), units=list_possible_logged_units(layout)
+        recordings,
+        collect_answers_about_logged_actions(layout),
+        units=list_possible_logged_units(layout),
     )
 
     _, unit_verdict = find_verdict(report, "translation", "unit")
@@ -364,7 +366,9 @@ def test_a_unit_of_logged_rotations_that_the_layout_names_is_judged(
     recordings = make_partial_recordings("rotation", Mistakes(rotation_factor=1 / 0.5))
 
     report = audit_recordings(
-        recordings, list_layout_answers(layout), units=list_possible_logged_units(layout)
+        recordings,
+        collect_answers_about_logged_actions(layout),
+        units=list_possible_logged_units(layout),
     )
 
     _, unit_verdict = find_verdict(report, "rotation", "unit")
@@ -754,7 +758,7 @@ def test_poses_logged_by_a_franka_are_compared_with_the_frame_of_its_hand() -> N
         recordings.append(make_recording(steps, layout, f"made#{number}"))
 
     quaternion_layout = dataclasses.replace(layout, rotation_format="quat_wxyz")
-    report = audit_recordings(recordings, list_layout_answers(quaternion_layout))
+    report = audit_recordings(recordings, collect_answers_about_logged_actions(quaternion_layout))
 
     assert report.outcome == "consistent"
     for action_part in report.action_parts:

@@ -190,7 +190,7 @@ def test_a_plan_needs_depth(plan: list[str], run_refused_command: Command) -> No
 class BillingDetector(BrightDetector):
     """A detector that is paid for."""
 
-    def describe_costs(self) -> str:
+    def describe_costs_so_far(self) -> str:
         return "3 requests"
 
 

@@ -17,7 +17,7 @@ from spear.errors import SpearError
 from spear.labels.inputs import read_contents
 from spear.labels.sources import list_items
 from spear.labels.store import read_labels, write_labels
-from spear.policy import Spear1Policy, locate
+from spear.policy import Spear1Policy, locate_checkpoint
 from spear.util.images import decode_image
 
 NUM_READ_EPISODES = 2
@@ -52,7 +52,7 @@ def open_fuzz(kind: str, workspace: Path, shared: Path | None = None) -> FolderF
 
 def make_model(folder: Path) -> None:
     """Copy the shipped policy with all of its files."""
-    shutil.copytree(locate("nano"), folder)
+    shutil.copytree(locate_checkpoint("nano"), folder)
     # The installed weights may be read-only, and the fuzz changes the copies.
     for path in [folder, *folder.rglob("*")]:
         path.chmod(0o755 if path.is_dir() else 0o644)

@@ -29,7 +29,7 @@ from spear.labels.store import write_images_with_coarse_depth, write_labels
 from spear.models.presets import build_vlm_config, get_preset
 from spear.models.processing import Processor
 from spear.models.vlm import SpearVLMForConditionalGeneration
-from spear.policy import Spear1Policy, load_vlm, locate
+from spear.policy import Spear1Policy, load_vlm, locate_checkpoint
 from spear.tokens import sample_new_embeddings
 from spear.train.build import build, check
 from spear.train.optimize import set_weight_precision
@@ -59,7 +59,7 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> TrainingInputs:
     """Twelve labeled images, and the shipped SPEAR-VLM to start from; it has 1,024 3D tokens."""
     folder = tmp_path_factory.mktemp("labels")
     write_labels((make_labeled_image(i) for i in range(12)), folder / "labels-00000.parquet")
-    return TrainingInputs(labels=[folder], init=locate("nano-vlm"))
+    return TrainingInputs(labels=[folder], init=locate_checkpoint("nano-vlm"))
 
 
 # Fewer and more 3D tokens than the shipped SPEAR-VLM has.
@@ -242,7 +242,9 @@ def test_a_policy_keeps_its_normalization_unless_the_recipe_has_another(
     Nano's would at first be three times as long.
     """
     store = write_store([make_episode(0, num_steps=9)], tmp_path / "mine")
-    inputs = TrainingInputs(episodes=[WeightedStore("made", store, 1.0)], init=locate(init))
+    inputs = TrainingInputs(
+        episodes=[WeightedStore("made", store, 1.0)], init=locate_checkpoint(init)
+    )
 
     # The same notice about images is printed when the policy acts.
     with pytest.warns(Notice, match="'external' .* black bars"):
@@ -257,7 +259,9 @@ def test_a_policy_keeps_its_normalization_unless_the_recipe_has_another(
 def test_the_aspects_of_the_training_images_are_recorded(tmp_path: Path) -> None:
     """A policy that acts says nothing of black bars that its training images had, too."""
     store = write_store([make_episode(0, num_steps=9)], tmp_path / "mine")
-    inputs = TrainingInputs(episodes=[WeightedStore("made", store, 1.0)], init=locate("nano"))
+    inputs = TrainingInputs(
+        episodes=[WeightedStore("made", store, 1.0)], init=locate_checkpoint("nano")
+    )
 
     _, _, save = build(POLICY_RECIPE, inputs)
     save(tmp_path / "trained")
@@ -281,7 +285,9 @@ def make_store_with_frames(folder: Path, frames: dict[str, int] | None) -> Episo
 @pytest.mark.filterwarnings("ignore:.*black bars")
 def test_a_policy_records_the_frames_of_its_episodes(tmp_path: Path) -> None:
     store = make_store_with_frames(tmp_path / "new", {"droid": 2})
-    inputs = TrainingInputs(episodes=[WeightedStore("new", store, 1.0)], init=locate("nano"))
+    inputs = TrainingInputs(
+        episodes=[WeightedStore("new", store, 1.0)], init=locate_checkpoint("nano")
+    )
 
     _, task, _ = build(POLICY_RECIPE, inputs)
 
@@ -291,7 +297,9 @@ def test_a_policy_records_the_frames_of_its_episodes(tmp_path: Path) -> None:
 @pytest.mark.filterwarnings("ignore:.*black bars")
 def test_episodes_of_earlier_frames_are_learned_with_a_notice(tmp_path: Path) -> None:
     store = make_store_with_frames(tmp_path / "old", None)
-    inputs = TrainingInputs(episodes=[WeightedStore("old", store, 1.0)], init=locate("nano"))
+    inputs = TrainingInputs(
+        episodes=[WeightedStore("old", store, 1.0)], init=locate_checkpoint("nano")
+    )
 
     with pytest.warns(Notice, match="learns version 1 of the frames of droid"):
         _, task, _ = build(POLICY_RECIPE, inputs)
@@ -304,7 +312,7 @@ def test_episodes_of_two_versions_of_frames_are_not_mixed(tmp_path: Path) -> Non
     old = make_store_with_frames(tmp_path / "old", {"droid": 1})
     new = make_store_with_frames(tmp_path / "new", {"droid": 2})
     episodes = [WeightedStore("old", old, 1.0), WeightedStore("new", new, 1.0)]
-    inputs = TrainingInputs(episodes=episodes, init=locate("nano"))
+    inputs = TrainingInputs(episodes=episodes, init=locate_checkpoint("nano"))
 
     message = "old has version 1 of the frames of droid, but new has version 2"
     refuses(message, build, POLICY_RECIPE, inputs)
@@ -312,7 +320,7 @@ def test_episodes_of_two_versions_of_frames_are_not_mixed(tmp_path: Path) -> Non
 
 def copy_nano_with_frames(folder: Path, frames: dict[str, int] | None) -> Path:
     """The shipped policy as if it had been trained on robots, with these frames recorded."""
-    shutil.copytree(locate("nano"), folder)
+    shutil.copytree(locate_checkpoint("nano"), folder)
     edit_json(folder / "recipe.json", lambda fields: fields.update(simulator_only=False, files={}))
     if frames is not None:
         edit_json(folder / "normalizer.json", lambda fields: fields.update(frames=frames))
@@ -385,16 +393,16 @@ def test_stage_0_may_begin_with_an_earlier_depth_encoder(tmp_path: Path) -> None
     recipe = get_recipe("nano-depth").with_changes(batch_size=2)
 
     model: Any
-    inputs = TrainingInputs(labels=[tmp_path], init=locate("nano-depth"))
+    inputs = TrainingInputs(labels=[tmp_path], init=locate_checkpoint("nano-depth"))
     model, _, _ = build(recipe, inputs)
 
-    shipped = load_file(locate("nano-depth") / "model.safetensors")
+    shipped = load_file(locate_checkpoint("nano-depth") / "model.safetensors")
     for name, weight in model.state_dict().items():
         assert torch.equal(weight, shipped[name].float())
 
 
 def test_a_policy_is_no_depth_encoder_to_begin_with() -> None:
-    inputs = TrainingInputs(labels=[Path("labels")], init=locate("nano"))
+    inputs = TrainingInputs(labels=[Path("labels")], init=locate_checkpoint("nano"))
 
     refuses("spear1", check, get_recipe("nano-depth"), inputs)
 
@@ -412,7 +420,9 @@ def test_the_depth_encoder_learns_from_wrist_images_alone() -> None:
 def policy_inputs(tmp_path: Path) -> TrainingInputs:
     """One episode, and the shipped policy."""
     store = write_store([make_episode(0)], tmp_path / "mine")
-    return TrainingInputs(episodes=[WeightedStore("made", store, 1.0)], init=locate("nano"))
+    return TrainingInputs(
+        episodes=[WeightedStore("made", store, 1.0)], init=locate_checkpoint("nano")
+    )
 
 
 @pytest.mark.slow
@@ -485,7 +495,7 @@ def test_weights_and_normalization_of_different_trainings_are_refused(
     recipe = POLICY_RECIPE.with_changes(action_reference="observed")
     _, _, save = build(recipe, policy_inputs)
     save(tmp_path / "out")
-    shutil.copy(locate("nano") / "normalizer.json", tmp_path / "out")
+    shutil.copy(locate_checkpoint("nano") / "normalizer.json", tmp_path / "out")
 
     refuses("normalizer.json", Spear1Policy.load, tmp_path / "out")
 

@@ -21,7 +21,7 @@ from refusals import Command, refuses
 from spear.data.store.episode_store import WeightedStore, append_episodes
 from spear.data.store.lerobot_write import write_lerobot
 from spear.labels.store import write_labels
-from spear.policy import locate
+from spear.policy import locate_checkpoint
 from spear.train.options import TrainingInputs, check_inputs
 from spear.train.recipes import get_recipe
 
@@ -49,7 +49,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """
     root = tmp_path_factory.mktemp("folders")
     write_lerobot([make_episode(0), make_episode(1)], root / "mine")
-    weights = shutil.copytree(locate("nano"), root / "cut") / "model.safetensors"
+    weights = shutil.copytree(locate_checkpoint("nano"), root / "cut") / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[: weights.stat().st_size // 2])
     (root / "empty").mkdir()
     (root / "file").touch()
@@ -172,7 +172,7 @@ def test_a_broken_origin_of_weights_is_found_before_it_is_needed(
     run_refused_vlm: Callable[[str], str], tmp_path: Path
 ) -> None:
     """The result would record the origin of the depth encoder, which its recipe.json says."""
-    depth = shutil.copytree(locate("nano-depth"), tmp_path / "depth")
+    depth = shutil.copytree(locate_checkpoint("nano-depth"), tmp_path / "depth")
     (depth / "recipe.json").write_text('{"learned": 3}')
 
     assert "recipe.json" in run_refused_vlm(

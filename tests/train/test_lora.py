@@ -16,7 +16,7 @@ from spear import embodiments
 from spear.data.store.episode_store import EpisodeStore
 from spear.models.spear1 import Spear1ForActionPrediction
 from spear.models.weights import load as weights
-from spear.policy import Spear1Policy, locate
+from spear.policy import Spear1Policy, locate_checkpoint
 from train_tiny import read_losses, run_recipe
 
 pytest.importorskip("peft")
@@ -41,7 +41,7 @@ LINEAR_LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj",
 def run(out: Path, store: EpisodeStore, steps: int) -> Path:
     """Train the recipe finetune-lora for `steps` steps, and return the folder of the result."""
     changes: dict[str, Any] = {**CHANGES, "steps": steps}
-    return run_recipe("finetune-lora", out, store=store, init=locate("nano"), **changes)
+    return run_recipe("finetune-lora", out, store=store, init=locate_checkpoint("nano"), **changes)
 
 
 def load_weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -62,7 +62,7 @@ def trained(store: EpisodeStore, tmp_path_factory: pytest.TempPathFactory) -> Pa
 
 @pytest.fixture(scope="module")
 def original() -> dict[str, torch.Tensor]:
-    return load_weights(locate("nano"))
+    return load_weights(locate_checkpoint("nano"))
 
 
 @pytest.fixture(scope="module")
@@ -143,7 +143,7 @@ def test_peft_reads_the_adapter_and_merges_it_to_the_same_weights(
 ) -> None:
     from peft import PeftModel
 
-    base = weights.load(Spear1ForActionPrediction, locate("nano"))
+    base = weights.load(Spear1ForActionPrediction, locate_checkpoint("nano"))
 
     model = PeftModel.from_pretrained(base, str(trained / "adapter"))
     merged = model.merge_and_unload().state_dict()

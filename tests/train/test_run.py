@@ -35,7 +35,7 @@ from spear.models.presets import PRESETS
 from spear.models.stage0 import MogeForDepth
 from spear.models.vlm import SpearVLMForConditionalGeneration
 from spear.models.weights import load as weights
-from spear.models.weights.folders import locate
+from spear.models.weights.folders import locate_checkpoint
 from spear.policy import Spear1Policy, load_vlm
 from spear.sim_data.label_scenes import label_scenes
 from spear.train.loop import RunOptions
@@ -411,7 +411,7 @@ def test_a_result_that_is_older_than_its_checkpoint_is_noted(finished_run: Simpl
     shutil.copytree(checkpoint, checkpoint.with_name("step-00000003"))
 
     with pytest.warns(Notice, match="the weights of step 1,"):
-        assert locate(finished_run.out) == finished_run.final
+        assert locate_checkpoint(finished_run.out) == finished_run.final
 
 
 def test_a_result_without_checkpoints_is_not_continued(finished_run: SimpleNamespace) -> None:

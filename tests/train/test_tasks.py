@@ -14,7 +14,7 @@ import torch
 from labels_boxes import HEIGHT_PX, WIDTH_PX, make_labeled_image
 from spear.labels.fit.masks import decode_mask, encode_mask
 from spear.models.processing import Processor
-from spear.policy import locate
+from spear.policy import locate_checkpoint
 from spear.train.options import QuestionMix
 from spear.train.recipes import get_recipe
 from spear.train.tasks import QuestionSamples, VlaTask, compute_patch_targets
@@ -147,7 +147,7 @@ MIX = QuestionMix(("distance", "centre_2d"), pairs=(2, 2), wrist=0.25)
 
 @pytest.fixture(scope="module")
 def processor() -> Processor:
-    return Processor.load(locate("nano"))
+    return Processor.load(locate_checkpoint("nano"))
 
 
 def check_answer(answer: Any, image: torch.Tensor, item: Any, processor: Processor) -> None:

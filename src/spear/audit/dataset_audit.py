@@ -280,7 +280,7 @@ def _audit_numbers(path: str | Path, split: str, layout: DatasetLayout) -> Repor
         trusted_layout = replace(
             trusted_layout, logged_rotation_format="quat_wxyz", length_unit="m"
         )
-    answers = list_layout_answers(trusted_layout)
+    answers = collect_answers_about_logged_actions(trusted_layout)
     units = list_possible_logged_units(layout)
     report = audit_recordings(recordings, answers, str(path), units)
     if layout.logged_rotation_format == "urdf_joints":
@@ -708,8 +708,8 @@ def _examine_odd_episodes(action_part: ActionPart, num_episodes: int) -> list[Ch
     return [Check(f"{action_part.name}s", "cannot tell", words)]
 
 
-def list_layout_answers(layout: DatasetLayout) -> dict[str, dict[str, str | None]]:
-    """List what a layout says about its logged actions, see `LayoutAnswers`.
+def collect_answers_about_logged_actions(layout: DatasetLayout) -> LayoutAnswers:
+    """Collect what a layout says about its logged actions, see `LayoutAnswers`.
 
     Layouts have no key for signs, so "+++" is their answer. A layout does not say either by how
     many steps the arm is late, except for canonical actions, which lead from each state to the

@@ -73,10 +73,10 @@ def ask(options: AskOptions) -> None:
     from spear.evaluate.vqa.ask import AskSettings, ask_question, load_picture
     from spear.evaluate.vqa.calibration import Trust
     from spear.models.weights.folders import is_simulator_only, read_taught_question_types
-    from spear.policy import load_vlm, locate
+    from spear.policy import load_vlm, locate_checkpoint
     from spear.util.images import get_image_format
 
-    folder = locate(options.model)
+    folder = locate_checkpoint(options.model)
     if options.save_image:
         get_image_format(str(options.save_image))  # refuses an unknown format before the work
     bundle = load_vlm(options.model, options.device, options.dtype)
@@ -274,10 +274,10 @@ def _load_intervening_policy(name: str | None) -> "InterveningPolicy | None":
     if name is None:
         return None
     from spear.evaluate.agents import predict_first_action
-    from spear.policy import locate
+    from spear.policy import locate_checkpoint
     from spear.sim.record import InterveningPolicy
 
-    return InterveningPolicy(locate(name), predict_first_action)
+    return InterveningPolicy(locate_checkpoint(name), predict_first_action)
 
 
 class DemoOptions(Options):

@@ -147,11 +147,13 @@ def convert_vlm(options: PolicyOptions) -> None:
     from spear.models.processing import Processor
     from spear.models.weights.action_expert import plan_policy
     from spear.models.weights.load import get_or_download_checkpoint
-    from spear.policy import locate
+    from spear.policy import locate_checkpoint
 
     is_on_hub = is_hub_name(options.vlm) and not Path(options.vlm).exists()
     folder = (
-        get_or_download_checkpoint(options.vlm, "SPEAR-VLM") if is_on_hub else locate(options.vlm)
+        get_or_download_checkpoint(options.vlm, "SPEAR-VLM")
+        if is_on_hub
+        else locate_checkpoint(options.vlm)
     )
     plan = plan_policy(folder, options.expert, options.preset)
     processor = None

@@ -338,9 +338,9 @@ def _notice_learned_episodes(policy: str, held_out: "EpisodeStore") -> None:
 def _read_learned_fingerprints(model: str) -> set[str]:
     """Return the fingerprints of the images and episodes that a model was trained on."""
     from spear.models.weights.folders import read_provenance
-    from spear.policy import locate
+    from spear.policy import locate_checkpoint
 
-    return set(read_provenance(locate(model)).get("learned", "").split())
+    return set(read_provenance(locate_checkpoint(model)).get("learned", "").split())
 
 
 def _print_open_loop_errors(scores: "Sequence[OpenLoopErrors]", num_episodes: int) -> None:
@@ -408,10 +408,10 @@ def evaluate_vqa(options: EvaluateVqaOptions) -> None:
     print(f"page: {options.out / 'index.html'}")
     if options.calibrate:
         from spear.evaluate.vqa import run
-        from spear.policy import locate
+        from spear.policy import locate_checkpoint
 
         measured_trust = run.measure_trust(bundle, labels, scores, options.labels)
-        print(f"calibration: {measured_trust.save(locate(options.model))}")
+        print(f"calibration: {measured_trust.save(locate_checkpoint(options.model))}")
 
 
 def _evaluate_vqa_shifts(options: EvaluateVqaOptions) -> None:
@@ -461,7 +461,7 @@ def _ask_and_save(
     from spear.evaluate.vqa.ask import load_labeled_images
     from spear.evaluate.vqa.calibration import Trust
     from spear.evaluate.vqa.shift_suite import parse_picture_shift
-    from spear.policy import locate
+    from spear.policy import locate_checkpoint
     from spear.report.vqa import make_vqa_page
 
     labels = load_labeled_images(
@@ -478,7 +478,7 @@ def _ask_and_save(
         )
     _notice_learned_images(options.model, labels)
     # The calibration that an earlier run measured. A run that measures it must not apply one.
-    trust = None if options.calibrate else Trust.load(locate(options.model))
+    trust = None if options.calibrate else Trust.load(locate_checkpoint(options.model))
     scores = run.evaluate_vqa(bundle, labels, options.query, trust)
 
     scores.save_without_answers(options.out / "scores.json", _collect_vqa_settings(options))
@@ -514,7 +514,7 @@ def _check_vqa_run(options: EvaluateVqaOptions) -> None:
     """Check that the options agree, and that the folder is writable and has no other scores."""
     from spear.evaluate.vqa.ask import is_simulator
     from spear.evaluate.vqa.calibration import CALIBRATION_FILE
-    from spear.policy import locate
+    from spear.policy import locate_checkpoint
 
     scores_file = options.out / "scores.json"
     settings = _collect_vqa_settings(options)
@@ -533,7 +533,7 @@ def _check_vqa_run(options: EvaluateVqaOptions) -> None:
     check_empty_or_own_folder(options.out, "scores.json", action="evaluate")
     check_writable(scores_file)
     if options.calibrate:
-        check_writable(locate(options.model) / CALIBRATION_FILE)
+        check_writable(locate_checkpoint(options.model) / CALIBRATION_FILE)
     if not scores_file.is_file():
         return
 

@@ -144,12 +144,12 @@ def _load_and_warm_up(options: ServeOptions) -> "tuple[Spear1Policy, Service]":
     from spear.chunks import check_replan_interval
     from spear.models.devices import prepare_device
     from spear.monitor.distribution import TrainingDistribution
-    from spear.policy import Spear1Policy, locate
+    from spear.policy import Spear1Policy, locate_checkpoint
     from spear.serve.service import Service, check_has_cameras
 
     robot = embodiments.load(options.embodiment_or_default)
     robot.select_control(options.control)
-    folder = locate(options.policy)
+    folder = locate_checkpoint(options.policy)
     if not options.allow_missing_cameras:
         distribution = TrainingDistribution.load(folder / "seen.json")
         # The cameras that nearly all training steps had, so that the policy relies on them.

@@ -90,13 +90,15 @@ def train(options: TrainOptions) -> None:
     # Check the run, its weights and its data before preparing the data.
     from transformers.utils.logging import disable_progress_bar
 
-    from spear.policy import locate
+    from spear.policy import locate_checkpoint
     from spear.train import run
     from spear.train.loop import RunOptions
 
     disable_progress_bar()
-    init = locate(options.init) if options.init else None
-    depth_encoder = locate(options.init_depth_encoder) if options.init_depth_encoder else None
+    init = locate_checkpoint(options.init) if options.init else None
+    depth_encoder = (
+        locate_checkpoint(options.init_depth_encoder) if options.init_depth_encoder else None
+    )
     run_options = RunOptions(
         seed=options.seed,
         workers=options.workers,

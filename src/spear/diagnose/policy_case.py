@@ -86,7 +86,7 @@ class PolicyCase(Case):
         return Normalizer.fit([(self.get_training(), 1.0)], fitted_mode)
 
     @cached_property
-    def sampled_answers(self) -> SampledAnswers | None:
+    def answers_to_sampled_observations(self) -> SampledAnswers | None:
         """The policy's answers in training, or else in the rollout; None with one episode."""
         store = self.training or self.rollout_store
         if store is None or len(store) < 2:

@@ -61,14 +61,16 @@ class ExchangeCheck(PolicyCheck):
         raise NotImplementedError
 
     def examine_policy(self, case: PolicyCase) -> Result:
-        if case.sampled_answers is None:
+        if case.answers_to_sampled_observations is None:
             return Doubt("too few episodes to exchange something between them")
-        exchanged = self.exchange(case, case.sampled_answers.observations)
+        exchanged = self.exchange(case, case.answers_to_sampled_observations.observations)
         if isinstance(exchanged, Doubt):
             return exchanged
         displacements = predict_chunk_displacements(case.get_policy(), exchanged)
-        by_quantity_m = compute_mean_distance_m(case.sampled_answers.displacements, displacements)
-        by_all_m = case.sampled_answers.mean_difference_m
+        by_quantity_m = compute_mean_distance_m(
+            case.answers_to_sampled_observations.displacements, displacements
+        )
+        by_all_m = case.answers_to_sampled_observations.mean_difference_m
         share = by_quantity_m / max(by_all_m, 1e-9)
         if by_all_m < MIN_DIFFERENCE_M:
             share = 0.0

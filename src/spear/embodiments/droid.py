@@ -111,7 +111,7 @@ ROBOTIQ = Tool(
 of "droid" in oxe.toml, which names the sources)."""
 
 
-def observe(
+def convert_to_policy_observation(
     observation: Observation, image_key: str = EXTERIOR_IMAGE_KEY, tool: Tool = ROBOTIQ
 ) -> dict[str, Any]:
     """Convert an observation of openpi's DROID client to one of `spear.types.Policy`.
@@ -333,7 +333,7 @@ def make_embodiment(
             GRIPPER_KEY: "the gripper's position: 0 open … 1 closed",
             "prompt": REQUIRED_KEYS["prompt"],
         },
-        observe=functools.partial(observe, tool=tool),
+        observe=functools.partial(convert_to_policy_observation, tool=tool),
         controls=make_controls(tool),
         example=make_example,
         frame=FRAME,

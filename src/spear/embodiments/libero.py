@@ -78,7 +78,7 @@ DAMPING = 2 * STIFFNESS**0.5
 """Deceleration of the arm per speed, 1/s (robosuite's damping ratio 1)."""
 
 
-def observe(observation: Observation) -> dict[str, Any]:
+def convert_to_policy_observation(observation: Observation) -> dict[str, Any]:
     """Convert an observation of openpi's LIBERO client to one of `spear.types.Policy`.
 
     Images are mirrored back, and the pose is converted to the frame of the robot's base.
@@ -216,7 +216,7 @@ EMBODIMENT = Embodiment(
         PROMPT_KEY: "the instruction in words",
     },
     optional={BASE_POSITION_KEY: "position (m) of the robot's base in the world: 3 numbers"},
-    observe=observe,
+    observe=convert_to_policy_observation,
     controls={
         "osc_pose": Control(
             "x y z (1 is 0.05 m), rotation vector (1 is 0.5 rad), gripper (-1 open, 1 closed), for "

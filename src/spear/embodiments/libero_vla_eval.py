@@ -25,7 +25,7 @@ CAMERA_OF_KEY = {IMAGE_KEY: "agentview", WRIST_IMAGE_KEY: "wrist"}
 """Key of a camera in `spear.types.Policy` → its name in the harness's map of images."""
 
 
-def observe(observation: Observation) -> dict[str, Any]:
+def convert_to_policy_observation(observation: Observation) -> dict[str, Any]:
     """Convert the harness's observation to one of `spear.types.Policy`."""
     images = observation[IMAGES_KEY]
     flat_observation = dict(observation)
@@ -63,7 +63,7 @@ EMBODIMENT = Embodiment(
         DESCRIPTION_KEY: "the instruction in words",
     },
     optional={"controller_states": "not looked at"},
-    observe=observe,
+    observe=convert_to_policy_observation,
     controls={
         "osc_pose": Control(
             "x y z (1 is 0.05 m), rotation vector (1 is 0.5 rad), gripper (-1 open, 1 closed), "

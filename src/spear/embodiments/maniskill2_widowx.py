@@ -30,7 +30,7 @@ from spear.types import Array
 PRIMARY_IMAGE_KEY = "images/primary"  # what error messages call the image
 
 
-def observe(observation: Observation) -> dict[str, Any]:
+def convert_to_policy_observation(observation: Observation) -> dict[str, Any]:
     """Convert the harness's observation to one of `spear.types.Policy`.
 
     The orientation of the gripper link becomes that of our end-effector frame.
@@ -69,7 +69,7 @@ EMBODIMENT = Embodiment(
         "base_pose": "not looked at",
         "tcp_pose": "not looked at",
     },
-    observe=observe,
+    observe=convert_to_policy_observation,
     controls={
         "maniskill2_rotation_vector": Control(
             "x y z (m), rotation vector (rad), both along base axes, gripper (1 open, 0 closed), "

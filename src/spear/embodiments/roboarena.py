@@ -61,11 +61,13 @@ def reply_directly(request: Observation) -> str | None:
     return "reset successful" if endpoint == "reset" else None
 
 
-def observe(observation: Observation, tool: droid.Tool = droid.ROBOTIQ) -> dict[str, Any]:
+def convert_to_policy_observation(
+    observation: Observation, tool: droid.Tool = droid.ROBOTIQ
+) -> dict[str, Any]:
     """Convert an observation as `droid` does. The first exterior camera may have either key."""
     for key in (EXTERIOR_IMAGE_0_KEY, EXTERIOR_IMAGE_1_KEY):
         if key in observation:
-            return droid.observe(observation, key, tool)
+            return droid.convert_to_policy_observation(observation, key, tool)
     raise SpearError(
         f"the observation has neither {EXTERIOR_IMAGE_1_KEY!r} nor {EXTERIOR_IMAGE_0_KEY!r}. Send "
         f"{EXTERIOR_IMAGE_DESCRIPTION}."
@@ -99,7 +101,7 @@ def make_embodiment(
             "session_id": "not looked at",
             **robot.optional,
         },
-        observe=functools.partial(observe, tool=tool),
+        observe=functools.partial(convert_to_policy_observation, tool=tool),
         controls={
             name: robot.controls[name]
             for name in ("joint_position", "joint_velocity", "cartesian_position")

@@ -64,7 +64,7 @@ def make_commands(actions: Array, rotations: torch.Tensor, closed_command: float
     return np.concatenate([actions[:, :3], rotations.numpy(), gripper], axis=1).astype(np.float32)
 
 
-def observe(observation: Observation) -> dict[str, Any]:
+def convert_to_policy_observation(observation: Observation) -> dict[str, Any]:
     """Convert the simulator's observation to one of `spear.types.Policy`.
 
     The orientation of the gripper link becomes that of our end-effector frame.
@@ -88,7 +88,7 @@ EMBODIMENT = Embodiment(
         POSE_KEY: POSE_DESCRIPTION,
         "prompt": "the instruction in words",
     },
-    observe=observe,
+    observe=convert_to_policy_observation,
     controls={
         "maniskill3_euler_angles": Control(
             "x y z (m), angles a b c (rad, R = Rx Ry Rz, base axes), gripper (1 open, -1 closed), "

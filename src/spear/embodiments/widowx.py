@@ -29,7 +29,7 @@ from spear.types import Array
 STATE_KEY = "observation/state"
 
 
-def observe(observation: Observation) -> dict[str, Any]:
+def convert_to_policy_observation(observation: Observation) -> dict[str, Any]:
     """Convert the robot's observation to one of `spear.types.Policy`.
 
     Only roll, pitch and yaw are converted, to a quaternion.
@@ -55,7 +55,7 @@ EMBODIMENT = Embodiment(
         "state, 7 numbers",
         "prompt": "the instruction in words",
     },
-    observe=observe,
+    observe=convert_to_policy_observation,
     controls={
         "step_action": Control(
             "x y z (m), roll pitch yaw (rad) about base axes, gripper (1 open, 0 closed), for "

@@ -185,7 +185,7 @@ def run_local(
 
 def _print_bill(model: Any) -> None:
     """Print what the use of a model costs, if the model knows."""
-    bill = model.describe_costs() if hasattr(model, "describe_costs") else ""
+    bill = model.describe_costs_so_far() if hasattr(model, "describe_costs_so_far") else ""
     if bill:
         print(bill, flush=True)
 

@@ -19,24 +19,25 @@ TEXTURE_SIZE_PX = 128  # width and height
 Gray = NDArray[np.floating[Any]]
 """[h, w] gray values, 0 … 1."""
 TextureFunction = Callable[[Gray, Gray, np.random.Generator], Gray]
-"""(x, y, random generator) → gray values; x and y are [h, w] in [0, 1)."""
+"""(x, y, random generator) → gray values; x and y are [h, w] in [0, 1). Regular patterns draw no
+random numbers."""
 
 
-def _checkerboard(x: Gray, y: Gray, rng: np.random.Generator) -> Gray:
+def _checkerboard(x: Gray, y: Gray, _rng: np.random.Generator) -> Gray:
     squares = ((x * 8).astype(int) + (y * 8).astype(int)) % 2
     return 0.95 - 0.3 * squares
 
 
-def _stripes(x: Gray, y: Gray, rng: np.random.Generator) -> Gray:
+def _stripes(x: Gray, y: Gray, _rng: np.random.Generator) -> Gray:
     return 0.95 - 0.25 * ((x * 10) % 1 < 0.4)
 
 
-def _dots(x: Gray, y: Gray, rng: np.random.Generator) -> Gray:
+def _dots(x: Gray, y: Gray, _rng: np.random.Generator) -> Gray:
     distance = np.hypot((x * 6) % 1 - 0.5, (y * 6) % 1 - 0.5)
     return 0.95 - 0.35 * (distance < 0.25)
 
 
-def _bricks(x: Gray, y: Gray, rng: np.random.Generator) -> Gray:
+def _bricks(x: Gray, y: Gray, _rng: np.random.Generator) -> Gray:
     # Every second row of bricks is shifted by half a brick.
     row = (y * 8).astype(int)
     shifted = (x * 4 + 0.5 * (row % 2)) % 1
@@ -64,30 +65,30 @@ def _granite(x: Gray, y: Gray, rng: np.random.Generator) -> Gray:
     return 0.9 - 0.5 * (speckles < 0.04) + 0.1 * (speckles > 0.94)
 
 
-def _weave(x: Gray, y: Gray, rng: np.random.Generator) -> Gray:
+def _weave(x: Gray, y: Gray, _rng: np.random.Generator) -> Gray:
     # Threads along both axes; where they cross, one is above the other in turns.
     warp = np.sin(2 * math.pi * 16 * x)
     weft = np.sin(2 * math.pi * 16 * y)
     return 0.88 + 0.08 * np.where(np.sign(warp) == np.sign(weft), warp, weft)
 
 
-def _plaid(x: Gray, y: Gray, rng: np.random.Generator) -> Gray:
+def _plaid(x: Gray, y: Gray, _rng: np.random.Generator) -> Gray:
     return 0.95 - 0.15 * ((x * 4) % 1 < 0.3) - 0.15 * ((y * 4) % 1 < 0.3)
 
 
-def _hexagons(x: Gray, y: Gray, rng: np.random.Generator) -> Gray:
+def _hexagons(x: Gray, y: Gray, _rng: np.random.Generator) -> Gray:
     # Three waves, 60° apart, add up to a hexagonal grid.
     directions = (0.0, math.pi / 3, 2 * math.pi / 3)
     waves = [np.cos(2 * math.pi * 6 * (math.cos(a) * x + math.sin(a) * y)) for a in directions]
     return 0.85 + 0.06 * np.sum(waves, axis=0)
 
 
-def _rings(x: Gray, y: Gray, rng: np.random.Generator) -> Gray:
+def _rings(x: Gray, y: Gray, _rng: np.random.Generator) -> Gray:
     radius = np.hypot(x - 0.5, y - 0.5)
     return 0.9 - 0.2 * ((radius * 12) % 1 < 0.4)
 
 
-def _zigzag(x: Gray, y: Gray, rng: np.random.Generator) -> Gray:
+def _zigzag(x: Gray, y: Gray, _rng: np.random.Generator) -> Gray:
     teeth = np.abs((x * 8) % 1 - 0.5)
     return 0.92 - 0.3 * ((y * 8 + teeth) % 1 < 0.35)
 
@@ -97,7 +98,7 @@ def _camouflage(x: Gray, y: Gray, rng: np.random.Generator) -> Gray:
     return 0.6 + 0.12 * levels
 
 
-def _diamonds(x: Gray, y: Gray, rng: np.random.Generator) -> Gray:
+def _diamonds(x: Gray, y: Gray, _rng: np.random.Generator) -> Gray:
     distance = np.abs((x * 5) % 1 - 0.5) + np.abs((y * 5) % 1 - 0.5)
     return 0.92 - 0.3 * (distance < 0.25)
 

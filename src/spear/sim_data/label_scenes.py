@@ -50,7 +50,7 @@ INSTRUCTIONS_FILE = "wording.txt"
 """The file of the simulator's instructions. It is written first, so a folder that contains it is a
 folder of scene labels."""
 
-NumImages = int
+NumImagesInFolder = int
 """The number of labeled images in a folder, of all views, whichever call labeled them."""
 SceneJob = tuple[str, range]
 """The kind of a job's scenes (what kinds there are depends on the simulator), and their seeds."""
@@ -108,7 +108,7 @@ def label_scenes(  # noqa: PLR0913  the options of its command
     label_frames: LabelFrames = label_with_ground_truth,
     world: str = "default",
     shows_robot: bool = True,
-) -> NumImages:
+) -> NumImagesInFolder:
     """Label clutter scenes, one image per view.
 
     A later call with more scenes continues where this one ended.
@@ -177,7 +177,7 @@ def label_benchmark_tasks(
     settings: Mapping[str, Any],
     object_names: Iterable[str],
     workers: int,
-) -> NumImages:
+) -> NumImagesInFolder:
     """Label scenes of a benchmark's tasks, seen by the external camera (see `label_scene_jobs`).
 
     Args:
@@ -200,7 +200,7 @@ def label_scene_jobs(
     simulator: SceneSource,
     workers: int = 2,
     label_frames: LabelFrames = label_with_ground_truth,
-) -> NumImages:
+) -> NumImagesInFolder:
     """Label simulated scenes. If a run is interrupted, the next call makes only the missing jobs.
 
     Args:

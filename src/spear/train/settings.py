@@ -43,7 +43,9 @@ def list_settings(recipe: Recipe) -> list[Setting]:
             is_hidden = field.name in (*IDENTITY_KEYS, *UNUSED_KEYS[recipe.kind])
             if is_hidden or isinstance(value, Optimization | QuestionMix):
                 continue
-            settings.append(Setting(field.name, _format_value(value), meanings[field.name]))
+            settings.append(
+                Setting(field.name, _format_for_set_option(value), meanings[field.name])
+            )
     return settings
 
 
@@ -74,10 +76,10 @@ def _read_meanings(owner: type) -> dict[str, str]:
     return {name: " ".join(lines_of_field.get(name, [])) for name in names}
 
 
-def _format_value(value: Any) -> str:
+def _format_for_set_option(value: Any) -> str:
     """Return a value in the form that `--set` accepts.
 
-    >>> _format_value((1, 4)), _format_value("bf16"), _format_value(None)
+    >>> _format_for_set_option((1, 4)), _format_for_set_option("bf16"), _format_for_set_option(None)
     ('[1,4]', 'bf16', 'null')
     """
     if isinstance(value, str):

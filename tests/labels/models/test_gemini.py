@@ -253,7 +253,7 @@ def test_messages_do_not_contain_a_key_that_the_service_repeats(
     message = refuses("", gemini.detect, [make_noise_frame(0), make_noise_frame(1)])
 
     assert "secret" not in message
-    assert "secret" not in gemini.describe_costs()
+    assert "secret" not in gemini.describe_costs_so_far()
 
 
 def test_requests_are_spread_over_a_minute(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -449,7 +449,7 @@ def test_the_bill_counts_requests_answers_and_tokens(server: Server, tmp_path: P
     # The server's replies count 1200 input tokens and 80 + 20 output tokens (with thinking).
     assert gemini.usage == {"requests": 1, "cached": 1, "input": 1200, "output": 100}
     for phrase in ("1 request,", "1 answer ", "1200", "100"):
-        assert phrase in gemini.describe_costs()
+        assert phrase in gemini.describe_costs_so_far()
 
 
 @pytest.mark.parametrize("changes", [{"vocabulary": ["cup"]}, {"model": "other"}])

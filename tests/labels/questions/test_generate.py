@@ -29,7 +29,7 @@ from spear.labels.store import (
     write_labels,
 )
 from spear.models.processing import Processor
-from spear.policy import locate
+from spear.policy import locate_checkpoint
 from spear.question_types import (
     ANSWER_FORMS,
     QUESTION_TYPES,
@@ -502,7 +502,7 @@ def test_labels_without_askable_objects_end_the_training() -> None:
     """Otherwise the search for an image with a question would never end."""
     image = encode_jpeg(np.zeros((8, 8, 3), np.uint8))
     label = LabeledImage(image, 8, 8, np.eye(3), [], "metre", "made")
-    processor = Processor.load(locate("nano"))
+    processor = Processor.load(locate_checkpoint("nano"))
     mix = QuestionMix(("offset",))
     samples = QuestionSamples({"external": [label]}, processor, mix, num_images=2, seed=0)
 

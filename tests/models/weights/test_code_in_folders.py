@@ -23,7 +23,7 @@ from spear.labels.models.pretrained import load_model
 from spear.models.presets import PRESETS
 from spear.models.weights.backbones import plan_backbones
 from spear.models.weights.load import load_tokenizer
-from spear.policy import Spear1Policy, load_vlm, locate
+from spear.policy import Spear1Policy, load_vlm, locate_checkpoint
 from train_tiny import run_recipe, save_policy
 
 REFUSAL = "run Python code from its folder"  # part of the message
@@ -48,7 +48,7 @@ def marker(tmp_path: Path) -> Path:
 def nano_folder(tmp_path: Path) -> Path:
     """A copy of the weights nano, which the tests may change."""
     folder = tmp_path / "nano"
-    shutil.copytree(locate("nano"), folder)
+    shutil.copytree(locate_checkpoint("nano"), folder)
     return folder
 
 

@@ -20,7 +20,7 @@ from spear.evaluate.vqa import run as vqa
 from spear.evaluate.vqa.ask import render_held_out_frames
 from spear.labels.pipeline import label_with_ground_truth
 from spear.models.presets import PRESETS
-from spear.models.weights.folders import BUNDLED_WEIGHTS, locate, read_provenance
+from spear.models.weights.folders import BUNDLED_WEIGHTS, locate_checkpoint, read_provenance
 from spear.policy import Spear1Policy, load_vlm
 from spear.train.recipes import RECIPES
 
@@ -136,21 +136,21 @@ class TestLocate:
 
     def test_a_folder_wins_over_weights_of_its_name_with_a_notice(self) -> None:
         with pytest.warns(Notice, match="nano"):
-            assert locate("nano") == Path("nano")
+            assert locate_checkpoint("nano") == Path("nano")
 
     def test_a_whole_path_needs_no_notice(self, tmp_path: Path) -> None:
         with no_warning():
-            assert locate(tmp_path / "nano") == tmp_path / "nano"
+            assert locate_checkpoint(tmp_path / "nano") == tmp_path / "nano"
 
     def test_bundled_weights_are_found_by_path_and_by_name(self) -> None:
         with no_warning():
-            assert locate(BUNDLED_WEIGHTS / "nano") == BUNDLED_WEIGHTS / "nano"
-            assert locate("nano-vlm") == BUNDLED_WEIGHTS / "nano-vlm"
+            assert locate_checkpoint(BUNDLED_WEIGHTS / "nano") == BUNDLED_WEIGHTS / "nano"
+            assert locate_checkpoint("nano-vlm") == BUNDLED_WEIGHTS / "nano-vlm"
 
     def test_the_name_of_the_authors_weights_leads_to_the_page_about_them(self) -> None:
         refuses(
             r"cannot be loaded yet.*docs/howto/weights\.md",
-            locate,
+            locate_checkpoint,
             "INSAIT-Institute/spear1-franka",
         )
 

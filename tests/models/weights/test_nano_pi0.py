@@ -15,7 +15,7 @@ from spear.models.stage0 import MogeForDepth
 from spear.models.weights import load as weights
 from spear.models.weights.depth_encoder import open_depth_encoder
 from spear.models.weights.pi0_policy import plan_pi0
-from spear.policy import locate
+from spear.policy import locate_checkpoint
 
 EXAMPLE = Path(__file__).parents[3] / "examples" / "nano_pi0.py"
 MAX_ERROR = 1e-5  # relative to the largest value
@@ -37,7 +37,7 @@ def converted(pi0: Path) -> Spear1ForActionPrediction:
 @pytest.fixture(scope="module")
 def nano_without_moge() -> Spear1ForActionPrediction:
     """nano, whose visual tokens are not changed by MoGe."""
-    model = weights.load(Spear1ForActionPrediction, locate("nano"), torch.float32)
+    model = weights.load(Spear1ForActionPrediction, locate_checkpoint("nano"), torch.float32)
     projector = model.vlm.moge_projector
     assert projector is not None
     with torch.no_grad():
@@ -92,7 +92,7 @@ class TestDepthEncoderOfOurOwn:
     """In place of a published MoGe, an encoder that `spear train nano-depth` has trained."""
 
     def test_its_weights_are_loaded(self, converted: Spear1ForActionPrediction) -> None:
-        trained = weights.load(MogeForDepth, locate("nano-depth"), torch.float32).moge
+        trained = weights.load(MogeForDepth, locate_checkpoint("nano-depth"), torch.float32).moge
 
         assert converted.vlm.moge is not None
         for name, weight in converted.vlm.moge.state_dict().items():
@@ -113,4 +113,4 @@ class TestDepthEncoderOfOurOwn:
             assert weight.equal(first[name]), name
 
     def test_a_folder_of_another_model_is_refused(self) -> None:
-        refuses("nano", open_depth_encoder, locate("nano"))
+        refuses("nano", open_depth_encoder, locate_checkpoint("nano"))

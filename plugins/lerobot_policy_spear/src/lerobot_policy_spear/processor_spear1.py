@@ -26,7 +26,7 @@ from lerobot.processor.factory import (
 from spear.models.processing import Processor
 from spear.models.spear1 import Spear1ForActionPrediction
 from spear.models.weights.load import read_compatible_config
-from spear.policy import locate
+from spear.policy import locate_checkpoint
 from spear.util.images import fit_image
 
 from .configuration_spear1 import Spear1Config
@@ -83,7 +83,7 @@ def make_spear1_pre_post_processors(
     PolicyProcessorPipeline[PolicyAction, PolicyAction],
 ]:
     """Make the pipelines of a new policy; LeRobot calls this. A saved policy has its own."""
-    folder = locate(config.checkpoint)
+    folder = locate_checkpoint(config.checkpoint)
     model_config = read_compatible_config(Spear1ForActionPrediction, folder)
     view_sizes = Processor.load(folder, model_config.vlm_config).image_sizes
     sizes = {key: list(view_sizes[view]) for key, view in config.map_views().items()}

@@ -54,7 +54,7 @@ class LatencyCheck(RolloutCheck):
             return Doubt("the rollout has too few answers")
         median_s, slow_s = np.quantile(seconds, [0.5, 0.9])
         spread_s = slow_s - median_s
-        waits_for_answers = _waits_for_answers(served)
+        waits_for_answers = _acts_before_observing_again(served)
         min_steps = MIN_LATENCY_STEPS if waits_for_answers else MIN_MOVING_LATENCY_STEPS
         confidence = max(
             compute_confidence_of_margin(median_s / STEP_S, min_steps, CERTAIN_LATENCY_STEPS),
@@ -111,7 +111,7 @@ class LatencyCheck(RolloutCheck):
         )
 
 
-def _waits_for_answers(served: Sequence[ServedTimes]) -> bool:
+def _acts_before_observing_again(served: Sequence[ServedTimes]) -> bool:
     """Return whether the arm executes actions after an answer, before it observes again.
 
     An arm that moves while it waits observes again as soon as it has an answer.

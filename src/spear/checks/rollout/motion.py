@@ -322,7 +322,7 @@ class RolloutMotion:
     def late_fit(self) -> TimingFit | None:
         """The fit of the answer before the last one, if it surely explains the moves better."""
         has_previous = np.flatnonzero(self.episode[1:] == self.episode[:-1]) + 1
-        return _compare_timing(self._select(has_previous), self.with_late_actions)
+        return _fit_other_if_surely_better(self._select(has_previous), self.with_late_actions)
 
     @cached_property
     def repeated_fit(self) -> TimingFit | None:
@@ -333,7 +333,7 @@ class RolloutMotion:
         if self.commanded.shape[1] < 2 or not np.isfinite(self.seconds).all():
             return None
         is_double = np.flatnonzero(self.num_executed == 2)
-        return _compare_timing(
+        return _fit_other_if_surely_better(
             self._select(is_double), self.with_repeated_actions._select(is_double)
         )
 
@@ -595,7 +595,7 @@ def is_surely_better(
     return bool(np.quantile(advantages, SMALL_QUANTILE) > min_advantage)
 
 
-def _compare_timing(plain: RolloutMotion, other: RolloutMotion) -> TimingFit | None:
+def _fit_other_if_surely_better(plain: RolloutMotion, other: RolloutMotion) -> TimingFit | None:
     """Compare the actions that should be executed with others, both in their best reading.
 
     Returns:

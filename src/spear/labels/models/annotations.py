@@ -208,14 +208,14 @@ class FileDetector:
         self.annotations = annotations
         self.second_detector = second_detector
         self.name = _name_combined_model(annotations, second_detector)
-        # Only a detector that costs money has the method `describe_costs`.
-        self._describe_costs: Callable[[], str] | None = getattr(
-            second_detector, "describe_costs", None
+        # Only a detector that costs money has the method `describe_costs_so_far`.
+        self._describe_costs_so_far: Callable[[], str] | None = getattr(
+            second_detector, "describe_costs_so_far", None
         )
 
-    def describe_costs(self) -> str:
+    def describe_costs_so_far(self) -> str:
         """What the second detector has cost, in words; "" if it costs nothing."""
-        return "" if self._describe_costs is None else self._describe_costs()
+        return "" if self._describe_costs_so_far is None else self._describe_costs_so_far()
 
     def detect(self, frames: Sequence[Frame]) -> list[list[Detection]]:
         """Return the annotated objects of each image, in the file's order.

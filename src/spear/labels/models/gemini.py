@@ -148,7 +148,7 @@ class GeminiDetector:
             self._results_of_failed_batch = dict(zip(hashes, results, strict=True))
         raise failures[0]
 
-    def describe_costs(self) -> str:
+    def describe_costs_so_far(self) -> str:
         """One line about the requests that reached the service so far; empty without any.
 
         Output tokens include those of thinking.

@@ -28,7 +28,7 @@ from spear.models.weights.conversion import (
     list_statuses_of_unused_weights,
     match_weights,
 )
-from spear.models.weights.folders import BUNDLED_WEIGHTS, locate
+from spear.models.weights.folders import BUNDLED_WEIGHTS, locate_checkpoint
 from spear.models.weights.load import (
     StoredCheckpoint,
     WeightReader,
@@ -136,7 +136,7 @@ def open_depth_encoder(name: Path | str) -> PublishedMoge | TrainedDepthEncoder:
     is_bundled = (BUNDLED_WEIGHTS / name / "config.json").is_file()
     if not is_bundled and not Path(name).is_dir():
         return PublishedMoge(str(name), read_checkpoint(name))
-    folder = locate(name)
+    folder = locate_checkpoint(name)
     config: Any = read_compatible_config(MogeForDepth, folder)
     checkpoint = StoredCheckpoint.open(folder, "depth encoder")
     return TrainedDepthEncoder(str(name), checkpoint, config.moge_config.to_dict())

@@ -31,7 +31,7 @@ NOT_HASHED = ("recipe.json", "README.md", "calibration.json")
 """Files of a checkpoint that are written after the hashing, or edited by hand."""
 
 
-def locate(name: str | Path) -> Path:
+def locate_checkpoint(name: str | Path) -> Path:
     """Find the folder of a checkpoint.
 
     Args:
