@@ -36,9 +36,14 @@ ROW_TITLES = {
     "3d-no-moge": "3D questions, no MoGe",
     "2d": "2D questions",
     "no-images": "no images",
+    "3d-more": "3D questions, more images",
+    "2d-more": "2D questions, more images",
 }
 """Row → what its VLM was asked about the images without demonstrations."""
-MAIN_ROW = "3d"
+MAIN_ROWS = ("3d", "3d-more")
+MORE_ENDING = "-more"
+"""End of the names of rows whose encoders know such rooms, whose VLM saw more images, and whose
+policies were trained for twice as many steps."""
 
 
 @dataclass(frozen=True)
@@ -89,14 +94,15 @@ def load_cells(path: Path = SCORES) -> list[Cell]:
 def find_difference(cell: Cell, cells: list[Cell]) -> tuple[Estimate, int] | None:
     """How much the main row succeeds more often than a cell's row, over the seeds of both.
 
-    Returns the difference and the number of seeds, or None for the main row itself.
+    Returns the difference and the number of seeds, or None for a main row itself.
     """
-    if cell.row == MAIN_ROW:
+    if cell.row in MAIN_ROWS:
         return None
+    main_row = "3d-more" if cell.row.endswith(MORE_ENDING) else "3d"
     for main_cell in cells:
         if (main_cell.surroundings, main_cell.row, main_cell.num_labs) == (
             cell.surroundings,
-            MAIN_ROW,
+            main_row,
             cell.num_labs,
         ):
             seeds = sorted(set(main_cell.results_by_seed) & set(cell.results_by_seed))
@@ -145,6 +151,8 @@ def draw_figure(cells: list[Cell], path: Path = FIGURE) -> None:
         "3d-no-moge": (BLUE, "--"),
         "2d": (ORANGE, "-"),
         "no-images": (FAINT_TEXT, "-"),
+        "3d-more": (BLUE, ":"),
+        "2d-more": (ORANGE, ":"),
     }
     titles = {
         "unseen": "Laboratories without demonstrations",

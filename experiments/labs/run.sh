@@ -10,10 +10,12 @@
 #   sh experiments/labs/run.sh more-data   labels four times as many images
 #   sh experiments/labs/run.sh more        trains two SPEAR-VLMs with them, from that of stage0 and from nano-vlm, and
 #                                          one VLM with 2D questions
+#   sh experiments/labs/run.sh 3d-more     trains policies from the first SPEAR-VLM of more, for twice as many steps
+#   sh experiments/labs/run.sh 2d-more     the same with the VLM of more that was asked 2D questions
 #
-# The rows begin with the shipped nano-vlm-0 and nano-depth, which know the default world only; no row begins with the
-# models of stage0 or more yet. The rows can run side by side, one process each. Stopped at any moment, the same
-# command continues where it was. PROCESSES=2 trains a VLM on two cores.
+# The rows 3d, 3d-no-moge, 2d and no-images begin with the shipped nano-vlm-0 and nano-depth, which know the default
+# world only. The rows can run side by side, one process each. Stopped at any moment, the same command continues where
+# it was. PROCESSES=2 trains a VLM on two cores.
 set -eu
 BIN=${BIN:-.venv/bin}
 RUNS=${RUNS:-runs/labs}
@@ -92,9 +94,13 @@ train_policy() {  # ROW LABS SEED; the settings are those of experiments/ablatio
     3d-no-moge) init=$RUNS/vlm-3d-no-moge; moge=false; frozen='["vlm.vision_tower.embeddings"]' ;;
     2d) init=$RUNS/vlm-2d; moge=false; frozen='["vlm.vision_tower.embeddings"]' ;;
     no-images) init=nano-vlm-0; moge=false; frozen='["vlm.vision_tower.embeddings"]' ;;
+    3d-more) init=$RUNS/vlm-3d-more; moge=true; frozen='["vlm.moge","vlm.vision_tower.embeddings"]' ;;
+    2d-more) init=$RUNS/vlm-2d-more; moge=false; frozen='["vlm.vision_tower.embeddings"]' ;;
     esac
+    steps=$POLICY_STEPS
+    case $row in *-more) steps=$((2 * POLICY_STEPS)) ;; esac
     "$BIN/spear" train nano-vla --episodes "$RUNS/episodes-$labs" --init "$init" --seed "$seed" \
-        --out "$RUNS/policies/$row-$labs-$seed" --steps "$POLICY_STEPS" --lr 6e-4 \
+        --out "$RUNS/policies/$row-$labs-$seed" --steps "$steps" --lr 6e-4 \
         --set "moge=$moge" "frozen=$frozen" question_images=0 \
         'lr_scale={"vlm":0.4166666666666667,"vlm.vision_tower":0.125}' \
         'flow={"rotation":"s3","rotation_loss":"cosine","rotation_weight":200.0,"steps":10}'
@@ -115,8 +121,8 @@ data) make_data ;;
 more-data) make_more_data ;;
 more) train_with_more_data ;;
 stage0) train_stage0 ;;
-3d | 3d-no-moge | 2d | no-images)
-    train_vlm "$1"
+3d | 3d-no-moge | 2d | no-images | 3d-more | 2d-more)
+    train_vlm "$1"  # those of the last two rows come from more
     for seed in $SEEDS; do
         for labs in $LABS; do
             train_policy "$1" "$labs" "$seed"
@@ -125,7 +131,7 @@ stage0) train_stage0 ;;
     done
     ;;
 *)
-    echo "run.sh: choose data, stage0, more-data, more, 3d, 3d-no-moge, 2d or no-images" >&2
+    echo "run.sh: choose data, stage0, more-data, more, 3d, 3d-no-moge, 2d, no-images, 3d-more or 2d-more" >&2
     exit 2
     ;;
 esac

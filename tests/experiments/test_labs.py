@@ -42,6 +42,21 @@ def test_cells_are_compared_over_the_seeds_that_both_rows_have(tmp_path: Path) -
     assert seen_cell.success().value == 1
 
 
+def test_a_row_with_more_images_is_compared_with_its_own_kind(tmp_path: Path) -> None:
+    write_score(tmp_path, "unseen-3d-64-0", [False, False, False, False])
+    write_score(tmp_path, "unseen-3d-more-64-0", [True, True, True, False])
+    write_score(tmp_path, "unseen-2d-more-64-0", [True, False, False, False])
+    add_scores(tmp_path, tmp_path / "scores.parquet")
+
+    cells = load_cells(tmp_path / "scores.parquet")
+
+    differences = {cell.row: find_difference(cell, cells) for cell in cells}
+    assert differences["3d"] is differences["3d-more"] is None
+    difference, _ = differences["2d-more"] or (None, 0)
+    assert difference is not None
+    assert difference.value == 3 / 4 - 1 / 4
+
+
 def test_the_table_has_a_line_for_each_cell(tmp_path: Path) -> None:
     write_score(tmp_path, "unseen-3d-4-0", [True, False])
     write_score(tmp_path, "unseen-no-images-4-0", [False, False])
