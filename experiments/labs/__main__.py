@@ -146,13 +146,14 @@ def draw_figure(cells: list[Cell], path: Path = FIGURE) -> None:
         use_style,
     )
 
-    styles = {  # color and line style
+    styles = {  # color, and style of the line or of the marker
         "3d": (BLUE, "-"),
         "3d-no-moge": (BLUE, "--"),
         "2d": (ORANGE, "-"),
         "no-images": (FAINT_TEXT, "-"),
-        "3d-more": (BLUE, ":"),
-        "2d-more": (ORANGE, ":"),
+        # With one number of laboratories only: a diamond instead of a line
+        "3d-more": (BLUE, "D"),
+        "2d-more": (ORANGE, "D"),
     }
     titles = {
         "unseen": "Laboratories without demonstrations",
@@ -183,7 +184,7 @@ def draw_figure(cells: list[Cell], path: Path = FIGURE) -> None:
             axes.set_xlabel("laboratories that demonstrations show")
         all_axes[0].set_ylabel("success, %")
         all_axes[0].set_ylim(bottom=0)
-        all_axes[1].legend(loc="upper right")
+        all_axes[1].legend(loc="upper left")
         save_figure(figure, path)
 
 
