@@ -160,7 +160,7 @@ def test_a_stopped_evaluation_says_that_it_is_unfinished(tmp_path: Path) -> None
     results = run_shard(StoppedSimulator(), 8, "1/1", tmp_path)
 
     assert results.describe_unfinished().startswith("4 scenes")
-    assert "UNFINISHED: 4" in results.describe_precision()
+    assert "UNFINISHED: 4" in results.describe_interval_widths()
 
 
 def test_a_comparison_names_the_unfinished_result(tmp_path: Path) -> None:
@@ -183,7 +183,7 @@ def test_an_evaluation_is_finished_when_all_shards_are(tmp_path: Path) -> None:
     assert first_half.describe_unfinished().startswith("4 ")  # 1, 3, 5 and 7
     assert both_halves.describe_unfinished() == ""
     assert everything.describe_unfinished() == ""
-    assert "UNFINISHED" not in everything.describe_precision()
+    assert "UNFINISHED" not in everything.describe_interval_widths()
 
 
 def test_an_episode_that_ends_differently_when_run_again_has_no_film(

@@ -142,7 +142,7 @@ class Results:
             counts.append((sum(successes), len(successes)))
         return estimate_mean_proportion(counts)
 
-    def describe_precision(self) -> str:
+    def describe_interval_widths(self) -> str:
         """Say how wide the intervals are, and how many scenes make them ±5 points."""
         rates = [self.summarize(family).success for family in self.families]
         widest = max(rates, key=lambda rate: rate.half_width)
@@ -230,7 +230,9 @@ class Results:
 
         num_episodes = format_count(len(self.outcomes), "episodes")
         title = f"{self.policy}: closed loop, {num_episodes}, {self.seconds:.0f} s"
-        return build_terminal_table(title, headers, rows, self.describe_precision(), mean_last=True)
+        return build_terminal_table(
+            title, headers, rows, self.describe_interval_widths(), mean_last=True
+        )
 
 
 def build_terminal_table(

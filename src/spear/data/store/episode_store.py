@@ -282,13 +282,13 @@ class EpisodeStore:
 
     def __getitem__(self, index: int) -> Episode:
         """Read episode `index`, with its images as encoded bytes."""
-        shard, row = self._locate(index)
+        shard, row = self._find_shard_and_row(index)
         return shard.episode(row, with_images=True)
 
     def __iter__(self) -> Iterator[Episode]:
         return (self[index] for index in range(len(self)))
 
-    def _locate(self, index: int) -> tuple[Shard, int]:
+    def _find_shard_and_row(self, index: int) -> tuple[Shard, int]:
         """Find the shard of episode `index`, and the episode's row in this shard."""
         number = int(self._episode_numbers[index])
         shard_index = bisect.bisect_right(self._shard_starts, number) - 1
@@ -313,7 +313,7 @@ class EpisodeStore:
         Returns:
             The encoded image; None if the episode has no such camera.
         """
-        shard, row = self._locate(index)
+        shard, row = self._find_shard_and_row(index)
         return shard.image(row, step, camera)
 
     def source(self, index: int) -> str:
@@ -326,7 +326,7 @@ class EpisodeStore:
             The dataset and the episode's number in the dataset; or, for an episode of the
             simulator, the task and the seed.
         """
-        shard, row = self._locate(index)
+        shard, row = self._find_shard_and_row(index)
         return str(shard.episode_columns["source"][row].as_py())
 
     def served_steps(self, index: int) -> ServedSteps | None:
@@ -338,7 +338,7 @@ class EpisodeStore:
         Returns:
             The times and answers; None if no server recorded the episode.
         """
-        shard, row = self._locate(index)
+        shard, row = self._find_shard_and_row(index)
         return shard.served_steps(row)
 
     def without_images(self, index: int) -> Episode:
@@ -350,7 +350,7 @@ class EpisodeStore:
         Returns:
             The episode, with empty `images`.
         """
-        shard, row = self._locate(index)
+        shard, row = self._find_shard_and_row(index)
         return shard.episode(row, with_images=False)
 
     def fingerprint_states_and_actions(self) -> str:
@@ -400,7 +400,7 @@ class EpisodeStore:
         evenly_spread = np.linspace(0, len(self) - 1, MAX_HASHED_EPISODES).astype(int)
         indices = np.unique(evenly_spread)  # a small store has fewer episodes
         for index in indices.tolist():
-            shard, row = self._locate(index)
+            shard, row = self._find_shard_and_row(index)
             start, end = shard.offsets[row : row + 2]
             yield shard, slice(start, end)
 
