@@ -40,7 +40,7 @@ ROW_TITLES = {
     "2d-more": "2D questions, more images",
 }
 """Row → what its VLM was asked about the images without demonstrations."""
-MAIN_ROWS = ("3d", "3d-more")
+MAIN_ROW = "3d"
 MORE_ENDING = "-more"
 """End of the names of rows whose encoders know such rooms, whose VLM saw more images, and whose
 policies were trained for twice as many steps."""
@@ -96,9 +96,9 @@ def find_difference(cell: Cell, cells: list[Cell]) -> tuple[Estimate, int] | Non
 
     Returns the difference and the number of seeds, or None for a main row itself.
     """
-    if cell.row in MAIN_ROWS:
+    main_row = MAIN_ROW + MORE_ENDING if cell.row.endswith(MORE_ENDING) else MAIN_ROW
+    if cell.row == main_row:
         return None
-    main_row = "3d-more" if cell.row.endswith(MORE_ENDING) else "3d"
     for main_cell in cells:
         if (main_cell.surroundings, main_cell.row, main_cell.num_labs) == (
             cell.surroundings,

@@ -33,7 +33,7 @@ from spear.policy import VlmBundle, load_vlm
 from spear.sim.env import TabletopEnv
 from spear.sim.render import compute_camera_pose
 from spear.sim.scene import SOURCE_INDEX
-from spear.types import Array
+from spear.types import Array, WidthAndHeight
 from spear.util.held_out import FIRST_TRAIN_SEED
 from spear.util.progress import ProgressBar
 
@@ -71,7 +71,7 @@ class Split:
     test: slice
 
 
-def render_scenes(seeds: Sequence[int], image_sizes: Mapping[str, tuple[int, int]]) -> Scenes:
+def render_scenes(seeds: Sequence[int], image_sizes: Mapping[str, WidthAndHeight]) -> Scenes:
     """Render the start of a scene of each seed, in laboratories without demonstrations."""
     environments = [TabletopEnv(family, image_sizes, world=UNSEEN_LABS) for family in TASK_FAMILIES]
     observations = []
@@ -157,43 +157,72 @@ def read_pixels(scenes: Scenes) -> Array:
     return np.stack(rows).astype(np.float32)
 
 
-def measure_probe_errors_m(features: Array, positions: Array, split: Split) -> Array:
+@dataclass(frozen=True)
+class Similarities:
+    """How similar scenes are to the m scenes that probes are fitted on.
+
+    The similarity of two scenes is the inner product of their normalized features, per feature.
+
+    eigenvalues   [m] of the matrix of similarities of the fitting scenes.
+    eigenvectors  [m, m] of that matrix, one per column.
+    validation    [v, m] similarities of the validation scenes to the fitting scenes.
+    test          [t, m] similarities of the test scenes to the fitting scenes.
+    """
+
+    eigenvalues: Array
+    eigenvectors: Array
+    validation: Array
+    test: Array
+
+
+def compute_similarities(features: Array, split: Split) -> Similarities:
+    """Compare scenes by their features [n, D]. Features that never change do not count."""
+    mean = features[split.fitting].mean(axis=0)
+    scale = features[split.fitting].std(axis=0)
+    is_constant = scale < 1e-6
+    normalized = np.where(is_constant, 0, (features - mean) / np.where(is_constant, 1, scale))
+    num_features = max(1, int((~is_constant).sum()))
+
+    def compare_with_fitting_scenes(scenes: slice) -> Array:
+        products = normalized[scenes] @ normalized[split.fitting].T
+        return products.astype(np.float64) / num_features
+
+    eigenvalues, eigenvectors = np.linalg.eigh(compare_with_fitting_scenes(split.fitting))
+    return Similarities(
+        eigenvalues,
+        eigenvectors,
+        validation=compare_with_fitting_scenes(split.validation),
+        test=compare_with_fitting_scenes(split.test),
+    )
+
+
+def measure_probe_errors_m(similarities: Similarities, positions: Array, split: Split) -> Array:
     """Fit a linear probe and measure its errors [test scenes], m.
 
     The regression is solved for one weight per fitting scene rather than per feature, because there
     are far more features than scenes. Both have the same solution.
 
     Args:
-        features: [n, D].
+        similarities: of the scenes, by the features that the probe reads.
         positions: [n, 3], which the probe learns to read, m.
         split: which scenes are for what.
     """
-    mean = features[split.fitting].mean(axis=0)
-    scale = features[split.fitting].std(axis=0)
-    is_constant = scale < 1e-6
-    normalized = np.where(is_constant, 0, (features - mean) / np.where(is_constant, 1, scale))
-    fitting = normalized[split.fitting]
     mean_position = positions[split.fitting].mean(axis=0)
     offsets = positions[split.fitting] - mean_position  # [m, 3]
-
-    # The inner products of the fitting scenes, as U diag(s) Uᵀ. Their mean square is 1.
-    num_features = max(1, int((~is_constant).sum()))
-    products = (fitting @ fitting.T).astype(np.float64) / num_features
-    eigenvalues, eigenvectors = np.linalg.eigh(products)
+    eigenvectors = similarities.eigenvectors
     projected = eigenvectors.T @ offsets
 
-    def predict(scenes: slice, penalty: float) -> Array:
-        weights = eigenvectors @ (projected / (eigenvalues[:, None] + penalty))  # [m, 3]
-        similarities = (normalized[scenes] @ fitting.T).astype(np.float64) / num_features
-        return mean_position + similarities @ weights
+    def measure_errors_m(penalty: float, to_fitting_scenes: Array, truth: Array) -> Array:
+        weights = eigenvectors @ (projected / (similarities.eigenvalues[:, None] + penalty))
+        predicted = mean_position + to_fitting_scenes @ weights  # weights are [m, 3]
+        return np.linalg.norm(predicted - truth, axis=1)
 
-    def measure_median_error(penalty: float) -> float:
-        differences = predict(split.validation, penalty) - positions[split.validation]
-        return float(np.median(np.linalg.norm(differences, axis=1)))
+    def measure_median_error_m(penalty: float) -> float:
+        truth = positions[split.validation]
+        return float(np.median(measure_errors_m(penalty, similarities.validation, truth)))
 
-    best_penalty = min(PENALTIES, key=measure_median_error)
-    differences = predict(split.test, best_penalty) - positions[split.test]
-    return np.linalg.norm(differences, axis=1)
+    best_penalty = min(PENALTIES, key=measure_median_error_m)
+    return measure_errors_m(best_penalty, similarities.test, positions[split.test])
 
 
 def measure_constant_errors_m(positions: Array, split: Split) -> Array:
@@ -203,25 +232,38 @@ def measure_constant_errors_m(positions: Array, split: Split) -> Array:
 
 
 def measure_rows(
-    models: Sequence[str], scenes: Scenes, split: Split
+    vlms: Mapping[str, VlmBundle], scenes: Scenes, split: Split
 ) -> dict[str, dict[str, Estimate]]:
-    """Name of a row → target → median error with its interval, mm."""
-    features_by_row = {"pixels": read_pixels(scenes)}
-    rows: dict[str, dict[str, Estimate]] = {}
-    rows["best constant answer"] = {
-        target: _estimate_mm(measure_constant_errors_m(positions, split))
+    """Measure what can be read from models, from pixels and from nothing.
+
+    Args:
+        vlms: name → model.
+        scenes: the scenes of all parts of the split.
+        split: which scenes are for what.
+
+    Returns:
+        Name of a row → target → median error with its interval, mm.
+    """
+    rows = {
+        "best constant answer": {
+            target: _estimate_mm(measure_constant_errors_m(positions, split))
+            for target, positions in scenes.positions.items()
+        },
+        "pixels": _measure_all_targets(read_pixels(scenes), scenes, split),
+    }
+    for name, vlm in vlms.items():
+        for tokens, features in read_keys_and_values(vlm, scenes).items():
+            rows[f"{name}, {tokens}"] = _measure_all_targets(features, scenes, split)
+    return rows
+
+
+def _measure_all_targets(features: Array, scenes: Scenes, split: Split) -> dict[str, Estimate]:
+    """Fit a probe for each target: target → median error with its interval, mm."""
+    similarities = compute_similarities(features, split)
+    return {
+        target: _estimate_mm(measure_probe_errors_m(similarities, positions, split))
         for target, positions in scenes.positions.items()
     }
-    for model in models:
-        for tokens, features in read_keys_and_values(load_vlm(model), scenes).items():
-            features_by_row[f"{Path(model).name}, {tokens}"] = features
-        for row, features in features_by_row.items():
-            rows[row] = {
-                target: _estimate_mm(measure_probe_errors_m(features, positions, split))
-                for target, positions in scenes.positions.items()
-            }
-        features_by_row.clear()  # a model's features take up to a gigabyte
-    return rows
 
 
 def _estimate_mm(errors_m: Array) -> Estimate:
@@ -260,14 +302,14 @@ def main(
         *range(FIRST_FITTING_SEED, FIRST_FITTING_SEED + num_others),
         *range(FIRST_TEST_SEED, FIRST_TEST_SEED + num_test),
     ]
-    image_sizes = load_vlm(models[0]).processor.image_sizes
-    scenes = render_scenes(seeds, image_sizes)
+    vlms = {Path(model).name: load_vlm(model) for model in models}
+    scenes = render_scenes(seeds, next(iter(vlms.values())).processor.image_sizes)
     split = Split(
         fitting=slice(0, num_fitting),
         validation=slice(num_fitting, num_others),
         test=slice(num_others, num_others + num_test),
     )
-    rows = measure_rows(models, scenes, split)
+    rows = measure_rows(vlms, scenes, split)
     print(f"{num_test} scenes, probes fitted on {num_fitting}; median errors, mm [95 %]")
     print(format_table(rows))
     if out is not None:

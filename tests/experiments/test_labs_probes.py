@@ -12,6 +12,12 @@ NUM_SCENES = 300
 SPLIT = probes.Split(slice(0, 200), slice(200, 250), slice(250, NUM_SCENES))
 
 
+def measure_probe_errors_m(features: Array, positions: Array, split: probes.Split) -> Array:
+    """The errors of a probe that reads these features."""
+    similarities = probes.compute_similarities(features, split)
+    return probes.measure_probe_errors_m(similarities, positions, split)
+
+
 @pytest.fixture
 def features() -> Array:
     """More features than scenes, as keys and values are."""
@@ -24,7 +30,7 @@ class TestProbe:
         positions = rng.normal(size=(NUM_SCENES, 3))
         features[:, :300] += 2 * positions @ rng.normal(size=(3, 300))
 
-        errors = probes.measure_probe_errors_m(features, positions, SPLIT)
+        errors = measure_probe_errors_m(features, positions, SPLIT)
 
         constant_errors = probes.measure_constant_errors_m(positions, SPLIT)
         assert np.median(errors) < 0.2 * np.median(constant_errors)
@@ -32,7 +38,7 @@ class TestProbe:
     def test_it_finds_nothing_in_noise(self, features: Array) -> None:
         positions = np.random.default_rng(1).normal(size=(NUM_SCENES, 3))
 
-        errors = probes.measure_probe_errors_m(features, positions, SPLIT)
+        errors = measure_probe_errors_m(features, positions, SPLIT)
 
         constant_errors = probes.measure_constant_errors_m(positions, SPLIT)
         assert np.median(errors) > 0.9 * np.median(constant_errors)
@@ -43,8 +49,8 @@ class TestProbe:
         shifted = positions.copy()
         shifted[SPLIT.test] += shift_m
 
-        errors = probes.measure_probe_errors_m(features, positions, SPLIT)
-        shifted_errors = probes.measure_probe_errors_m(features, shifted, SPLIT)
+        errors = measure_probe_errors_m(features, positions, SPLIT)
+        shifted_errors = measure_probe_errors_m(features, shifted, SPLIT)
 
         # The prediction stays where it was, so the error changes by about the shift.
         assert (np.abs(shifted_errors - 1000.0) <= errors + 1e-6).all()
@@ -53,8 +59,8 @@ class TestProbe:
         positions = features[:, :3].astype(np.float64)
         with_fewer = probes.Split(SPLIT.fitting, SPLIT.validation, slice(250, 260))
 
-        errors = probes.measure_probe_errors_m(features, positions, SPLIT)
-        errors_of_fewer = probes.measure_probe_errors_m(features, positions, with_fewer)
+        errors = measure_probe_errors_m(features, positions, SPLIT)
+        errors_of_fewer = measure_probe_errors_m(features, positions, with_fewer)
 
         np.testing.assert_allclose(errors_of_fewer, errors[:10], rtol=1e-4)
 
@@ -62,10 +68,8 @@ class TestProbe:
         positions = np.random.default_rng(1).normal(size=(NUM_SCENES, 3))
         with_constant = np.concatenate([features, np.full((NUM_SCENES, 5), 7.0)], axis=1)
 
-        errors = probes.measure_probe_errors_m(features, positions, SPLIT)
-        same_errors = probes.measure_probe_errors_m(
-            with_constant.astype(np.float32), positions, SPLIT
-        )
+        errors = measure_probe_errors_m(features, positions, SPLIT)
+        same_errors = measure_probe_errors_m(with_constant.astype(np.float32), positions, SPLIT)
 
         np.testing.assert_allclose(same_errors, errors, rtol=1e-4)
 

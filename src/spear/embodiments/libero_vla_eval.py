@@ -11,12 +11,15 @@ A policy therefore answers with 20 rows for 5 actions, of which `--replan-steps`
 executed before the next inference: 4 rows are one action.
 """
 
-from collections.abc import Mapping
 from typing import Any
 
-from spear.embodiments import Control, Embodiment, Observation, libero
-from spear.embodiments.observations import IMAGE_KEY, PROMPT_KEY, WRIST_IMAGE_KEY
-from spear.errors import SpearError
+from spear.embodiments import Embodiment, Observation, libero
+from spear.embodiments.observations import (
+    IMAGE_KEY,
+    PROMPT_KEY,
+    WRIST_IMAGE_KEY,
+    extract_images_from_map,
+)
 
 IMAGES_KEY = "images"
 STATES_KEY = "states"
@@ -27,19 +30,18 @@ CAMERA_OF_KEY = {IMAGE_KEY: "agentview", WRIST_IMAGE_KEY: "wrist"}
 
 def convert_to_policy_observation(observation: Observation) -> dict[str, Any]:
     """Convert the harness's observation to one of `spear.types.Policy`."""
-    images = observation[IMAGES_KEY]
-    flat_observation = dict(observation)
-    image_keys = {}
-    for key, camera in CAMERA_OF_KEY.items():
-        if not isinstance(images, Mapping) or camera not in images:
-            raise SpearError(
-                f"images has no '{camera}'. Set send_wrist_image and send_state to true in the "
-                "parameters of the benchmark, as examples/libero.yaml does."
-            )
-        image_keys[key] = f"{IMAGES_KEY}/{camera}"  # what error messages call the image
-        flat_observation[image_keys[key]] = images[camera]
+    with_images = extract_images_from_map(
+        observation,
+        IMAGES_KEY,
+        CAMERA_OF_KEY.values(),
+        advice="Set send_wrist_image and send_state to true in the parameters of the benchmark, as "
+        "examples/libero.yaml does.",
+    )
     return libero.convert_client_observation(
-        flat_observation, image_keys, state_key=STATES_KEY, prompt_key=DESCRIPTION_KEY
+        with_images,
+        image_keys={key: f"{IMAGES_KEY}/{camera}" for key, camera in CAMERA_OF_KEY.items()},
+        state_key=STATES_KEY,
+        prompt_key=DESCRIPTION_KEY,
     )
 
 
@@ -64,13 +66,6 @@ EMBODIMENT = Embodiment(
     },
     optional={"controller_states": "not looked at"},
     observe=convert_to_policy_observation,
-    controls={
-        "osc_pose": Control(
-            "x y z (1 is 0.05 m), rotation vector (1 is 0.5 rad), gripper (-1 open, 1 closed), "
-            "for the harness, which hands them to robosuite's OSC_POSE one by one",
-            rate_hz=20.0,
-            convert=libero.convert_to_controller_commands,
-        )
-    },
+    controls={"osc_pose": libero.EMBODIMENT.controls["osc_pose"]},
     example=_make_example,
 )

@@ -14,7 +14,6 @@ ManiSkill 3 has a controller of the same name that reads the three numbers of a 
 angles. Its embodiment is `simpler_widowx`, with which this one shares everything else.
 """
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -22,12 +21,14 @@ import torch
 from spear.embodiments import Control, Embodiment, Observation
 from spear.embodiments import simpler_widowx as maniskill3
 from spear.embodiments.actions import compute_step_quats_about_base_axes
-from spear.embodiments.observations import make_example_image, make_policy_observation, read_numbers
-from spear.errors import SpearError
+from spear.embodiments.observations import (
+    extract_images_from_map,
+    make_example_image,
+    make_policy_observation,
+    read_numbers,
+)
 from spear.geometry import quat_log
 from spear.types import Array
-
-PRIMARY_IMAGE_KEY = "images/primary"  # what error messages call the image
 
 
 def convert_to_policy_observation(observation: Observation) -> dict[str, Any]:
@@ -35,17 +36,17 @@ def convert_to_policy_observation(observation: Observation) -> dict[str, Any]:
 
     The orientation of the gripper link becomes that of our end-effector frame.
     """
-    images = observation["images"]
-    if not isinstance(images, Mapping) or "primary" not in images:
-        raise SpearError("images has no 'primary'. Send a map of camera names to images.")
+    with_image = extract_images_from_map(
+        observation, "images", ["primary"], advice="Send a map of camera names to images."
+    )
     values = read_numbers(observation, "states", 8)
     link_rotation = values[3:7]
     return make_policy_observation(
-        {**observation, PRIMARY_IMAGE_KEY: images["primary"]},
+        with_image,
         "states",
         values,
         rotation=maniskill3.convert_link_to_ee_rotation(link_rotation),
-        image_key=PRIMARY_IMAGE_KEY,
+        image_key="images/primary",
         prompt_key="task_description",
     )
 

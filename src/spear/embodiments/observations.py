@@ -10,7 +10,7 @@ A policy calls the images of one camera a view: "external", "wrist" or another n
 
 import itertools
 import re
-from collections.abc import Collection, Hashable, Mapping
+from collections.abc import Collection, Hashable, Iterable, Mapping
 from typing import Any, TypeVar
 
 import numpy as np
@@ -207,6 +207,29 @@ def read_image(observation: Observation, key: str) -> Array:
             f"{MAX_IMAGE_SIDE_PX} pixels, none more than {MAX_ASPECT_RATIO} times the other."
         )
     return image
+
+
+def extract_images_from_map(
+    observation: Observation, map_key: str, cameras: Iterable[str], advice: str
+) -> dict[str, Any]:
+    """Give the images that a client sends in one map keys of their own: "images/primary".
+
+    Args:
+        observation: the robot's observation.
+        map_key: the key of the map, which must be there.
+        cameras: the names that the map must have.
+        advice: a sentence that says what to do if it does not have one of them.
+
+    Returns:
+        The observation with a key "MAP_KEY/CAMERA" for each camera, which messages then name.
+    """
+    images = observation[map_key]
+    with_images = dict(observation)
+    for camera in cameras:
+        if not isinstance(images, Mapping) or camera not in images:
+            raise SpearError(f"{map_key} has no '{camera}'. {advice}")
+        with_images[f"{map_key}/{camera}"] = images[camera]
+    return with_images
 
 
 def crop_openpi_padding(image: Array) -> Array:

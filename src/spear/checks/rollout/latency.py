@@ -54,8 +54,8 @@ class LatencyCheck(RolloutCheck):
             return Doubt("the rollout has too few answers")
         median_s, slow_s = np.quantile(seconds, [0.5, 0.9])
         spread_s = slow_s - median_s
-        waits_for_answers = _acts_before_observing_again(served)
-        min_steps = MIN_LATENCY_STEPS if waits_for_answers else MIN_MOVING_LATENCY_STEPS
+        acts_before_observing_again = _acts_before_observing_again(served)
+        min_steps = MIN_LATENCY_STEPS if acts_before_observing_again else MIN_MOVING_LATENCY_STEPS
         confidence = max(
             compute_confidence_of_margin(median_s / STEP_S, min_steps, CERTAIN_LATENCY_STEPS),
             compute_confidence_of_margin(spread_s / STEP_S, MIN_SPREAD_STEPS, CERTAIN_SPREAD_STEPS),
@@ -66,7 +66,7 @@ class LatencyCheck(RolloutCheck):
             f"answers take {1000 * median_s:.0f} ms (median), one in ten longer than "
             f"{1000 * slow_s:.0f} ms; an action lasts {1000 * STEP_S:.0f} ms"
         )
-        if waits_for_answers:
+        if acts_before_observing_again:
             confidence = min(confidence, MAX_WAITING_CONFIDENCE)
             evidence += (
                 ". The arm waits for each answer, so this makes it slow; it hardly explains why it "
