@@ -271,7 +271,9 @@ def label_row(row: Row, count: int) -> Iterator[tuple[LabeledImage, Frame, list[
     """The label, frame and true boxes of each image of a row."""
     truth = GroundTruth()
     pairs = list(make_images(row, count))
-    labels = label_images([frame for frame, _ in pairs], truth, truth, truth, exact=False)
+    labels = label_images(
+        [frame for frame, _ in pairs], truth, truth, truth, inputs_are_exact=False
+    )
     for label, (frame, boxes) in zip(labels, pairs, strict=True):
         yield label, frame, boxes
 

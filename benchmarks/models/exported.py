@@ -6,7 +6,7 @@
 Needs the extras onnx and openvino. Exports a SPEAR-1 (nano with the weights that come with the
 package, others with random weights) into a temporary folder, and samples the actions of one random
 observation. "ours" is `sample_actions` in float32 on the same padded prompt, "int8" the graphs of
-`quantize_graphs`. The difference is `relative_difference` from ours, the cosine that of all
+`write_int8_graphs`. The difference is `relative_difference` from ours, the cosine that of all
 actions in the model's units. Times are medians (least–most).
 """
 
@@ -33,9 +33,9 @@ from spear.models.export import (
     load_onnxruntime_graphs,
     load_openvino_graphs,
     make_example,
-    quantize_graphs,
     sample_by_graphs,
     sample_by_network,
+    write_int8_graphs,
 )
 from spear.models.presets import build_spear1_config, get_preset
 from spear.models.sampling import relative_difference
@@ -78,7 +78,7 @@ def main(options: Options) -> None:
         folder = options.exported or Path(scratch)
         if options.exported is None:
             export_policy(model, size.image_sizes, size.prompt_tokens, folder)
-            quantize_graphs(folder)
+            write_int8_graphs(folder)
         compare(options, model, folder)
 
 

@@ -49,7 +49,7 @@ def models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Models:
 
 def label_photo(photo: Frame, models: Models) -> Iterator[LabeledImage]:
     detector, segmenter, point_map_model = models
-    return label_images([photo], detector, segmenter, point_map_model, exact=True)
+    return label_images([photo], detector, segmenter, point_map_model, inputs_are_exact=True)
 
 
 @pytest.fixture

@@ -44,7 +44,7 @@ def cube_frame() -> Frame:
 def label_estimated(frames: Sequence[Frame]) -> list[LabeledImage]:
     """Label frames as if their true masks and depth were estimates."""
     truth = GroundTruth()
-    return list(label_images(frames, truth, truth, truth, exact=False))
+    return list(label_images(frames, truth, truth, truth, inputs_are_exact=False))
 
 
 def find_height(label: LabeledImage, name: str) -> float:
@@ -151,7 +151,7 @@ def test_boxes_of_the_simulators_objects(
 
     if as_estimates:
         without_pose = [replace(frame, extrinsics=None) for frame in frames]
-        labels = label_images(without_pose, *TRUTH, exact=False)
+        labels = label_images(without_pose, *TRUTH, inputs_are_exact=False)
     else:
         labels = label_images(frames, *TRUTH)
     accuracy = compare_labels(labels, frames)

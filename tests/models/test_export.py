@@ -19,9 +19,9 @@ from spear.models.export import (
     load_openvino_graphs,
     make_example,
     measure_and_check_graph_difference,
-    quantize_graphs,
     sample_by_graphs,
     sample_by_network,
+    write_int8_graphs,
 )
 from spear.models.sampling import relative_difference
 
@@ -105,7 +105,7 @@ class TestGraphs:
         )
 
     def test_8_bits_change_actions_little(self, model: Any, folder: Path) -> None:
-        quantize_graphs(folder)
+        write_int8_graphs(folder)
         exported = ExportedPolicy.load(folder)
         inputs = make_example(exported, seed=2)
 

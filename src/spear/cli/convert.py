@@ -226,11 +226,11 @@ def convert_roles(options: RolesOptions) -> None:
     """
     from spear.models.weights.load import StoredCheckpoint
     from spear.models.weights.name_rules import read_name_rules
-    from spear.models.weights.roles import format_mapping, guess_roles, mask_numbers
+    from spear.models.weights.roles import format_mapping, guess_weight_roles, mask_numbers
 
     checkpoint = StoredCheckpoint.open(options.checkpoint, "checkpoint")
     shapes = {name: tensor.shape for name, tensor in checkpoint.weights.items()}
-    roles = guess_roles(shapes, options.preset, read_name_rules("spear1_franka").renamed)
+    roles = guess_weight_roles(shapes, options.preset, read_name_rules("spear1_franka").renamed)
     if options.per_tensor:
         role_of_group = {(role.group.name, role.group.shape): role for role in roles}
         for name, shape in shapes.items():

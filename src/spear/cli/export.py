@@ -40,7 +40,7 @@ def export_onnx(options: ExportOnnxOptions) -> None:
         GRAPHS,
         export_policy,
         measure_and_check_graph_difference,
-        quantize_graphs,
+        write_int8_graphs,
     )
     from spear.policy import Spear1Policy
 
@@ -49,7 +49,7 @@ def export_onnx(options: ExportOnnxOptions) -> None:
     export_policy(policy.model, policy.image_sizes, policy.processor.prompt_tokens, options.out)
     difference = measure_and_check_graph_difference(policy.model, options.out)
     if options.int8:
-        quantize_graphs(options.out)
+        write_int8_graphs(options.out)
     if policy.folder is not None:
         for name in COPIED_FILES:
             if (policy.folder / name).is_file():

@@ -227,12 +227,12 @@ def _estimate_model_cost(
         num_images: number of images to label.
         options: the options of `spear label`.
     """
-    from spear.labels.model_factories import parse_description
+    from spear.labels.model_factories import split_model_description
     from spear.labels.models.gemini import MAX_OUTPUT_TOKENS, estimate_input_tokens
     from spear.labels.models.resources import estimate_resources
     from spear.models.weights.published import PUBLISHED
 
-    name, user_model = parse_description(description)
+    name, user_model = split_model_description(description)
     if name == "gemini":
         tokens = estimate_input_tokens(vocabulary)
         cost = (

@@ -87,7 +87,7 @@ def resolve_factory(role: str, description: str, options: LabelOptions) -> Calla
         SpearError: The description is wrong, or its file does not exist.
     """
     first, plus, second = description.partition("+")
-    name, weights_or_file = parse_description(first)
+    name, weights_or_file = split_model_description(first)
     check_known(role, MODELS_BY_ROLE[role], name)
     entry = MODELS_BY_ROLE[role][name]
     if name == "file":
@@ -162,13 +162,13 @@ def _import_from_models(location: str) -> Any:
     return getattr(importlib.import_module(f"spear.labels.models.{file}"), name)
 
 
-def parse_description(description: str) -> tuple[str, str | None]:
+def split_model_description(description: str) -> tuple[str, str | None]:
     """Split the description of one model into its name and its weights or file.
 
     Weights or file follow the first "=" or ":"; they are None if the description is only a name.
 
     Example:
-        >>> parse_description("owlv2=my_folder"), parse_description("sam2")
+        >>> split_model_description("owlv2=my_folder"), split_model_description("sam2")
         (('owlv2', 'my_folder'), ('sam2', None))
     """
     name, *argument = re.split("[=:]", description, maxsplit=1)
@@ -197,7 +197,7 @@ def _check_options_have_effect(options: LabelOptions) -> None:
     for role, description in zip(MODELS_BY_ROLE, descriptions, strict=True):
         # After "+", if there is one: models that read files use none of these options.
         last_description = description.rpartition("+")[2]
-        name, _ = parse_description(last_description)
+        name, _ = split_model_description(last_description)
         used_options.update(MODELS_BY_ROLE[role][name].arguments)
     unused_options = list_changed_options(options, *(OPTIONS_OF_SOME_MODELS - used_options))
     if unused_options:

@@ -134,7 +134,7 @@ def label_images(
     detector: Detector,
     segmenter: Segmenter,
     point_map_model: PointMapModel,
-    exact: bool | None = None,
+    inputs_are_exact: bool | None = None,
 ) -> Iterator[LabeledImage]:
     """Label images with 3D boxes, batch by batch. An image without detections gets a label without
     objects.
@@ -144,8 +144,9 @@ def label_images(
         detector: Finds and names objects.
         segmenter: Outlines the detected objects.
         point_map_model: Predicts the 3D point of every pixel.
-        exact: Whether masks and depth are exact. With None they count as exact if both are ground
-            truth from a simulator, and as estimates if a model predicted or a sensor measured them.
+        inputs_are_exact: Whether masks and depth are exact. With None they count as exact if both
+            are ground truth from a simulator, and as estimates if a model predicted or a sensor
+            measured them.
 
     Yields:
         One label per frame, in order.
@@ -162,7 +163,7 @@ def label_images(
         for image in images:
             if image.error is not None:
                 raise image.error
-            yield fit_boxes(image, exact)
+            yield fit_boxes(image, inputs_are_exact)
 
 
 def label_with_ground_truth(frames: Iterable[Frame]) -> Iterator[LabeledImage]:
@@ -269,15 +270,15 @@ def _apply_model(
     return pairs
 
 
-def fit_boxes(image: PendingImage, exact: bool | None = None) -> LabeledImage:
+def fit_boxes(image: PendingImage, inputs_are_exact: bool | None = None) -> LabeledImage:
     """Fit the boxes of an image that has gone through all models.
 
     Points that are NaN, infinite or behind the camera count as unknown.
 
     Args:
         image: The image, with detections, masks and point map.
-        exact: Whether masks and depth are exact. With None they count as exact if both are ground
-            truth from a simulator.
+        inputs_are_exact: Whether masks and depth are exact. With None they count as exact if both
+            are ground truth from a simulator.
     """
     assert image.frame is not None and image.masks is not None and image.point_map is not None
     assert image.lit_part is not None
@@ -285,12 +286,13 @@ def fit_boxes(image: PendingImage, exact: bool | None = None) -> LabeledImage:
     points = image.point_map.points
     is_valid = np.isfinite(points).all(axis=-1) & (points[..., 2] > 0)
     point_map = replace(image.point_map, mask=image.point_map.mask & is_valid)
-    is_exact = _has_exact_masks_and_depth(image) if exact is None else exact
+    if inputs_are_exact is None:
+        inputs_are_exact = _comes_from_simulator(image)
 
     geometry = ImageGeometry(
         point_map=point_map,
         support_plane=_find_support_plane(point_map, image.masks, frame.extrinsics),
-        is_exact=is_exact,
+        is_exact=inputs_are_exact,
         occupied=np.asarray(image.masks.any(axis=0)),
         noise=estimate_relative_noise(points, point_map.mask),
         lit_part=image.lit_part,
@@ -312,7 +314,8 @@ def fit_boxes(image: PendingImage, exact: bool | None = None) -> LabeledImage:
     )
 
 
-def _has_exact_masks_and_depth(image: PendingImage) -> bool:
+def _comes_from_simulator(image: PendingImage) -> bool:
+    """Whether masks and depth are exact ground truth of a simulator, not measured."""
     assert image.frame is not None
     models = (image.provenance["segmenter"], image.provenance["pointmap"])
     return models == (GROUND_TRUTH, GROUND_TRUTH) and not image.frame.is_measured

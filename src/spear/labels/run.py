@@ -39,7 +39,7 @@ from spear.labels.engine import (
     run_ray,
 )
 from spear.labels.inputs import Item, hash_content, make_file_stamp, read_contents
-from spear.labels.model_factories import parse_description, resolve_factories
+from spear.labels.model_factories import resolve_factories, split_model_description
 from spear.labels.models.ground_truth import GROUND_TRUTH
 from spear.labels.options import LabelOptions, WorkOptions
 from spear.labels.pipeline import NO_OBJECTS_REASON
@@ -205,7 +205,7 @@ def _collect_settings(options: LabelOptions, inputs: Sequence[str]) -> dict[str,
     # In "file:PATH+gemini", the part before "+" names an annotation file.
     annotations = {}
     for description in (options.detector, options.segmenter):
-        name, path = parse_description(description.partition("+")[0])
+        name, path = split_model_description(description.partition("+")[0])
         if name == "file" and path:
             annotations[path] = hashlib.sha256(Path(path).read_bytes()).hexdigest()
     if annotations:
@@ -213,7 +213,7 @@ def _collect_settings(options: LabelOptions, inputs: Sequence[str]) -> dict[str,
 
     # In "NAME=PATH", PATH may be a folder of weights.
     for description in (options.detector, options.segmenter, options.pointmap):
-        name, path = parse_description(description.rpartition("+")[2])
+        name, path = split_model_description(description.rpartition("+")[2])
         if name != "file" and path and os.path.exists(path):
             weights = Path(path)
             files = sorted(file for file in weights.rglob("*") if file.is_file())

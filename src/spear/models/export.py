@@ -291,7 +291,7 @@ def load_onnxruntime_graphs(
 
     Args:
         folder: What `export_policy` has written.
-        suffix: "" for float32, "_int8" for the files of `quantize_graphs`.
+        suffix: "" for float32, "_int8" for the files of `write_int8_graphs`.
         num_threads: Number of threads of each graph.
     """
     onnxruntime = import_optional("onnxruntime", "onnx", FEATURE)
@@ -401,10 +401,11 @@ def measure_and_check_graph_difference(model: Spear1ForActionPrediction, folder:
     return difference
 
 
-def quantize_graphs(folder: Path) -> None:
-    """Write copies of the graphs whose matrix products are in 8 bits (`…_int8.onnx`).
+def write_int8_graphs(folder: Path) -> None:
+    """Write copies of a folder's graphs whose matrix products are in 8 bits (`…_int8.onnx`).
 
-    Weights have a scale per output, and inputs are rounded while the graph runs.
+    The float32 graphs stay. Weights have a scale per output, and inputs are rounded while the
+    graph runs.
     """
     quantization = import_optional("onnxruntime.quantization", "onnx", FEATURE)
     for name in GRAPHS:

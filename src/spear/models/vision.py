@@ -452,7 +452,7 @@ class MogeEncoder(nn.Module):
 
         num_layers = len(self.backbone.encoder.layer)
         last_layers = range(num_layers - NUM_FEATURE_LAYERS, num_layers)
-        features = torch.cat(self._run(embedded, last_layers), dim=-1)
+        features = torch.cat(self._compute_normalized_layer_outputs(embedded, last_layers), dim=-1)
 
         # Remove the class token, which is the first token of each view.
         per_view = features.split([sequence.shape[1] for sequence in embedded], dim=1)
@@ -470,9 +470,13 @@ class MogeEncoder(nn.Module):
         Returns:
             [B, 1 + patches, width] per layer, the class token first.
         """
-        return self._run([self.backbone.embeddings(normalized_images)], indices)
+        return self._compute_normalized_layer_outputs(
+            [self.backbone.embeddings(normalized_images)], indices
+        )
 
-    def _run(self, embedded: Sequence[Tensor], indices: Sequence[int]) -> list[Tensor]:
+    def _compute_normalized_layer_outputs(
+        self, embedded: Sequence[Tensor], indices: Sequence[int]
+    ) -> list[Tensor]:
         """Outputs of the layers with these indices, for embedded views [B, S, width]."""
         outputs = []
         layer_outputs = run_layers(self.backbone.config, self.backbone.encoder.layer, embedded)

@@ -249,7 +249,8 @@ def _list_episode_settings(inputs: TrainingInputs) -> dict[str, Any]:
         states_and_actions = store.fingerprint_states_and_actions()[:12]
         datasets.append([name, f"{len(store)} episodes ({states_and_actions}), share {weight:g}"])
     contents_hashes = [
-        dataset.store.fingerprint_images_and_instructions()[:12] for dataset in inputs.episodes
+        dataset.store.fingerprint_image_lengths_and_instructions()[:12]
+        for dataset in inputs.episodes
     ]
     return {EPISODES_KEY: datasets, EPISODE_CONTENT_KEY: contents_hashes}
 

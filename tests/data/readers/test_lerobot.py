@@ -413,6 +413,12 @@ def test_broken_metadata_are_named(
     refuses(message, open_lerobot, version_3_copy)
 
 
+def test_missing_info_file_is_refused_and_named(version_3_copy: Path) -> None:
+    (version_3_copy / "meta" / "info.json").unlink()
+
+    refuses(r"info\.json cannot be read", open_lerobot, version_3_copy)
+
+
 @pytest.mark.parametrize("is_absolute", [True, False])
 def test_pictures_outside_the_dataset_are_not_read(version_3_copy: Path, is_absolute: bool) -> None:
     """A cell may name the file of an image, but only in the dataset's folder."""

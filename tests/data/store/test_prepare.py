@@ -674,10 +674,10 @@ def test_the_fingerprint_of_contents_depends_on_words_images_and_cameras(
     hand_camera_store: EpisodeStore,
 ) -> None:
     fingerprints = {
-        plain_store.fingerprint_images_and_instructions(),
-        other_words_store.fingerprint_images_and_instructions(),
-        other_size_store.fingerprint_images_and_instructions(),
-        hand_camera_store.fingerprint_images_and_instructions(),
+        plain_store.fingerprint_image_lengths_and_instructions(),
+        other_words_store.fingerprint_image_lengths_and_instructions(),
+        other_size_store.fingerprint_image_lengths_and_instructions(),
+        hand_camera_store.fingerprint_image_lengths_and_instructions(),
     }
 
     assert len(fingerprints) == 4

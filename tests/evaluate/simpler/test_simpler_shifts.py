@@ -35,9 +35,9 @@ from spear.evaluate.simpler.shifts import (
     parse_simpler_shift,
     resolve_tasks,
     rotate_x_axis_to,
-    sample_background,
     sample_camera,
     sample_instruction,
+    sample_shifted_photograph,
 )
 from spear.evaluate.simpler.tasks import TASKS, Moment
 from spear.evaluate.simpler.world import SimplerProcess
@@ -183,7 +183,7 @@ def test_light_of_twice_the_strength_makes_a_photograph_brighter_by_its_gamma(
 def test_the_background_of_level_1_differs_from_the_photograph_by_one_color(
     camera: CameraView, photograph: Array
 ) -> None:
-    shifted = sample_background(photograph, camera, TABLE_Z_M, 1, make_generator(3))
+    shifted = sample_shifted_photograph(photograph, camera, TABLE_Z_M, 1, make_generator(3))
 
     difference = shifted.astype(int) - photograph
     is_unclipped = ((shifted > 0) & (shifted < 255)).all(axis=-1)
@@ -197,7 +197,7 @@ def test_the_background_of_level_1_differs_from_the_photograph_by_one_color(
 def test_the_background_of_higher_levels_has_a_single_hue(
     camera: CameraView, photograph: Array, level: int
 ) -> None:
-    shifted = sample_background(photograph, camera, TABLE_Z_M, level, make_generator(5))
+    shifted = sample_shifted_photograph(photograph, camera, TABLE_Z_M, level, make_generator(5))
 
     is_unclipped = ((shifted > 40) & (shifted < 255)).all(axis=-1)
     shares = shifted[is_unclipped] / shifted[is_unclipped].sum(axis=-1, keepdims=True)

@@ -68,7 +68,7 @@ def test_a_leaking_mask_does_not_move_the_box(center_height_m: float, leak_px: i
     frame = replace(render_block(center_height_m), extrinsics=None)
     truth = GroundTruth()
 
-    labels = label_images([frame], truth, LeakingSegmenter(leak_px), truth, exact=False)
+    labels = label_images([frame], truth, LeakingSegmenter(leak_px), truth, inputs_are_exact=False)
     accuracy = compare_labels(labels, [frame])
 
     assert accuracy.center < 0.012  # m
@@ -83,7 +83,7 @@ def test_a_leak_that_is_not_corrected_lowers_a_score(
     truth = GroundTruth()
 
     # `exact` masks are not corrected.
-    (label,) = label_images([frame], truth, LeakingSegmenter(leak_px), truth, exact=True)
+    (label,) = label_images([frame], truth, LeakingSegmenter(leak_px), truth, inputs_are_exact=True)
 
     assert find_failed_scores(label.objects[0].scores) == failed_scores
 

@@ -18,7 +18,7 @@ from refusals import refuses
 from spear.models.presets import build_spear1_config
 from spear.models.spear1 import Spear1ForActionPrediction
 from spear.models.weights.mapping import AUTHORS_MAPPING, plan_mapped, read_mapping
-from spear.models.weights.roles import format_mapping, guess_roles
+from spear.models.weights.roles import format_mapping, guess_weight_roles
 
 OPAQUE_PREFIXES = {
     "vlm.vision_tower.encoder.layers.": "a.",
@@ -102,7 +102,7 @@ class TestRoundTrip:
         renamed = {opaque_names[name]: weight for name, weight in weights.items()}
         folder = save(renamed, tmp_path / "theirs")
         shapes = {name: tuple(weight.shape) for name, weight in renamed.items()}
-        mapping = tomllib.loads(format_mapping(guess_roles(shapes, "tiny14"), "theirs"))
+        mapping = tomllib.loads(format_mapping(guess_weight_roles(shapes, "tiny14"), "theirs"))
         choose_open_names(mapping, opaque_names)
         del mapping["verified"]
         file = save_mapping(tmp_path / "names.toml", **mapping)

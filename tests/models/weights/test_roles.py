@@ -1,4 +1,4 @@
-"""`guess_roles` finds what weights under unknown names may be. The SPEAR-1 here is `nano`'s."""
+"""`guess_weight_roles` finds what weights under unknown names may be, here in `nano`'s SPEAR-1."""
 
 import tomllib
 
@@ -10,7 +10,7 @@ from spear.models.weights.name_rules import read_name_rules
 from spear.models.weights.roles import (
     format_mapping,
     group_weights,
-    guess_roles,
+    guess_weight_roles,
     insert_numbers,
     mask_numbers,
 )
@@ -41,7 +41,7 @@ def test_other_prefixes_are_recognized_by_the_ends_of_names() -> None:
             shape
         )
 
-    roles = guess_roles(stored, "nano")
+    roles = guess_weight_roles(stored, "nano")
 
     role = next(r for r in roles if r.group.name == "policy.blocks.*.mlp.up_proj.weight")
     assert role.evidence == "name and shape"
@@ -53,7 +53,7 @@ def test_other_prefixes_are_recognized_by_the_ends_of_names() -> None:
 def test_a_name_that_says_nothing_is_recognized_by_a_shape_that_occurs_once() -> None:
     shape = list_shapes()["action_time_mlp_in.weight"]
 
-    (role,) = guess_roles({"w17": shape}, "nano")
+    (role,) = guess_weight_roles({"w17": shape}, "nano")
 
     assert role.evidence == "shape"
     assert [candidate.name for candidate in role.candidates] == ["action_time_mlp_in.weight"]
@@ -64,21 +64,21 @@ def test_of_several_candidates_those_with_as_many_layers_remain() -> None:
     shapes = list_shapes()
     norm = shapes["vlm.language_model.layers.0.input_layernorm.weight"]
 
-    (role,) = guess_roles({f"n.{layer}.g": norm for layer in range(5)}, "nano")
+    (role,) = guess_weight_roles({f"n.{layer}.g": norm for layer in range(5)}, "nano")
 
     assert role.evidence == "shape"
     assert {candidate.count for candidate in role.candidates} == {5}
 
 
 def test_a_known_name_with_another_shape_is_recognized_by_its_name() -> None:
-    (role,) = guess_roles({"model.state_proj.weight": (160, 32)}, "nano")
+    (role,) = guess_weight_roles({"model.state_proj.weight": (160, 32)}, "nano")
 
     assert role.evidence == "name"
     assert [candidate.name for candidate in role.candidates] == ["state_proj.weight"]
 
 
 def test_an_unknown_name_and_shape_have_no_role() -> None:
-    (role,) = guess_roles({"memory.weight": (7, 7, 7)}, "nano")
+    (role,) = guess_weight_roles({"memory.weight": (7, 7, 7)}, "nano")
 
     assert role.evidence == ""
     assert role.candidates == ()
@@ -111,7 +111,7 @@ def disguise_names(shapes: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, .
 def test_names_that_say_nothing_are_placed_by_the_shapes_of_their_stack_at_full_size() -> None:
     """All four stacks are found, which have 27, 24, 18 and 18 layers, and in them each weight whose
     shape occurs once per layer."""
-    roles = guess_roles(disguise_names(list_shapes("spear1")), "spear1")
+    roles = guess_weight_roles(disguise_names(list_shapes("spear1")), "spear1")
 
     by_position = [role for role in roles if role.evidence == "shape and position"]
     stacks = {role.candidates[0].name.split("layer")[0] for role in by_position}
@@ -132,7 +132,7 @@ def test_a_shape_that_two_stacks_have_is_placed_by_the_other_shapes_of_its_stack
     """MoGe's fc2 and the expert's down_proj are both 1024 × 4096 at full size."""
     shapes = disguise_names(list_shapes("spear1"))
 
-    roles = guess_roles(shapes, "spear1")
+    roles = guess_weight_roles(shapes, "spear1")
 
     named = [role for role in roles if role.group.shape == (1024, 4096)]
     assert {role.candidates[0].name for role in named if role.is_settled} == {
@@ -153,7 +153,7 @@ def test_queries_keys_and_values_in_one_weight_are_recognized() -> None:
             shape = (3 * shape[0], *shape[1:])
         shapes[name.replace("q_proj", "qkv").replace("vlm.moge.backbone.encoder", "enc")] = shape
 
-    roles = guess_roles(shapes, "nano")
+    roles = guess_weight_roles(shapes, "nano")
 
     joined = next(role for role in roles if role.group.name.endswith("qkv.weight"))
     assert joined.evidence == "joined shapes and position"
@@ -171,7 +171,7 @@ def test_rules_for_names_are_applied_before_names_are_compared() -> None:
         renamed = name.replace("expert.", "paligemma_with_expert.gemma_expert.model.")
         shapes[renamed] = shape
 
-    roles = guess_roles(shapes, "nano", read_name_rules("spear1_franka").renamed)
+    roles = guess_weight_roles(shapes, "nano", read_name_rules("spear1_franka").renamed)
 
     assert all(role.is_settled for role in roles)
 
@@ -185,7 +185,7 @@ def test_the_first_mapping_is_unverified_and_says_what_is_open() -> None:
     shapes = disguise_names(list_shapes())
     shapes['odd "name"'] = (7, 7, 7)
 
-    mapping = tomllib.loads(format_mapping(guess_roles(shapes, "nano"), "./spear1"))
+    mapping = tomllib.loads(format_mapping(guess_weight_roles(shapes, "nano"), "./spear1"))
 
     assert mapping["verified"] is False
     assert "action_time_mlp_in.weight" in mapping["settled"].values()
@@ -197,7 +197,7 @@ def test_the_first_mapping_is_unverified_and_says_what_is_open() -> None:
 
 def test_names_that_differ_only_in_numbers_but_not_in_shape_are_mapped_one_by_one() -> None:
     """The convolutions of nano's image encoders have numbers, and a shape each."""
-    mapping = tomllib.loads(format_mapping(guess_roles(list_shapes(), "nano"), "./nano"))
+    mapping = tomllib.loads(format_mapping(guess_weight_roles(list_shapes(), "nano"), "./nano"))
 
     name = "vlm.vision_tower.embeddings.patch_embedding.convs.1.weight"
     assert mapping["settled"][name] == name

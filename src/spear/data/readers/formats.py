@@ -269,7 +269,8 @@ def fingerprint_dataset(folder: Dataset | EpisodeStore) -> str:
     """Hash enough of a folder's files to recognize other data, without reading most of them."""
     if isinstance(folder, EpisodeStore):
         return (
-            folder.fingerprint_states_and_actions() + folder.fingerprint_images_and_instructions()
+            folder.fingerprint_states_and_actions()
+            + folder.fingerprint_image_lengths_and_instructions()
         )
 
     # The last bytes of a file of records say nothing about earlier records. Their checksums do.

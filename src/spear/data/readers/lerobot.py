@@ -476,7 +476,10 @@ def open_lerobot(path: str | Path) -> LeRobotFolder:
         SpearError: If the metadata are broken; the message names the file.
     """
     path = Path(path)
-    return _open_cached(path, (path / INFO_FILE).stat().st_mtime_ns)
+    info_file = path / INFO_FILE
+    # If the file is missing, reading it fails with the message for broken metadata.
+    changed_ns = info_file.stat().st_mtime_ns if info_file.exists() else 0
+    return _open_cached(path, changed_ns)
 
 
 @functools.lru_cache(maxsize=MAX_CACHED_FOLDERS)

@@ -371,7 +371,7 @@ class EpisodeStore:
                 digest.update(rows[steps].tobytes())
         return digest.hexdigest()
 
-    def fingerprint_images_and_instructions(self) -> str:
+    def fingerprint_image_lengths_and_instructions(self) -> str:
         """Hash the images and instructions of these episodes, to recognize other ones.
 
         The hash covers the instructions of all episodes, the cameras, and the lengths of the

@@ -161,7 +161,7 @@ def colorize(photograph: Array, color: tuple[float, float, float]) -> NDArray[np
     return _round_to_uint8(gray / gray.mean() * 255 * np.asarray(color))
 
 
-def paint_texture(
+def render_textured_stage(
     texture: str, color: tuple[float, float, float], camera: CameraView, table_z_m: float
 ) -> NDArray[np.uint8]:
     """Return what a camera sees of a stage that has a texture (`draw_texture`) in a color.

@@ -20,8 +20,8 @@ from spear.errors import SpearError, check_known
 from spear.evaluate.simpler.photograph import (
     CameraView,
     colorize,
-    paint_texture,
     relight,
+    render_textured_stage,
     reproject_table_and_dome_with_mirrored_margins,
     shift_to_mean_color,
 )
@@ -203,10 +203,10 @@ def _look_at(position: Array, target: Array) -> Array:
     return np.stack([right, down, forward], axis=1)
 
 
-def sample_background(
+def sample_shifted_photograph(
     photograph: Array, camera: CameraView, table_z_m: float, level: int, rng: np.random.Generator
 ) -> Array:
-    """Draw another background.
+    """Draw a photograph with another background, table included, in its place.
 
     Level 1 moves the photograph's colors, level 2 shows it in a single color, and level 3 shows a
     table and a wall with an unseen texture in a single color.
@@ -225,7 +225,7 @@ def sample_background(
     color = sample_any_color(rng)
     if level == 2:
         return colorize(photograph, color)
-    return paint_texture(str(rng.choice(tuple(UNSEEN_TEXTURES))), color, camera, table_z_m)
+    return render_textured_stage(str(rng.choice(tuple(UNSEEN_TEXTURES))), color, camera, table_z_m)
 
 
 def sample_instruction(
@@ -285,7 +285,7 @@ def shift_built_scene_and_get_instruction(
         _change_light(env, factor * tint, sample_downward_light_direction(rng))
         photograph = relight(photograph, factor * tint)
     elif shift.axis == "background":
-        photograph = sample_background(photograph, camera, table_z_m, shift.level, rng)
+        photograph = sample_shifted_photograph(photograph, camera, table_z_m, shift.level, rng)
     set_photograph(env, photograph)
     return None
 

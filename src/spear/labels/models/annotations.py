@@ -244,11 +244,11 @@ class FileDetector:
             if annotations is None:
                 detections.append(next(second_results))
             else:
-                detections.append(_to_detections(annotations, frame))
+                detections.append(_to_detections_with_area(annotations, frame))
         return detections
 
 
-def _to_detections(annotations: Sequence[Annotation], frame: Frame) -> list[Detection]:
+def _to_detections_with_area(annotations: Sequence[Annotation], frame: Frame) -> list[Detection]:
     """Convert a frame's annotations to detections, without those whose box is empty."""
     height, width = frame.image.shape[:2]
     detections = []

@@ -12,7 +12,7 @@ def get_box3d(o: LabeledObject) -> Box3D:
     return o.box3d
 
 
-def compute_distance(o: LabeledObject) -> float:
+def compute_distance_from_camera(o: LabeledObject) -> float:
     """The distance from the camera to the center of the object's box, in the label's unit."""
     x, y, z = get_box3d(o).center.tolist()
     return sqrt(x * x + y * y + z * z)

@@ -433,7 +433,7 @@ def _store_for_norm(
 
 
 @triton.jit
-def _multiply_normalized(
+def _multiply_normalized_rows_by_two_weights(
     scaled_ptr, squares_ptr, first_weight_ptr, second_weight_ptr, column,
     num_rows, width, eps, num_square_parts,
     PADDED_SQUARE_PARTS: tl.constexpr, PADDED_ROWS: tl.constexpr, LAUNCHES_EARLY: tl.constexpr,
@@ -520,7 +520,7 @@ def _project_qkv_kernel(
     half = HEAD_DIM // 2
     first_weight_ptr = weight_ptr + head * HEAD_DIM * width
     second_weight_ptr = first_weight_ptr + half * width
-    first_half, second_half = _multiply_normalized(
+    first_half, second_half = _multiply_normalized_rows_by_two_weights(
         scaled_ptr, squares_ptr, first_weight_ptr, second_weight_ptr, column,
         num_rows, width, eps, num_square_parts, PADDED_SQUARE_PARTS, PADDED_ROWS, LAUNCHES_EARLY,
     )  # fmt: skip
@@ -709,7 +709,7 @@ def _gelu_gate_up_kernel(
         0, PAIRED_OUTPUTS_PER_PROGRAM
     )
     up_weight_ptr = weight_ptr + mlp_width * width
-    gate, up = _multiply_normalized(
+    gate, up = _multiply_normalized_rows_by_two_weights(
         scaled_ptr, squares_ptr, weight_ptr, up_weight_ptr, column,
         num_rows, width, eps, num_square_parts, PADDED_SQUARE_PARTS, PADDED_ROWS, LAUNCHES_EARLY,
     )  # fmt: skip

@@ -84,16 +84,16 @@ class Role:
         return len(self.candidates) == 1 and "shape" in self.evidence
 
 
-def guess_roles(
+def guess_weight_roles(
     stored_shapes: Mapping[str, Shape],
-    size: str = "spear1",
+    preset: str = "spear1",
     renamed: Sequence[tuple[str, str]] = (),
 ) -> list[Role]:
-    """Guess what the weights of a checkpoint are in a SPEAR-1 of the preset `size`.
+    """Guess what the weights of a checkpoint are in a SPEAR-1 of this preset.
 
     Args:
         stored_shapes: Name -> shape of each weight in the checkpoint.
-        size: The preset.
+        preset: Name of the preset.
         renamed: Rules (old prefix, new prefix) that are applied to the names before they are
             compared, as in `names_SOURCE.toml`.
 
@@ -101,7 +101,7 @@ def guess_roles(
         A role for each group of weights, in the order of the checkpoint.
     """
     with torch.device("meta"):
-        model = Spear1ForActionPrediction(build_spear1_config(get_preset(size)))
+        model = Spear1ForActionPrediction(build_spear1_config(get_preset(preset)))
     expected_shapes = {name: tuple(weight.shape) for name, weight in model.state_dict().items()}
     expected_groups = group_weights(expected_shapes)
     groups = group_weights(stored_shapes)

@@ -20,7 +20,7 @@ from spear.labels.questions.measures import (
     extract_numbers,
     measure_distance_errors,
 )
-from spear.labels.questions.positions import compute_distance
+from spear.labels.questions.positions import compute_distance_from_camera
 from spear.types import LabeledImage, LabeledObject, Question, Segments
 
 NUM_PAIR_TRIES = 4
@@ -44,8 +44,8 @@ MEASURES = {
 
 def _make_true_answer(a: LabeledObject, b: LabeledObject, label: LabeledImage) -> Segments | None:
     """Which of two objects is closer, in words; None if their distances are nearly equal."""
-    distance_a = compute_distance(a)
-    distance_b = compute_distance(b)
+    distance_a = compute_distance_from_camera(a)
+    distance_b = compute_distance_from_camera(b)
     if abs(distance_a - distance_b) < MIN_RELATIVE_GAP * max(distance_a, distance_b):
         return None
     closer = a.name if distance_a < distance_b else b.name

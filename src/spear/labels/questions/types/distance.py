@@ -9,7 +9,7 @@ from spear.labels.questions.measures import (
     compute_error_scales_of_distances,
     measure_distance_errors,
 )
-from spear.labels.questions.positions import compute_distance
+from spear.labels.questions.positions import compute_distance_from_camera
 from spear.types import LabeledImage, LabeledObject, Segments
 
 PROMPTS = (
@@ -23,7 +23,7 @@ PROMPTS = (
 
 
 def _make_true_answer(o: LabeledObject, label: LabeledImage) -> Segments:
-    return [compute_distance(o)]
+    return [compute_distance_from_camera(o)]
 
 
 QUESTION_TYPE = QuestionType(

@@ -12,7 +12,7 @@ from spear.labels.questions.interface import (
     make_drafter_about_two_objects,
 )
 from spear.labels.questions.measures import measure_error_of_mean_point
-from spear.labels.questions.positions import compute_distance, get_box3d
+from spear.labels.questions.positions import compute_distance_from_camera, get_box3d
 from spear.types import Array, LabeledImage, LabeledObject, Question, Segments
 
 PROMPTS = (
@@ -31,7 +31,9 @@ def _make_true_answer(a: LabeledObject, b: LabeledObject, label: LabeledImage) -
 
 def _compute_error_scales(question: Question, label: LabeledImage) -> Array:
     """Return the mean distance of both objects from the camera, [3]: the same for all numbers."""
-    distances = {o.name: compute_distance(o) for o in label.objects if o.box3d is not None}
+    distances = {
+        o.name: compute_distance_from_camera(o) for o in label.objects if o.box3d is not None
+    }
     return np.full(3, np.mean([distances[name] for name in question.objects]))
 
 
