@@ -291,7 +291,7 @@ def _load_model(
         quantize_model(model, quantize)
     if model.dtype == torch.bfloat16 and not is_bfloat16_fast(device):
         notice("bfloat16 takes longer than float32 on this CPU. It only saves memory.")
-    torch.nn.Module.to(model, device)
+    torch.nn.Module.to(model, device)  # mypy cannot check the decorated `to` of Transformers
     if device.type == "cpu":
         # Otherwise allocating temporary tensors takes a tenth of the time of a batch of eight.
         keep_freed_memory()

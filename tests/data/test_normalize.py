@@ -447,7 +447,7 @@ def test_the_sketch_keeps_moments_exact_and_ranks_within_the_bound(
     assert sketch.high == values.max()
     mean_tolerance = 1e-9 * np.abs(values).max()
     assert sketch.mean == pytest.approx(values.mean(), rel=1e-9, abs=mean_tolerance)
-    assert sketch.squares / count == pytest.approx(values.var(), rel=1e-6, abs=1e-12)
+    assert sketch.variance == pytest.approx(values.var(), rel=1e-6, abs=1e-12)
 
     # The rank of a probe is the fraction of values at or below it: by the sketch, where values have
     # weights, and by the values themselves.

@@ -286,7 +286,11 @@ def test_another_run_of_the_same_strength_has_other_recorded_episodes(bench: Mod
 
 
 def test_a_lagging_arm_leaves_its_recorded_way_over_several_steps(bench: ModuleType) -> None:
-    """It follows 0.6 of a command in its step, and keeps 0.25 of its last motion."""
+    """It follows 0.6 of a command in its step, and keeps 0.25 of its last motion.
+
+    The recorded arm stands still, although each action commands a motion. With the opposite sign,
+    an action differs from the recorded one by -2 times the command, and the arm moves accordingly.
+    """
     bridge = importlib.import_module("bridge")
     command_m = 0.02
     actions = np.tile(np.array([command_m, 0.0, 0.0, 1.0, 0.0, 0.0, 0.0, 1.0], np.float32), (20, 1))
@@ -298,6 +302,7 @@ def test_a_lagging_arm_leaves_its_recorded_way_over_several_steps(bench: ModuleT
     motions_m = np.diff(moved[:, 0])
     assert motions_m[0] == pytest.approx(-2 * command_m * 0.6, abs=1e-6)
     assert motions_m[1] == pytest.approx(-2 * command_m * 0.6 * 1.25, abs=1e-6)
+    # In the end 1 + 0.25 + 0.25² + … = 1 / 0.75
     assert motions_m[-1] == pytest.approx(-2 * command_m * 0.6 / 0.75, abs=1e-6)
 
 

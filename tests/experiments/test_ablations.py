@@ -452,7 +452,12 @@ def test_demonstrations_of_some_families_have_their_own_folder(
 
 
 @pytest.mark.parametrize(
-    ("ours", "published", "seeds", "verdict"),  # ours: our difference, low, high
+    (
+        "ours",
+        "published",
+        "seeds",
+        "verdict",
+    ),  # ours: difference, low, high as fractions; published: points
     [
         ((-0.2, -0.3, -0.1), -14.6, 3, "agrees"),
         ((0.2, 0.1, 0.3), -14.6, 3, "disagrees"),

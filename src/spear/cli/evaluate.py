@@ -537,7 +537,8 @@ def _check_vqa_run(options: EvaluateVqaOptions) -> None:
     if not scores_file.is_file():
         return
 
-    # Compare with the settings of the scores in the folder, by the options' present names.
+    # Compare with the settings of the scores in the folder. In both, some keys are former names of
+    # options. The message names the options as they are called today.
     recorded_scores = read_json(scores_file, advice="remove it, or give another --out")
     option_of_key = {key: option for option, key in KEY_OF_RENAMED_OPTION.items()}
     recorded_values = {option_of_key.get(key, key): recorded_scores.get(key) for key in settings}

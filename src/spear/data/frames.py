@@ -28,7 +28,7 @@ from spear.errors import SpearError
 
 FrameVersions = Mapping[str, int]
 """Name of a dataset or robot → version of its frames."""
-UNHASHED_FIELDS: dict[str, Any] = {
+CONSTANTS_IN_HASH: dict[str, Any] = {
     "frames": {},
     "logged_rotation_frame": None,
     "logged_translation_unit": None,
@@ -46,10 +46,13 @@ LATER_FIELDS = (
     "tip",
     "joints",
     "arm",
-    *UNHASHED_FIELDS,
+    *CONSTANTS_IN_HASH,
 )
 """Fields of a layout that are hashed only if they differ from their defaults. Earlier versions of
-this program did not have these fields, and folders that they prepared should remain valid."""
+this program did not have these fields, and folders that they prepared should remain valid.
+
+The fields in `CONSTANTS_IN_HASH` are among them: a field whose constant is its default does not
+enter the hash at all."""
 LAYOUT_DEFAULTS = vars(DatasetLayout(name=""))  # all fields but the name have a default
 
 
@@ -161,7 +164,7 @@ def hash_layout_for_preparation(layout: DatasetLayout | None) -> str:
     if layout is None:
         return hash_text("None")
 
-    hashed_layout = dataclasses.replace(layout, facts={}, weight=None, **UNHASHED_FIELDS)
+    hashed_layout = dataclasses.replace(layout, facts={}, weight=None, **CONSTANTS_IN_HASH)
     text = repr(hashed_layout).replace("DatasetLayout(", "DatasetSpec(", 1)
     for name in LATER_FIELDS:
         default = LAYOUT_DEFAULTS[name]

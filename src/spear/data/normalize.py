@@ -505,7 +505,7 @@ def _compute_mean_and_deviation(
     # The variance within each dataset, and that of the datasets' means about the common mean.
     variance = 0.0
     for sketch, share in zip(sketches, shares, strict=True):
-        variance += share * (sketch.squares / sketch.count + (sketch.mean - mean) ** 2)
+        variance += share * (sketch.variance + (sketch.mean - mean) ** 2)
     return mean, float(np.sqrt(variance))
 
 

@@ -40,9 +40,9 @@ _TEXT_PIECES = re.compile(
 )
 """Pieces of a text that are tokenized one by one.
 
-A piece is as long as possible, except that every other "<" or "[" (the last alternative) is a piece
-of its own. So a user cannot type the name of a token such as "<eos>". Only the two location tokens
-of a pixel are recognized as tokens."""
+A piece is as long as possible, except that any remaining "<" or "[" (the last alternative) is a
+piece of its own. So a user cannot type the name of a token such as "<eos>". Only the two location
+tokens of a pixel are recognized as tokens."""
 
 
 # These limit the memory of a processor, because the clients of a server choose images and texts.

@@ -48,7 +48,7 @@ class IdealRobot:
         object_xy: Position of the object to move, m.
         yaw: Rotation of this object about the vertical, rad.
 
-    is_idle          for each step, whether arm and gripper command stayed as they were.
+    idle_flags       for each step, whether arm and gripper command stayed as they were.
     held_offset      [3] position of a held object relative to the end effector; None without one.
     grasp_alignment  cosine of the angle between the axis along which the fingers close and the
                      object's long axis, at the last grasp.
@@ -68,7 +68,7 @@ class IdealRobot:
         self.link_rotation = Rotation.from_euler("y", 3, degrees=True) * DOWN
         self.is_open = True
         self.has_gripper_changed = False
-        self.is_idle = [False]
+        self.idle_flags = [False]
         self.held_offset: Array | None = None
         self.grasp_alignment = 0.0
 
@@ -82,7 +82,7 @@ class IdealRobot:
             measured=pose,
             opening=self.opening(),
             is_commanded_open=self.is_open,
-            is_still=self.is_idle[-1],
+            is_still=self.idle_flags[-1],
             is_closing=self.has_gripper_changed and not self.is_open,
             source=np.concatenate([self.object_position, object_rotation]),
             source_size=self.object_size,
@@ -120,7 +120,7 @@ class IdealRobot:
         self.has_gripper_changed = opens != self.is_open
         self.is_open = opens
         has_moved = np.abs(command[:6]).max() >= 1e-4
-        self.is_idle.append(not self.has_gripper_changed and not has_moved)
+        self.idle_flags.append(not self.has_gripper_changed and not has_moved)
         if self.is_open:
             self._release()
         elif self.has_gripper_changed:
@@ -187,9 +187,9 @@ def test_the_oracle_waits_only_while_its_fingers_close(
     for _ in range(TASKS[task].max_steps):
         robot.act()
 
-    while robot.is_idle[-1]:  # the steps at the end, when the task is fulfilled, do not count
-        robot.is_idle.pop()
-    assert sum(robot.is_idle) == 1  # the step in which the fingers close
+    while robot.idle_flags[-1]:  # the steps at the end, when the task is fulfilled, do not count
+        robot.idle_flags.pop()
+    assert sum(robot.idle_flags) == 1  # the step in which the fingers close
 
 
 @pytest.mark.parametrize("task", TASKS)

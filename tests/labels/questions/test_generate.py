@@ -183,6 +183,7 @@ def test_all_question_types_are_asked(questions: list[tuple[LabeledImage, Questi
 
 
 def test_what_a_name_contains_is_not_said_to_be_absent(labels: list[LabeledImage]) -> None:
+    # The underscore belongs to the test: names of datasets have such ones between words.
     bowl = replace(labels[0].objects[0], name="bowl_of apples")
     label = replace(labels[0], objects=[bowl])
 

@@ -39,11 +39,12 @@ class CameraLateCheck(RolloutCheck):
             if odds is None:
                 continue
             num_compared += 1
-            best = odds[0]
+            best = odds[0]  # the likeliest delay
             repetition_log_ratio = _compare_first_repetitions(case, camera)
             if best.log_odds + repetition_log_ratio <= 0:
                 continue
-            # Any delay excludes that there is none; the best one is only the likeliest of them.
+            # The question is whether there is a delay, not which one: the evidence for any delay
+            # counts, also if another delay is likelier.
             log_odds = max(entry.log_odds for entry in odds) + repetition_log_ratio
             if log_odds < MIN_CONFIDENCE_LOG_ODDS:
                 return Doubt(f"camera {camera} may be {best.version}", is_suspicion=True)

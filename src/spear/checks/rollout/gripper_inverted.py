@@ -46,8 +46,8 @@ class GripperInvertedCheck(RolloutCheck):
                 confidence=0.6 if gripper.follows_commands else 0.75,
                 evidence=f"the gripper seems inverted: {start_evidence}",
                 cure=(
-                    "send 1 for open and 0 for closed, and take the commands alike; or begin with "
-                    "the opening of training"
+                    "send 1 for open and 0 for closed, and read the commands in the same way; or "
+                    "begin with the opening of training"
                 ),
                 file=f"{OBSERVE}, and {ROBOT_FILE}",
                 figure=draw_gripper(case),

@@ -403,8 +403,8 @@ class LeRobotFolder:
     ) -> list[bytes]:
         """Read the instruction of each row: the task that its `task_index` names.
 
-        Without the column `task_index`, all rows have the first task that the metadata list for the
-        episode. Raises ValueError if the rows have other tasks than the metadata list.
+        Without the column `task_index`, all rows have the first of the episode's tasks in the
+        metadata. Raises ValueError if the rows have other tasks than the metadata say.
         """
         if "task_index" not in steps:
             first_task = " ".join(episode.tasks[:1])

@@ -51,8 +51,7 @@ class RowStats:
             "min": np.array([sketch.low for sketch in sketches]).astype(self._dtype),
             "max": np.array([sketch.high for sketch in sketches]).astype(self._dtype),
             "mean": np.array([sketch.mean for sketch in sketches]),
-            # `squares` is the sum of the squared deviations from the mean.
-            "std": np.array([np.sqrt(sketch.squares / sketch.count) for sketch in sketches]),
+            "std": np.array([np.sqrt(sketch.variance) for sketch in sketches]),
             "count": np.array([sketches[0].count]),
         }
         for name, quantile in QUANTILES.items():
@@ -173,7 +172,7 @@ class QuantileSketch:
         low: The smallest added value.
         high: The largest added value.
         mean: The mean of all added values, exact.
-        squares: The sum of the squared deviations of all added values from their mean.
+        squared_deviations: The sum of the squared deviations of all added values from their mean.
     """
 
     def __init__(self, capacity: int = SKETCH_CAPACITY) -> None:
@@ -182,9 +181,14 @@ class QuantileSketch:
         self.low = np.inf
         self.high = -np.inf
         self.mean = 0.0
-        self.squares = 0.0
+        self.squared_deviations = 0.0
         self._levels: list[Array] = [np.zeros(0)]  # the buffer of each level
         self._keep_odd = [False]  # per level, whether the larger of each pair moves next time
+
+    @property
+    def variance(self) -> float:
+        """The variance of all added values, exact."""
+        return self.squared_deviations / self.count
 
     def add(self, values: Array) -> None:
         """Add numbers [N]."""
@@ -198,15 +202,17 @@ class QuantileSketch:
     def _add_moments(self, piece: Array) -> None:
         """Merge the moments of new values into the moments of the values that were added before.
 
-        The moments are count, low, high, mean and squares. The formulas for merging are by Chan,
-        Golub and LeVeque (1979).
+        The moments are count, low, high, mean and squared_deviations. The formulas for merging are
+        by Chan, Golub and LeVeque (1979).
         """
         piece_mean = float(piece.mean())
-        piece_squares = float(((piece - piece_mean) ** 2).sum())
+        piece_squared_deviations = float(((piece - piece_mean) ** 2).sum())
         total = self.count + len(piece)
         difference = piece_mean - self.mean
         self.mean += difference * len(piece) / total
-        self.squares += piece_squares + difference**2 * self.count * len(piece) / total
+        self.squared_deviations += (
+            piece_squared_deviations + difference**2 * self.count * len(piece) / total
+        )
         self.low = min(self.low, float(piece.min()))
         self.high = max(self.high, float(piece.max()))
         self.count = total
@@ -240,7 +246,14 @@ class QuantileSketch:
 
     def to_arrays(self) -> dict[str, Array]:
         """Convert the sketch to named arrays, from which `from_arrays` restores it."""
-        moments = [self.count, self.low, self.high, self.mean, self.squares, self.capacity]
+        moments = [
+            self.count,
+            self.low,
+            self.high,
+            self.mean,
+            self.squared_deviations,
+            self.capacity,
+        ]
         arrays = {
             "moments": np.array(moments, np.float64),
             "keep_odd": np.array(self._keep_odd),
@@ -256,13 +269,13 @@ class QuantileSketch:
         Raises KeyError or ValueError for any other arrays.
         """
         # `*_` skips a further number, which files of earlier versions have.
-        count, low, high, mean, squares, capacity, *_ = arrays["moments"].tolist()
+        count, low, high, mean, squared_deviations, capacity, *_ = arrays["moments"].tolist()
         sketch = QuantileSketch(int(capacity))
         sketch.count = int(count)
         sketch.low = low
         sketch.high = high
         sketch.mean = mean
-        sketch.squares = squares
+        sketch.squared_deviations = squared_deviations
         sketch._keep_odd = arrays["keep_odd"].tolist()
         sketch._levels = [arrays[f"level {level}"] for level in range(len(sketch._keep_odd))]
         return sketch

@@ -150,7 +150,7 @@ class LiberoTask:
             self._env.seed(self._seed)
             self._num_resets = 0
         while self._num_resets < num_resets_since_seeding:
-            self._soft_reset_environment()
+            self._soft_reset_environment()  # counts itself in `_num_resets`
         self._env.set_init_state(self._states[state_index])
         if changes is not None:
             self._change_state(changes)

@@ -206,8 +206,8 @@ def measure_trust(
 
     Args:
         model: SPEAR-VLM with its processor.
-        labels: Labeled images. For each image, the model is asked to name two objects that are
-            present, and two objects that are absent.
+        labels: Labeled images. For each image, the model is asked about two objects that are
+            present and two that are absent, whether it sees them.
         scores: Scores of questions about these images.
         images_in_words: What the images are, in words.
     """

@@ -182,9 +182,10 @@ def _compile_prompt(prompt: str, question_type: str) -> re.Pattern[str]:
     pattern = re.escape(prompt.rstrip("?"))
     pattern = pattern.replace(r"\{p\}", f"(?:{point})")
     # After its article, a name goes on until a comma, or until words such as " and the" that
-    # introduce the second object. \1 is the name of the gap, x or y.
-    name = r"(?:(?:the|an?) )?(?P<\1>(?:(?! (?:from|and|to) (?:the|an?) )[^?,])+)"
-    return re.compile(re.sub(r"\\{([xy])\\}", name, pattern), re.IGNORECASE)
+    # introduce the second object. `re.sub` puts the name of the gap, x or y, in place of \1.
+    group_of_name = r"(?:(?:the|an?) )?(?P<\1>(?:(?! (?:from|and|to) (?:the|an?) )[^?,])+)"
+    escaped_gap = r"\\{([xy])\\}"  # `re.escape` has made \{x\} of {x}
+    return re.compile(re.sub(escaped_gap, group_of_name, pattern), re.IGNORECASE)
 
 
 def _order_names(skeleton: Skeleton, question_type: str) -> list[str]:

@@ -109,6 +109,7 @@ class TrainedDepthEncoder:
     def plan(self, encoder: MogeEncoder) -> EncoderPlan:
         """Plan how `encoder`, whose weights are on the meta device, gets its weights."""
         expected_weights = {f"{MOGE_PREFIX}{name}": w for name, w in encoder.state_dict().items()}
+        # Our name of a weight -> its name in the checkpoint, which is the same here.
         stored_names = {name: name for name in self.checkpoint.weights}
         entries, loaded_names = match_weights(
             expected_weights, self.checkpoint, stored_names, "MoGe"
@@ -116,9 +117,9 @@ class TrainedDepthEncoder:
         leftover_names = {
             name: name for name in self.checkpoint.weights if name not in expected_weights
         }
-        unused = {r"head\.": "the head that predicts depth"}
+        reason_of_unused = {r"head\.": "the head that predicts depth"}
         entries += list_statuses_of_unused_weights(
-            leftover_names, self.checkpoint, unused, "SPEAR-VLM"
+            leftover_names, self.checkpoint, reason_of_unused, "SPEAR-VLM"
         )
         return EncoderPlan(entries, make_weight_reader(self.checkpoint, loaded_names))
 
