@@ -74,7 +74,8 @@ MAX_UPRIGHT_RAD = 0.2  # a gripper that leans by a larger angle does so on purpo
 MAX_GRASP_OFFSET_M = 0.01
 MAX_GRASP_TURN_RAD = 0.1
 FAR_OFFSET_M = 0.03  # a gripper farther from its grasp has to clear what stands on its way
-DISTANCE_WEIGHT_RAD_PER_M = 3  # to move by 1 m costs as much effort as to turn by 3 rad
+START_YAW_RAD = 0.0  # of the hand in all official states, about; half a turn is the same
+LEFT_WEIGHT_RAD_PER_M = 3  # a grasp 1 m farther to the left is as bad as one turned by 3 rad more
 MAX_ARM_OFFSET_M = 0.008  # distance within which the arm has reached its target
 MAX_BLOCKED_HEIGHT_M = 0.02  # a gripper that stops below this height over its grasp is blocked
 BLOCKED_LAG_M = 0.02  # an arm that has stopped so far above its command stands on something
@@ -424,14 +425,7 @@ def _measure_room_m(grasp: Grasp, center: Array, obstacles: Sequence[Outline]) -
 
 def _approach_and_grasp(name: str, moment: LiberoMoment) -> ActionArray:
     """Move above the object first, then down to it, then close the gripper."""
-    current_yaw = _measure_yaw_rad(moment.commanded)
-
-    def measure_effort(grasp: Grasp) -> float:
-        turn = abs(_choose_nearest_yaw_rad(grasp.yaw, current_yaw) - current_yaw)
-        distance = float(np.linalg.norm(grasp.position[:2] - moment.pose[:2]))
-        return turn + DISTANCE_WEIGHT_RAD_PER_M * distance
-
-    best = min(list_grasps(name, moment), key=measure_effort)
+    best = min(list_grasps(name, moment), key=_rate_grasp)
     facing_quat = _compute_rotation_facing_grasp(best, moment)
     goal = best.position.copy()
     offset = float(np.linalg.norm(moment.pose[:2] - goal[:2]))
@@ -441,7 +435,8 @@ def _approach_and_grasp(name: str, moment: LiberoMoment) -> ActionArray:
     else:
         turn = abs(
             _wrap_angle_rad(
-                _choose_nearest_yaw_rad(best.yaw, current_yaw) - _measure_yaw_rad(moment.pose)
+                _choose_nearest_yaw_rad(best.yaw, _measure_yaw_rad(moment.commanded))
+                - _measure_yaw_rad(moment.pose)
             )
         )
     is_aligned = offset < MAX_GRASP_OFFSET_M and turn < MAX_GRASP_TURN_RAD
@@ -460,6 +455,18 @@ def _approach_and_grasp(name: str, moment: LiberoMoment) -> ActionArray:
         return _move_towards(from_here, above, facing_quat, is_open=True)
     should_close = is_at_grasp or (has_stopped and is_low)
     return _move_towards(moment, goal, facing_quat, is_open=not should_close)
+
+
+def _rate_grasp(grasp: Grasp) -> float:
+    """Rate a grasp: the lower, the better.
+
+    Good is to grasp with the hand turned as at the start of an episode, and on the right side of
+    the object, as seen from the robot. The rating does not depend on where the hand is. Otherwise
+    the better of two equally good sides would change while the hand moves, and a policy that
+    learned from such demonstrations would hover between both sides.
+    """
+    turn = abs(_choose_nearest_yaw_rad(grasp.yaw, START_YAW_RAD) - START_YAW_RAD)
+    return turn + LEFT_WEIGHT_RAD_PER_M * float(grasp.position[1])
 
 
 def _compute_rotation_facing_grasp(grasp: Grasp, moment: LiberoMoment) -> Array:
