@@ -75,7 +75,8 @@ MAX_GRASP_OFFSET_M = 0.01
 MAX_GRASP_TURN_RAD = 0.1
 FAR_OFFSET_M = 0.03  # a gripper farther from its grasp has to clear what stands on its way
 START_YAW_RAD = 0.0  # of the hand in all official states, about; half a turn is the same
-LEFT_WEIGHT_RAD_PER_M = 3  # a grasp 1 m farther to the left is as bad as one turned by 3 rad more
+EASY_Y_M = -0.2  # in the base frame; the side of an object that is nearer to this is grasped
+SIDE_WEIGHT_RAD_PER_M = 3  # a grasp 1 m farther from `EASY_Y_M` is as bad as a turn by 3 rad
 MAX_ARM_OFFSET_M = 0.008  # distance within which the arm has reached its target
 MAX_BLOCKED_HEIGHT_M = 0.02  # a gripper that stops below this height over its grasp is blocked
 BLOCKED_LAG_M = 0.02  # an arm that has stopped so far above its command stands on something
@@ -460,13 +461,13 @@ def _approach_and_grasp(name: str, moment: LiberoMoment) -> ActionArray:
 def _rate_grasp(grasp: Grasp) -> float:
     """Rate a grasp: the lower, the better.
 
-    Good is to grasp with the hand turned as at the start of an episode, and on the right side of
-    the object, as seen from the robot. The rating does not depend on where the hand is. Otherwise
-    the better of two equally good sides would change while the hand moves, and a policy that
-    learned from such demonstrations would hover between both sides.
+    Good is to grasp with the hand turned as at the start of an episode, and on that side of the
+    object that is nearer to a fixed plane. The rating does not depend on where the hand is.
+    Otherwise the better of two equally good sides would change while the hand moves, and a policy
+    that learned from such demonstrations would hover between both sides.
     """
     turn = abs(_choose_nearest_yaw_rad(grasp.yaw, START_YAW_RAD) - START_YAW_RAD)
-    return turn + LEFT_WEIGHT_RAD_PER_M * float(grasp.position[1])
+    return turn + SIDE_WEIGHT_RAD_PER_M * abs(float(grasp.position[1]) - EASY_Y_M)
 
 
 def _compute_rotation_facing_grasp(grasp: Grasp, moment: LiberoMoment) -> Array:
