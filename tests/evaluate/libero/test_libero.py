@@ -173,6 +173,14 @@ class TestOracle:
         assert action[1] > 0
         assert action[7] == 1  # open
 
+    @pytest.mark.parametrize("y", [-0.1, -0.03, 0.03, 0.1])
+    def test_it_grasps_the_same_side_wherever_the_hand_is(self, y: float) -> None:
+        """A bowl stands at y = 0. Otherwise a policy learns to hover between both sides."""
+        action = choose(make_moment((0.5, y, 0.2)))
+
+        is_left_of_grasp = y > -0.052
+        assert (action[1] < 0) == is_left_of_grasp
+
     def test_it_closes_where_it_grasps(self) -> None:
         grasp = oracle.list_grasps("bowl_1", make_moment((0.5, 0, 0.3)))[0]
         x, y, z = grasp.position
