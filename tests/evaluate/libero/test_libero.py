@@ -182,7 +182,7 @@ class TestOracle:
         assert (action[1] < 0) == is_left_of_grasp
 
     def test_it_closes_where_it_grasps(self) -> None:
-        grasp = oracle.list_grasps("bowl_1", make_moment((0.5, 0, 0.3)))[0]
+        grasp = oracle.choose_grasp("bowl_1", make_moment((0.5, 0, 0.3)))
         x, y, z = grasp.position
         moment = make_moment((x, y, z))
         facing_grasp = [math.cos(grasp.yaw / 2), 0, 0, math.sin(grasp.yaw / 2)]
@@ -194,7 +194,7 @@ class TestOracle:
     @pytest.mark.parametrize(("speed", "rises"), [(0.0, True), (0.1, False)])
     def test_it_rises_when_a_finger_stands_on_something(self, speed: float, rises: bool) -> None:
         """The arm is 4 cm above the grasp, to which it is commanded, and has stopped or has not."""
-        grasp = oracle.list_grasps("bowl_1", make_moment((0.5, 0, 0.3)))[0]
+        grasp = oracle.choose_grasp("bowl_1", make_moment((0.5, 0, 0.3)))
         facing_grasp = [math.cos(grasp.yaw / 2), 0, 0, math.sin(grasp.yaw / 2)]
         x, y, z = grasp.position
         moment = dataclasses.replace(

@@ -332,6 +332,22 @@ def list_grasps(name: str, moment: LiberoMoment) -> list[Grasp]:
     return grasps
 
 
+def choose_grasp(name: str, moment: LiberoMoment) -> Grasp:
+    """Choose one of the good grasps of an object, whatever the hand does at this moment.
+
+    The best grasp has the hand turned as at the start of an episode, and is on the side of the
+    object that is nearer to a fixed plane. If the choice depended on where the hand is, one of two
+    equally good sides would be taken from here and the other from there. A policy that learned from
+    such demonstrations would hover between both sides.
+    """
+
+    def measure_disadvantage(grasp: Grasp) -> float:
+        turn = abs(_choose_nearest_yaw_rad(grasp.yaw, START_YAW_RAD) - START_YAW_RAD)
+        return turn + SIDE_WEIGHT_RAD_PER_M * abs(float(grasp.position[1]) - EASY_Y_M)
+
+    return min(list_grasps(name, moment), key=measure_disadvantage)
+
+
 def _list_rim_grasps(name: str, moment: LiberoMoment) -> list[Grasp]:
     """Find the grasps of a bowl's wall at which fingers and hand have room.
 
@@ -426,7 +442,7 @@ def _measure_room_m(grasp: Grasp, center: Array, obstacles: Sequence[Outline]) -
 
 def _approach_and_grasp(name: str, moment: LiberoMoment) -> ActionArray:
     """Move above the object first, then down to it, then close the gripper."""
-    best = min(list_grasps(name, moment), key=_rate_grasp)
+    best = choose_grasp(name, moment)
     facing_quat = _compute_rotation_facing_grasp(best, moment)
     goal = best.position.copy()
     offset = float(np.linalg.norm(moment.pose[:2] - goal[:2]))
@@ -456,18 +472,6 @@ def _approach_and_grasp(name: str, moment: LiberoMoment) -> ActionArray:
         return _move_towards(from_here, above, facing_quat, is_open=True)
     should_close = is_at_grasp or (has_stopped and is_low)
     return _move_towards(moment, goal, facing_quat, is_open=not should_close)
-
-
-def _rate_grasp(grasp: Grasp) -> float:
-    """Rate a grasp: the lower, the better.
-
-    Good is to grasp with the hand turned as at the start of an episode, and on that side of the
-    object that is nearer to a fixed plane. The rating does not depend on where the hand is.
-    Otherwise the better of two equally good sides would change while the hand moves, and a policy
-    that learned from such demonstrations would hover between both sides.
-    """
-    turn = abs(_choose_nearest_yaw_rad(grasp.yaw, START_YAW_RAD) - START_YAW_RAD)
-    return turn + SIDE_WEIGHT_RAD_PER_M * abs(float(grasp.position[1]) - EASY_Y_M)
 
 
 def _compute_rotation_facing_grasp(grasp: Grasp, moment: LiberoMoment) -> Array:
