@@ -75,8 +75,10 @@ MAX_GRASP_OFFSET_M = 0.01
 MAX_GRASP_TURN_RAD = 0.1
 FAR_OFFSET_M = 0.03  # a gripper farther from its grasp has to clear what stands on its way
 START_YAW_RAD = 0.0  # of the hand in all official states, about; half a turn is the same
-EASY_Y_M = -0.2  # in the base frame; the side of an object that is nearer to this is grasped
-SIDE_WEIGHT_RAD_PER_M = 3  # a grasp 1 m farther from `EASY_Y_M` is as bad as a turn by 3 rad
+REFERENCE_Y_M = (
+    -0.2
+)  # the right side of objects is grasped; on the cabinet, farther right, the left
+SIDE_WEIGHT_RAD_PER_M = 3  # a grasp 1 m farther from `REFERENCE_Y_M` is as bad as a turn by 3 rad
 MAX_ARM_OFFSET_M = 0.008  # distance within which the arm has reached its target
 MAX_BLOCKED_HEIGHT_M = 0.02  # a gripper that stops below this height over its grasp is blocked
 BLOCKED_LAG_M = 0.02  # an arm that has stopped so far above its command stands on something
@@ -343,7 +345,7 @@ def choose_grasp(name: str, moment: LiberoMoment) -> Grasp:
 
     def measure_disadvantage(grasp: Grasp) -> float:
         turn = abs(_choose_nearest_yaw_rad(grasp.yaw, START_YAW_RAD) - START_YAW_RAD)
-        return turn + SIDE_WEIGHT_RAD_PER_M * abs(float(grasp.position[1]) - EASY_Y_M)
+        return turn + SIDE_WEIGHT_RAD_PER_M * abs(float(grasp.position[1]) - REFERENCE_Y_M)
 
     return min(list_grasps(name, moment), key=measure_disadvantage)
 
