@@ -75,9 +75,11 @@ MAX_GRASP_OFFSET_M = 0.01
 MAX_GRASP_TURN_RAD = 0.1
 FAR_OFFSET_M = 0.03  # a gripper farther from its grasp has to clear what stands on its way
 START_YAW_RAD = 0.0  # of the hand in all official states, about; half a turn is the same
-REFERENCE_Y_M = (
-    -0.2
-)  # the right side of objects is grasped; on the cabinet, farther right, the left
+REFERENCE_Y_M = -0.2
+"""The side of an object that is nearer to this is grasped, in the base frame, m.
+
+That is the right side, as seen from the robot; of what stands on the cabinet the left side, because
+the arm does not reach beyond it."""
 SIDE_WEIGHT_RAD_PER_M = 3  # a grasp 1 m farther from `REFERENCE_Y_M` is as bad as a turn by 3 rad
 MAX_ARM_OFFSET_M = 0.008  # distance within which the arm has reached its target
 MAX_BLOCKED_HEIGHT_M = 0.02  # a gripper that stops below this height over its grasp is blocked
