@@ -21,7 +21,12 @@ from refusals import refuses
 from spear.errors import SpearError
 from spear.evaluate.libero import environment, oracle
 from spear.evaluate.libero.process import WORKER, Box, LiberoMoment, LiberoProcess, Region
-from spear.evaluate.libero.record import RecordingSettings, begin_at_resting_start, record_episode
+from spear.evaluate.libero.record import (
+    RecordingSettings,
+    begin_at_resting_start,
+    record_episode,
+    scale_pictures_to_fit_views,
+)
 from spear.evaluate.libero.run import Libero, OracleAgent, summarize_suites
 from spear.evaluate.libero.starts import MARGIN_M, measure_distance_from_official_m
 from spear.evaluate.libero.suites import PROTOCOLS, get_max_steps, resolve_original_suite
@@ -30,6 +35,7 @@ from spear.evaluate.options import LiberoOptions
 from spear.evaluate.results import Outcome, Results
 from spear.geometry import quat_exp, quat_rotate
 from spear.types import Array
+from spear.util.images import fit_image
 
 DOWN = [1.0, 0.0, 0.0, 0.0]
 """Orientation of a gripper that points down, and of an object that is not turned."""
@@ -123,6 +129,18 @@ class TestSuites:
         suites = summarize_suites(results)
 
         assert suites["libero_goal"].value == 0.5
+
+
+def test_recorded_pictures_get_their_bars_in_training() -> None:
+    picture = np.random.default_rng(0).integers(1, 256, (256, 256, 3), dtype=np.uint8)
+    observation = {"observation/image": picture}
+    settings = RecordingSettings(sizes={"external": (168, 126)})
+
+    recorded = scale_pictures_to_fit_views(observation, settings)["external"]
+
+    # A bar that were recorded would be changed by the color jitter of training.
+    assert recorded.shape == (126, 126, 3)
+    np.testing.assert_array_equal(fit_image(recorded, 126, 168), fit_image(picture, 126, 168))
 
 
 def test_fast_rendering_removes_triangles_that_are_too_small_to_be_seen() -> None:

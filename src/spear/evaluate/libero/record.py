@@ -59,8 +59,9 @@ MAX_SETTLED_HEIGHT_M = 0.01  # the same for its height
 class RecordingSettings:
     """How demonstrations are recorded.
 
-    sizes           view → (width, height) of the images, px. Whole pictures are scaled to fit, with
-                    black bars.
+    sizes           view → (width, height) of the model's images, px. Whole pictures are scaled to
+                    fit. They stay square: the black bars that a wider image needs are added in
+                    training, as they are when the policy acts.
     workers         number of processes that run at once.
     fast_rendering  whether pictures have no multisampling, no reflections and fewer triangles.
     policy          a policy that takes turns with the oracle. The steps that it takes are masked,
@@ -172,7 +173,9 @@ def record_episode(
         state = observation["observation/state"]
         oracle_action = oracle.choose_action(process.goal, moment)
         action, is_disturbed = disturb(oracle_action, step, observation, seed)
-        recorder.add(_fit_pictures_into_views(observation, settings), state, action, is_disturbed)
+        recorder.add(
+            scale_pictures_to_fit_views(observation, settings), state, action, is_disturbed
+        )
         rows = control.convert(action[None], state, {})
         moment = process.run(rows, max_steps)
         step += 1
@@ -221,14 +224,15 @@ def _is_at_rest_where_put(
     return True
 
 
-def _fit_pictures_into_views(
+def scale_pictures_to_fit_views(
     observation: Mapping[str, Any], settings: RecordingSettings
 ) -> dict[str, Array]:
-    """Scale the pictures of an observation to the views' sizes."""
+    """Scale the pictures of an observation so that they fit into the views' sizes."""
     key_of_view = {"external": "observation/image", "wrist": "observation/wrist_image"}
     pictures = {}
     for view, (width, height) in settings.sizes.items():
-        pictures[view] = fit_image(observation[key_of_view[view]], height, width)
+        picture = observation[key_of_view[view]]
+        pictures[view] = fit_image(picture, height, width, has_bars=False)
     return pictures
 
 
