@@ -50,7 +50,7 @@ from robot import Recording, Robot, record
 from score import summarize, write_table
 from spear.cli import run_reporting_errors
 from spear.data.store.episode_store import EpisodeStore, append_episodes
-from spear.diagnose.diagnosis import diagnose, write_findings_json
+from spear.diagnose.diagnosis import diagnose, write_diagnosis_json
 from spear.diagnose.load import load_policy_case, with_rollout
 from spear.diagnose.policy_case import PolicyCase
 from spear.policy import Spear1Policy
@@ -211,7 +211,7 @@ def diagnose_case(case: Case, subject: Subject, out: Path) -> dict[str, Any]:
     seconds = time.perf_counter() - started_s
     processor_s = time.process_time() - started_processor_s
 
-    write_findings_json(diagnosis, out / "findings" / f"{case.name}.json")
+    write_diagnosis_json(diagnosis, out / "findings" / f"{case.name}.json")
     store = EpisodeStore(rollout)
     rollout_s = float((store.lengths / store.rates_hz).sum())
     outcome = json.loads((out / "outcomes" / f"{case.name}.json").read_text("utf-8"))

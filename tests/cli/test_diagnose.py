@@ -4,7 +4,7 @@ import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import pytest
 
@@ -15,7 +15,7 @@ from spear.data.store.episode_store import append_episodes
 from spear.diagnose.load import load_case, load_policy_case
 from spear.errors import SpearError
 
-Diagnose = Callable[..., tuple[int, dict[str, object]]]
+Diagnose = Callable[..., tuple[int, dict[str, Any]]]
 """The type of the fixture `diagnose`: checks -> the exit code, and the content of the JSON file."""
 
 
@@ -47,7 +47,7 @@ def diagnose(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Diagnose:
     """Return a function that runs the command with these checks; by default without a page."""
     append_episodes([make_episode(0)], tmp_path / "rollout")
 
-    def run(*checks: RolloutCheck, out: str = "None") -> tuple[int, dict[str, object]]:
+    def run(*checks: RolloutCheck, out: str = "None") -> tuple[int, dict[str, Any]]:
         monkeypatch.setattr("spear.diagnose.diagnosis.make_all_checks", lambda: checks)
         file = tmp_path / "diagnosis.json"
         command = f"diagnose --rollout {tmp_path}/rollout --json {file} --device cpu --out {out}"
@@ -68,7 +68,9 @@ def test_a_clean_case_exits_with_0(diagnose: Diagnose, capsys: pytest.CaptureFix
     code, report = diagnose(make_check(None))
 
     assert code == 0
-    assert report == {"verdict": "nothing found", "findings": []}
+    assert report["verdict"] == "nothing found"
+    assert report["findings"] == []
+    assert report["not_found"] == ["action-frame"]
     assert "examined and not found: action-frame" in capsys.readouterr().out
 
 
@@ -104,15 +106,19 @@ def test_a_suspicion_is_undecided_and_exits_with_3(result: Result, diagnose: Dia
     code, report = diagnose(make_check(result))
 
     assert code == 3
-    assert report == {"verdict": "undecided", "findings": []}
+    assert report["verdict"] == "undecided"
+    assert report["findings"] == []
+    assert set(report["suspicions"]) == {"action-frame"}
 
 
 def test_nothing_examined_is_undecided(
     diagnose: Diagnose,
 ) -> None:
-    code, _ = diagnose(make_check(Doubt("too short")))
+    code, report = diagnose(make_check(Doubt("too short")))
 
     assert code == 3
+    assert report["not_examined"] == {"action-frame": "too short"}
+    assert report["not_found"] == []
 
 
 def test_bad_input_exits_with_2(tmp_path: Path) -> None:
@@ -131,8 +137,10 @@ def test_findings_are_ranked_and_causes_explain_their_effects(
     _, report = diagnose(effect, cause)
 
     findings = report["findings"]
-    assert isinstance(findings, list)
     assert [entry["fault"] for entry in findings] == ["action-frame"]
+    (secondary,) = report["secondary"]
+    assert secondary["fault"] == "start-outside"
+    assert secondary["explained_by"] == "action-frame"
     assert "explained by action-frame: start-outside" in capsys.readouterr().out
 
 

@@ -38,7 +38,7 @@ class DiagnoseOptions(Options):
     norm_stats: DatasetName = None
     device: Device = "auto"
     json: OptionalFile = None
-    """Write verdict and findings to this file, as JSON."""
+    """Write verdict, findings and what was not examined to this file, as JSON."""
     out: OptionalFile = Path("runs/diagnose.html")
     """Write a page to this file; None writes none."""
 
@@ -56,7 +56,7 @@ def diagnose(options: DiagnoseOptions) -> None:
         spear diagnose --rollout recordings --json diagnosis.json
     """
     from spear.diagnose.diagnosis import diagnose as run_checks
-    from spear.diagnose.diagnosis import write_findings_json
+    from spear.diagnose.diagnosis import write_diagnosis_json
     from spear.diagnose.load import load_case
     from spear.diagnose.text import format_diagnosis
 
@@ -75,7 +75,7 @@ def diagnose(options: DiagnoseOptions) -> None:
     diagnosis = run_checks(case)
     print(escape_control_characters(format_diagnosis(diagnosis), keep_newlines=True))
     if options.json is not None:
-        write_findings_json(diagnosis, options.json)
+        write_diagnosis_json(diagnosis, options.json)
     if options.out is not None:
         from spear.report.diagnosis import write_diagnosis_page
 

@@ -63,20 +63,32 @@ class Diagnosis:
             return "undecided"
         return "nothing found"
 
-    def findings_to_json(self) -> str:
-        """Return the verdict and the findings as JSON, without what else the checks said."""
-        findings: list[dict[str, Any]] = []
-        for ranked in self.findings:
-            findings.append(
-                {
-                    "fault": ranked.check.fault,
-                    "confidence": ranked.finding.confidence,
-                    "evidence": ranked.finding.evidence,
-                    "cure": ranked.finding.cure,
-                    "file": ranked.finding.file,
-                }
-            )
-        return json.dumps({"verdict": self.verdict, "findings": findings}, indent=1)
+    def to_json(self) -> str:
+        """Return everything that the checks said as JSON."""
+        findings = [_describe_for_json(ranked) for ranked in self.findings]
+        secondary = []
+        for ranked, explaining_fault in self.secondary:
+            secondary.append({**_describe_for_json(ranked), "explained_by": explaining_fault})
+        content = {
+            "verdict": self.verdict,
+            "findings": findings,
+            "secondary": secondary,
+            "suspicions": dict(self.suspicions),
+            "not_examined": dict(self.unknown),
+            "not_found": list(self.clean),
+        }
+        return json.dumps(content, indent=1)
+
+
+def _describe_for_json(ranked: RankedFinding) -> dict[str, Any]:
+    """Describe a finding by plain values."""
+    return {
+        "fault": ranked.check.fault,
+        "confidence": ranked.finding.confidence,
+        "evidence": ranked.finding.evidence,
+        "cure": ranked.finding.cure,
+        "file": ranked.finding.file,
+    }
 
 
 def diagnose(case: PolicyCase) -> Diagnosis:
@@ -183,6 +195,6 @@ def _are_of_different_cameras(first: Finding, second: Finding) -> bool:
     return first.camera != second.camera
 
 
-def write_findings_json(diagnosis: Diagnosis, file: Path) -> None:
-    """Write the verdict and the findings of a diagnosis to a file, as JSON."""
-    write_text(file, diagnosis.findings_to_json() + "\n")
+def write_diagnosis_json(diagnosis: Diagnosis, file: Path) -> None:
+    """Write a diagnosis to a file, as JSON."""
+    write_text(file, diagnosis.to_json() + "\n")
