@@ -28,7 +28,7 @@ from experiments.figure_style import (
     save_figure,
     use_style,
 )
-from spear.evaluate.compare import load_references
+from spear.evaluate.compare import load_published_tables
 from spear.evaluate.stats import estimate_difference_over_seeds
 
 Rows = dict[str, SuccessTables]
@@ -93,7 +93,7 @@ def draw_parts(three_seeds: Rows, long: Rows) -> None:
 
 def find_published_gain(table: str, choice: str, alternative: str) -> float:
     """How many points the paper gains by a choice."""
-    means = load_references()[table].means
+    means = load_published_tables()[table].means
     return means[choice] - means[alternative]
 
 

@@ -10,7 +10,7 @@ import numpy as np
 from experiments.ablations.plan import Data, Plan
 from experiments.ablations.rows import Row, Table
 from experiments.ablations.run import load_score
-from spear.evaluate.compare import load_references
+from spear.evaluate.compare import load_published_tables
 from spear.evaluate.results import Results
 from spear.evaluate.stats import (
     Estimate,
@@ -69,7 +69,7 @@ def fill_tables(plan: Plan, out: Path, data: Data) -> list[FilledTable]:
         means: Mapping[str, float] = {}
         source = ""
         if table.reference:
-            reference = load_references()[table.reference]
+            reference = load_published_tables()[table.reference]
             means = reference.means
             source = f"{reference.title}. {reference.source}"
 

@@ -5,10 +5,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from spear.evaluate.compare import find_matching_references, load_references
+from spear.evaluate.compare import find_published_tables_of_same_tasks, load_published_tables
 from spear.evaluate.results import Outcome, Results
 
-SIMPLER = load_references()["simpler_widowx"]
+SIMPLER = load_published_tables()["simpler_widowx"]
 
 
 def make_results(*families: str) -> Results:
@@ -31,9 +31,9 @@ def make_results(*families: str) -> Results:
     return Results(policy="mine", settings={}, outcomes=outcomes, seconds=1.0)
 
 
-@pytest.mark.parametrize("name", load_references())
+@pytest.mark.parametrize("name", load_published_tables())
 def test_every_table_has_a_source_and_fitting_rows(name: str) -> None:
-    table = load_references()[name]
+    table = load_published_tables()[name]
 
     assert "arXiv" in table.source
     assert len(table.columns) == len(table.families)
@@ -42,28 +42,28 @@ def test_every_table_has_a_source_and_fitting_rows(name: str) -> None:
     assert all(0 <= mean <= 100 for mean in table.means.values())
 
 
-@pytest.mark.parametrize("name", load_references())
+@pytest.mark.parametrize("name", load_published_tables())
 def test_published_means_are_those_of_their_rows(name: str) -> None:
-    table = load_references()[name]
+    table = load_published_tables()[name]
 
     for method, row in table.rows.items():
         assert np.mean(row) == pytest.approx(table.means[method], abs=0.1)  # rounded
 
 
 def test_our_simulators_tasks_match_no_published_table() -> None:
-    assert find_matching_references(make_results("spoon_on_towel", "stack_cube")) == []
+    assert find_published_tables_of_same_tasks(make_results("spoon_on_towel", "stack_cube")) == []
 
 
 def test_results_of_the_same_tasks_match_a_table() -> None:
     results = make_results(SIMPLER.families[0])
 
-    assert find_matching_references(results) == [SIMPLER]
+    assert find_published_tables_of_same_tasks(results) == [SIMPLER]
 
 
 def test_results_of_other_starts_match_no_table() -> None:
     results = replace(make_results(SIMPLER.families[0]), settings={"starts": "off the grid"})
 
-    assert find_matching_references(results) == []
+    assert find_published_tables_of_same_tasks(results) == []
 
 
 def test_our_numbers_stand_below_the_published_ones() -> None:

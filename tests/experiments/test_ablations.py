@@ -41,7 +41,7 @@ from outcomes import make_outcome
 from processes import run_in_process
 from spear import flow
 from spear.evaluate import closed_loop
-from spear.evaluate.compare import load_references
+from spear.evaluate.compare import load_published_tables
 from spear.evaluate.results import Journal
 from spear.evaluate.stats import Estimate
 from spear.geometry import quat_exp, quat_multiply
@@ -125,7 +125,7 @@ def test_every_published_number_has_its_row(table: Any) -> None:
     if not table.reference:
         return
 
-    published_titles = set(load_references()[table.reference].means)
+    published_titles = set(load_published_tables()[table.reference].means)
 
     assert published_titles <= {row.title for row in table.rows}
 

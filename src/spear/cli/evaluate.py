@@ -11,7 +11,7 @@ from tyro.conf import Positional, arg
 
 from spear.cli.data import open_or_prepare_episodes, parse_usable_split
 from spear.errors import SpearError, escape_control_characters, format_count, notice
-from spear.evaluate.compare import find_matching_references, load_references
+from spear.evaluate.compare import find_published_tables_of_same_tasks, load_published_tables
 from spear.evaluate.options import (
     AgentOptions,
     LiberoOptions,
@@ -144,10 +144,10 @@ def evaluate_simpler(options: EvaluateSimplerOptions) -> None:
     agent = run.OracleAgent() if is_plain_oracle else load_agent(**vars(options.agent))
     if options.loop.shift == "all":
         from spear.evaluate.shift_suite import evaluate_shifts
-        from spear.evaluate.simpler.shifts import SIMPLER_AXES, resolve_tasks
+        from spear.evaluate.simpler.shifts import SIMPLER_AXES, select_shiftable_tasks
 
         # The same tasks with every shift, so that their mean success can be compared.
-        tasks = resolve_tasks(options.loop.tasks, "all")
+        tasks = select_shiftable_tasks(options.loop.tasks, "all")
         shift_results = evaluate_shifts(
             lambda shifted: run.evaluate_simpler(agent, shifted)[0],
             replace(options.loop, tasks=tasks),
@@ -609,11 +609,13 @@ def compare(options: CompareOptions) -> None:
         print(f"not compared: {unshared_count} whose scene only one of the two saw")
 
     named_results = [(comparison.first_name, first), (comparison.second_name, second)]
-    references = find_matching_references(first)
-    for reference_table in references:
-        print_table(reference_table.to_table(named_results))
+    published_tables = find_published_tables_of_same_tasks(first)
+    for published_table in published_tables:
+        print_table(published_table.to_table(named_results))
     if options.report:
-        page = make_comparison_page(comparison, folders, options.videos, references, named_results)
+        page = make_comparison_page(
+            comparison, folders, options.videos, published_tables, named_results
+        )
         write_text(options.report, page)
         print(f"page: {options.report}")
 
@@ -632,7 +634,7 @@ def reference() -> None:
     Example:
         spear evaluate reference
     """
-    for table in load_references().values():
+    for table in load_published_tables().values():
         print_table(table.to_table())
 
 
@@ -648,7 +650,7 @@ def _save_and_print_results(policy: str, out: Path | None, num_requested: int) -
     results = load_results(out)
     results.save(out / "results.json")
     print_table(results.to_table())
-    for table in find_matching_references(results):
+    for table in find_published_tables_of_same_tasks(results):
         print_table(table.to_table([(policy, results)]))
     num_others = len(results.outcomes) - num_requested
     note = ""

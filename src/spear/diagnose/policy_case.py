@@ -121,7 +121,7 @@ class PolicyCase(Case):
             self.sight.record_misses(self._vlm, self.get_training(), all_names)
         judged = {}
         for index, names in names_by_episode.items():
-            judged_names = [name for name in names if self.sight.can_judge(name)]
+            judged_names = [name for name in names if self.sight.is_mostly_seen(name)]
             if judged_names:
                 judged[index] = judged_names
         return judged

@@ -121,9 +121,9 @@ class TrainingSight:
         for name, missed in zip(tried_names, is_missed, strict=True):
             self.missed[name].append(missed)
 
-    def can_judge(self, name: str) -> bool:
-        """Return whether the model mostly sees the objects of this name in training."""
-        missed = self.missed[name]
+    def is_mostly_seen(self, object_name: str) -> bool:
+        """Return whether the model mostly sees the objects of a tried name in training."""
+        missed = self.missed[object_name]
         is_known = len(missed) >= MIN_EPISODES_PER_NAME
         return is_known and float(np.mean(missed)) <= MAX_MISSED_SHARE
 
@@ -136,7 +136,7 @@ class TrainingSight:
         """
         is_missed: list[bool] = []
         for name, results in self.missed.items():
-            if self.can_judge(name):
+            if self.is_mostly_seen(name):
                 is_missed += results
         return (sum(is_missed) + 1) / (len(is_missed) + 2)
 

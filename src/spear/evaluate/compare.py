@@ -250,7 +250,7 @@ def format_p_value(p: float) -> str:
 
 
 @dataclass(frozen=True)
-class Reference:
+class PublishedTable:
     """A published table of success rates.
 
     title     heading of the table.
@@ -315,18 +315,18 @@ def _format_percent(rate: Estimate | None) -> str:
     return f"{100 * rate.value:.1f} [{100 * rate.low:.0f}, {100 * rate.high:.0f}]"
 
 
-def load_references() -> dict[str, Reference]:
+def load_published_tables() -> dict[str, PublishedTable]:
     """Load all published tables: name → table."""
     folder = resources.files("spear.evaluate").joinpath("reference")
     files = [file for file in folder.iterdir() if file.name.endswith(".toml")]
-    references = {}
+    tables = {}
     for file in sorted(files, key=lambda file: file.name):
         fields = tomllib.loads(file.read_text("utf-8"))
-        references[file.name.removesuffix(".toml")] = Reference(**fields)
-    return references
+        tables[file.name.removesuffix(".toml")] = PublishedTable(**fields)
+    return tables
 
 
-def find_matching_references(results: Results) -> list[Reference]:
+def find_published_tables_of_same_tasks(results: Results) -> list[PublishedTable]:
     """Find the published tables that have a task of these results.
 
     There are none if the results are of other starts than the official ones, because published
@@ -335,4 +335,4 @@ def find_matching_references(results: Results) -> list[Reference]:
     if "starts" in results.settings:
         return []
     families = set(results.families)
-    return [table for table in load_references().values() if families & set(table.families)]
+    return [table for table in load_published_tables().values() if families & set(table.families)]

@@ -11,7 +11,7 @@ from spear.evaluate.compare import (
     SIGNIFICANCE_LEVEL,
     Comparison,
     Pair,
-    Reference,
+    PublishedTable,
     format_p_value,
     format_points,
     format_row,
@@ -61,7 +61,7 @@ def make_comparison_page(
     comparison: Comparison,
     folders: tuple[Path, Path],
     max_films: int = 12,
-    published: Sequence[Reference] = (),
+    published: Sequence[PublishedTable] = (),
     named_results: Sequence[tuple[str, Results]] = (),
 ) -> str:
     """Make a self-contained page that compares two policies.

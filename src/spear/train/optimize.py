@@ -273,7 +273,7 @@ class Stepper:
         piece_values: list[torch.Tensor] = []
         piece_numbers = parallel.get_piece_numbers(step, len(pieces))
         for number, piece in zip(piece_numbers, pieces, strict=True):
-            values = self._run_piece(piece, number, num_pieces=len(pieces))
+            values = self._add_gradient_of_piece(piece, number, num_pieces=len(pieces))
             names = list(values)
             piece_values.append(torch.stack([value.detach().float() for value in values.values()]))
 
@@ -303,10 +303,16 @@ class Stepper:
         self._update_ema(step)
         return step_values
 
-    def _run_piece(
-        self, piece: Batch, piece_number: int, num_pieces: int
+    def _add_gradient_of_piece(
+        self, piece: Batch, number_in_run: int, num_pieces: int
     ) -> dict[str, torch.Tensor]:
         """Add a piece's gradient, divided by `num_pieces`, to the parameters' gradients.
+
+        Args:
+            piece: The piece.
+            number_in_run: The piece's number, counted from the begin of the run. It decides the
+                random numbers.
+            num_pieces: How many pieces the step has.
 
         Returns:
             The piece's loss, as "loss", and the parts of the loss.
@@ -321,7 +327,7 @@ class Stepper:
             # The cache would keep a bfloat16 copy of every weight until the forward pass ends.
             cache_enabled=not self.opt.gradient_checkpointing,
         ):
-            generator = make_step_generator(self.seed, piece_number, self.device)
+            generator = make_step_generator(self.seed, number_in_run, self.device)
             loss, parts = self.task.loss(piece_on_device, generator)
         (loss / num_pieces).backward()
         return {"loss": loss.detach(), **parts}

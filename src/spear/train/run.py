@@ -106,7 +106,7 @@ def train(
         _, checkpoint_state = checkpoint
         earlier_settings = loop.list_earlier_settings(checkpoint_state, new_settings)
     _notice_changed_optimization(requested_opt, opt, is_resumed=checkpoint is not None)
-    _notice_changed_settings(checkpoint, earlier_settings, new_settings)
+    _notice_settings_changed_by_continuation(checkpoint, earlier_settings, new_settings)
     _notice_settings_without_effect(recipe, requested_opt.steps, options)
 
     # Build and train.
@@ -274,19 +274,26 @@ def _notice_changed_optimization(
         notice(f"a run keeps the pieces of its batches, so accumulate is {opt.accumulate}.")
 
 
-def _notice_changed_settings(
+def _notice_settings_changed_by_continuation(
     checkpoint: SavedCheckpoint | None,
-    earlier_settings: Sequence[Mapping[str, Any]],
+    settings_changed_so_far: Sequence[Mapping[str, Any]],
     new_settings: Mapping[str, Any],
 ) -> None:
-    """Print a notice if this continuation of the run changes settings of the run."""
+    """Print a notice if this continuation of the run changes settings of the run.
+
+    Args:
+        checkpoint: Where the run continues; None if it begins.
+        settings_changed_so_far: The values before each change of settings, those of this
+            continuation included (see `loop.list_earlier_settings`).
+        new_settings: All settings from now on.
+    """
     if checkpoint is None:
         return
     _, state = checkpoint
-    if earlier_settings == state["earlier"]:
+    if settings_changed_so_far == state["earlier"]:
         return
     # The last entry has the values that this continuation changes.
-    earlier_values = dict(earlier_settings[-1])
+    earlier_values = dict(settings_changed_so_far[-1])
     last_step = earlier_values.pop("until_step")
     changes = ", ".join(
         f"{name}={value} (now {new_settings[name]})" for name, value in earlier_values.items()

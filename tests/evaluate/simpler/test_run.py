@@ -19,7 +19,7 @@ from refusals import Command, refuses
 from spear import embodiments
 from spear.data.store.episode_store import EpisodeStore
 from spear.evaluate.agents import load_agent
-from spear.evaluate.compare import find_matching_references
+from spear.evaluate.compare import find_published_tables_of_same_tasks
 from spear.evaluate.options import EpisodeOptions
 from spear.evaluate.results import load_results
 from spear.evaluate.runner import run_evaluation
@@ -407,7 +407,7 @@ def test_nano_runs_and_is_compared_with_published_results(nano_folder: Path) -> 
     results = load_results(nano_folder)
 
     (outcome,) = results.outcomes
-    (published,) = find_matching_references(results)
+    (published,) = find_published_tables_of_same_tasks(results)
     cells: list[Any] = published.cells([("nano", results)])
     assert (outcome.seed, outcome.steps) == (30, 6)  # to the time limit
     assert "SPEAR-1 (published)" in [line[0] for line in cells]

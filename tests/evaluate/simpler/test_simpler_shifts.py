@@ -33,11 +33,11 @@ from spear.evaluate.simpler.shifts import (
     TASK_WORDS,
     SceneShift,
     parse_simpler_shift,
-    resolve_tasks,
     rotate_x_axis_to,
     sample_camera,
     sample_instruction,
     sample_shifted_photograph,
+    select_shiftable_tasks,
 )
 from spear.evaluate.simpler.tasks import TASKS, Moment
 from spear.evaluate.simpler.world import SimplerProcess
@@ -264,14 +264,14 @@ def test_the_command_refuses_such_an_axis_before_anything_runs(
 
 @pytest.mark.parametrize("shift", ["camera", "background:3", "all"])
 def test_tasks_whose_goal_is_on_the_photograph_are_left_out(shift: str) -> None:
-    assert resolve_tasks((), shift) == FLAT_TASKS
-    refuses("Give --tasks", resolve_tasks, (EGGPLANT_TASK,), shift)
+    assert select_shiftable_tasks((), shift) == FLAT_TASKS
+    refuses("Give --tasks", select_shiftable_tasks, (EGGPLANT_TASK,), shift)
 
 
 @pytest.mark.parametrize("shift", [None, "light:3", "language", "noise:1"])
 def test_other_shifts_are_of_all_tasks(shift: str | None) -> None:
-    assert resolve_tasks((), shift) == tuple(TASKS)
-    assert resolve_tasks((EGGPLANT_TASK,), shift) == (EGGPLANT_TASK,)
+    assert select_shiftable_tasks((), shift) == tuple(TASKS)
+    assert select_shiftable_tasks((EGGPLANT_TASK,), shift) == (EGGPLANT_TASK,)
 
 
 def test_a_shift_is_fixed_by_task_level_and_seed() -> None:

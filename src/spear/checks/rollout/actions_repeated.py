@@ -43,7 +43,7 @@ class ActionsRepeatedCheck(MotionCheck):
             return None
         if motion.gain_of_short_commands > MAX_TWICE_GAIN:
             return None  # another unit, whose longer moves the robot cuts
-        gains = motion.move_gains[motion.is_commanded_to_move]
+        gains = motion.move_gains[motion.is_move_commanded]
         repeated_share = np.mean((gains > MIN_TWICE_GAIN) & (gains < MAX_TWICE_GAIN))
         once_share = np.mean((gains > MIN_ONCE_GAIN) & (gains < MAX_ONCE_GAIN))
         if repeated_share < MIN_REPEATED_SHARE:

@@ -8,7 +8,7 @@ import numpy as np
 from spear.checks.rollout.camera_checks import (
     CAMERA_FILE,
     draw_pictures,
-    examine_picture_versions,
+    find_camera_with_faulty_pictures,
 )
 from spear.checks.rollout.case import Case, Finding, Material, Result, RolloutCheck
 from spear.checks.rollout.color_relations import ColorRelation, relate_colors
@@ -31,7 +31,9 @@ class CameraBgrCheck(RolloutCheck):
     # Names of objects may have colors.
 
     def examine(self, case: Case) -> Result:
-        single_result = examine_picture_versions(case, (VERSION,), "sends BGR", CURE, is_color=True)
+        single_result = find_camera_with_faulty_pictures(
+            case, (VERSION,), "sends BGR", CURE, is_color=True
+        )
         if isinstance(single_result, Finding):
             return single_result
         for camera in case.rollout_cameras:

@@ -16,15 +16,19 @@ TOO_FEW_PICTURES = "too few training pictures to compare with"
 MAX_SHOWN_PICTURES = 4  # of the rollout, and as many of the training
 
 
-def examine_picture_versions(
-    case: Case, versions: Collection[str], words: str, cure: str, is_color: bool = False
+def find_camera_with_faulty_pictures(
+    case: Case,
+    faulty_versions: Collection[str],
+    fault_in_words: str,
+    cure: str,
+    is_color: bool = False,
 ) -> Result:
-    """Look for cameras whose pictures fit the training best if they are one of some versions.
+    """Look for a camera whose pictures fit the training best if they are a faulty version.
 
     Args:
         case: the case.
-        versions: the versions that count, or beginnings of their names.
-        words: what happened, after the name of the camera.
+        faulty_versions: the versions that are a fault, or beginnings of their names.
+        fault_in_words: what happened, after the name of the camera.
         cure: what to change.
         is_color: whether the versions are of the colors instead of the shape.
     """
@@ -40,7 +44,7 @@ def examine_picture_versions(
             best = comparison.find_best_color_version(camera)
         else:
             best = find_unrefuted_shape_version(case, camera)
-        if best is None or not best.version.startswith(tuple(versions)):
+        if best is None or not best.version.startswith(tuple(faulty_versions)):
             continue
         if best.log_odds < MIN_CONFIDENCE_LOG_ODDS:
             suspicion = f"camera {camera} may be {best.version}"
@@ -48,7 +52,7 @@ def examine_picture_versions(
         is_by_flow = best in (comparison.get_mirror_and_turn_odds_by_flow(camera) or ())
         return Finding(
             confidence=round(float(min(1 / (1 + np.exp(-best.log_odds)), 0.97)), 3),
-            evidence=f"camera {camera} {words}: {_describe_odds(best, is_by_flow)}",
+            evidence=f"camera {camera} {fault_in_words}: {_describe_odds(best, is_by_flow)}",
             cure=cure,
             file=CAMERA_FILE,
             figure=draw_pictures(case, camera),

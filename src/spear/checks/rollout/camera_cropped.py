@@ -2,7 +2,7 @@
 
 from typing import ClassVar
 
-from spear.checks.rollout.camera_checks import examine_picture_versions
+from spear.checks.rollout.camera_checks import find_camera_with_faulty_pictures
 from spear.checks.rollout.case import Case, Material, Result, RolloutCheck
 
 
@@ -17,4 +17,4 @@ class CameraCroppedCheck(RolloutCheck):
     def examine(self, case: Case) -> Result:
         versions = ("cropped",)
         cure = "send whole pictures, with the field of view of training"
-        return examine_picture_versions(case, versions, "shows only the middle", cure)
+        return find_camera_with_faulty_pictures(case, versions, "shows only the middle", cure)

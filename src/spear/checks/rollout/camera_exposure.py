@@ -2,7 +2,7 @@
 
 from typing import ClassVar
 
-from spear.checks.rollout.camera_checks import examine_picture_versions
+from spear.checks.rollout.camera_checks import find_camera_with_faulty_pictures
 from spear.checks.rollout.case import Case, Material, Result, RolloutCheck
 
 
@@ -16,4 +16,6 @@ class CameraExposureCheck(RolloutCheck):
     def examine(self, case: Case) -> Result:
         versions = ("exposed",)
         cure = "set exposure and white balance by hand, as in training"
-        return examine_picture_versions(case, versions, "has another exposure", cure, is_color=True)
+        return find_camera_with_faulty_pictures(
+            case, versions, "has another exposure", cure, is_color=True
+        )

@@ -2,7 +2,7 @@
 
 from typing import ClassVar
 
-from spear.checks.rollout.camera_checks import examine_picture_versions
+from spear.checks.rollout.camera_checks import find_camera_with_faulty_pictures
 from spear.checks.rollout.case import Case, Material, Result, RolloutCheck
 
 
@@ -16,4 +16,4 @@ class CameraMirroredCheck(RolloutCheck):
     def examine(self, case: Case) -> Result:
         versions = ("mirrored",)
         cure = "flip the pictures as those of training are"
-        return examine_picture_versions(case, versions, "is mirrored", cure)
+        return find_camera_with_faulty_pictures(case, versions, "is mirrored", cure)

@@ -2,7 +2,7 @@
 
 from typing import ClassVar
 
-from spear.checks.rollout.camera_checks import examine_picture_versions
+from spear.checks.rollout.camera_checks import find_camera_with_faulty_pictures
 from spear.checks.rollout.case import Case, Material, Result, RolloutCheck
 
 
@@ -16,4 +16,4 @@ class CameraStretchedCheck(RolloutCheck):
     def examine(self, case: Case) -> Result:
         versions = ("stretched", "squeezed")
         cure = "send pictures in their own aspect; the policy fits them without stretching"
-        return examine_picture_versions(case, versions, "is stretched", cure)
+        return find_camera_with_faulty_pictures(case, versions, "is stretched", cure)

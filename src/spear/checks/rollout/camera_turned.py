@@ -2,7 +2,7 @@
 
 from typing import ClassVar
 
-from spear.checks.rollout.camera_checks import examine_picture_versions
+from spear.checks.rollout.camera_checks import find_camera_with_faulty_pictures
 from spear.checks.rollout.case import Case, Material, Result, RolloutCheck
 
 
@@ -17,4 +17,4 @@ class CameraTurnedCheck(RolloutCheck):
     def examine(self, case: Case) -> Result:
         versions = ("turned",)
         cure = "turn the pictures, or the camera, as in training"
-        return examine_picture_versions(case, versions, "is turned", cure)
+        return find_camera_with_faulty_pictures(case, versions, "is turned", cure)

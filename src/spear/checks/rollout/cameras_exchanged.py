@@ -2,7 +2,7 @@
 
 from typing import ClassVar
 
-from spear.checks.rollout.camera_checks import examine_picture_versions
+from spear.checks.rollout.camera_checks import find_camera_with_faulty_pictures
 from spear.checks.rollout.case import Case, Material, Result, RolloutCheck
 
 
@@ -28,6 +28,6 @@ class CamerasExchangedCheck(RolloutCheck):
     def examine(self, case: Case) -> Result:
         versions = ("exchanged",)
         cure = "exchange the keys of the cameras"
-        return examine_picture_versions(
+        return find_camera_with_faulty_pictures(
             case, versions, "shows what another one shows in training", cure
         )

@@ -31,7 +31,7 @@ class ControllerShortCheck(MotionCheck):
     title = "the controller does not reach what it is commanded"
 
     def examine_motion(self, motion: RolloutMotion) -> Result:
-        gains = motion.move_gains[motion.is_commanded_to_move]
+        gains = motion.move_gains[motion.is_move_commanded]
         gain = float(np.median(gains))
         if motion.better_reading is not None or gain > MAX_DOUBTFUL_GAIN or gain < MAX_UNIT_GAIN:
             return None

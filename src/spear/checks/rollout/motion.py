@@ -226,14 +226,14 @@ class RolloutMotion:
         return self.num_executed_by_motion or self.typical_num_executed
 
     @cached_property
-    def is_commanded_to_move(self) -> Array:
+    def is_move_commanded(self) -> Array:
         """[N] whether a displacement was commanded that is long enough to judge."""
         return np.linalg.norm(self.commanded_displacement, axis=1) > MIN_COMMAND_M
 
     @property
     def num_commanded_to_move(self) -> int:
         """How many moves can be judged."""
-        return int(self.is_commanded_to_move.sum())
+        return int(self.is_move_commanded.sum())
 
     @cached_property
     def is_free(self) -> Array:
@@ -244,10 +244,10 @@ class RolloutMotion:
         """
         lengths = np.linalg.norm(self.achieved, axis=1)
         ratios = lengths / np.maximum(np.linalg.norm(self.commanded_displacement, axis=1), 1e-9)
-        if not self.is_commanded_to_move.any():
-            return self.is_commanded_to_move
-        usual_ratio = np.quantile(ratios[self.is_commanded_to_move], FREE_QUANTILE)
-        return self.is_commanded_to_move & (ratios > MIN_FREE_SHARE * usual_ratio)
+        if not self.is_move_commanded.any():
+            return self.is_move_commanded
+        usual_ratio = np.quantile(ratios[self.is_move_commanded], FREE_QUANTILE)
+        return self.is_move_commanded & (ratios > MIN_FREE_SHARE * usual_ratio)
 
     @cached_property
     def fits(self) -> list[ReadingFit]:
@@ -439,7 +439,7 @@ class RolloutMotion:
         command = self._displacements_by_reading[self.likely_reading.reading]
         squared_length = (command**2).sum(1)
         gains = (self.achieved * command).sum(1) / np.maximum(squared_length, 1e-12)
-        return np.where(self.is_commanded_to_move, gains, np.nan)
+        return np.where(self.is_move_commanded, gains, np.nan)
 
     @cached_property
     def num_executed_by_motion(self) -> int | None:
@@ -502,7 +502,7 @@ class RolloutMotion:
         low, median, high = np.quantile(self.seconds, [0.25, 0.5, 0.75])
         if median <= 0 or (high - low) / median > MAX_SECONDS_SPREAD:
             return None
-        achieved_m = np.linalg.norm(self.achieved[self.is_commanded_to_move], axis=1)
+        achieved_m = np.linalg.norm(self.achieved[self.is_move_commanded], axis=1)
         speed_m_s = np.median(achieved_m) / median
         if speed_m_s > MAX_PLAUSIBLE_SPEED_M_S:
             return None
@@ -601,7 +601,7 @@ def _fit_other_if_surely_better(plain: RolloutMotion, other: RolloutMotion) -> T
     Returns:
         The fit of the others; None unless they surely explain the same moves better.
     """
-    is_compared = plain.is_commanded_to_move & other.is_commanded_to_move
+    is_compared = plain.is_move_commanded & other.is_move_commanded
     if is_compared.sum() < MIN_MOVES:
         return None
     achieved = plain.achieved[is_compared]

@@ -38,7 +38,7 @@ def draw_unexplained(errors: Mapping[str, float]) -> Figure:
 
 def draw_move_gains(motion: RolloutMotion) -> Figure:
     """Draw how much of each commanded displacement was achieved."""
-    gains = motion.move_gains[motion.is_commanded_to_move][:MAX_CURVE_MOVES]
+    gains = motion.move_gains[motion.is_move_commanded][:MAX_CURVE_MOVES]
     moves = np.arange(len(gains))
     return Figure(
         "achieved per commanded displacement",

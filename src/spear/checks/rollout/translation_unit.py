@@ -64,9 +64,9 @@ class TranslationUnitCheck(MotionCheck):
         motion = motion.with_likely_actions
         # Does the arm hardly move, both along its commands and in any direction?
         is_too_near = np.nanquantile(motion.move_gains, UPPER_QUANTILE) < MAX_UNIT_GAIN
-        achieved_m = np.linalg.norm(motion.achieved[motion.is_commanded_to_move], axis=1)
+        achieved_m = np.linalg.norm(motion.achieved[motion.is_move_commanded], axis=1)
         commanded_m = np.linalg.norm(
-            motion.commanded_displacement[motion.is_commanded_to_move], axis=1
+            motion.commanded_displacement[motion.is_move_commanded], axis=1
         )
         is_still = np.quantile(achieved_m / commanded_m, UPPER_QUANTILE) < MAX_UNIT_GAIN
 

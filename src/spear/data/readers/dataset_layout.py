@@ -311,7 +311,7 @@ def resolve_layout(
         )
     missing_fields = find_missing_fields(layout)
     if missing_fields:
-        raise _make_missing_fields_error(missing_fields, layout, path)
+        raise _make_incomplete_layout_error(missing_fields, layout, path)
     return _with_arm(layout, path)
 
 
@@ -344,17 +344,19 @@ def _with_arm(layout: DatasetLayout, path: Path) -> DatasetLayout:
     return dataclasses.replace(layout, arm=arm)
 
 
-def _make_missing_fields_error(fields: list[str], layout: DatasetLayout, path: Path) -> SpearError:
+def _make_incomplete_layout_error(
+    missing_fields: list[str], layout: DatasetLayout, layout_file: Path
+) -> SpearError:
     """The error for missing fields, with what the layout's `facts` say about each field."""
     descriptions: list[str] = []
-    for field_name in fields:
+    for field_name in missing_fields:
         if field_name in layout.facts:
             descriptions.append(f"{field_name} ({layout.facts[field_name]})")
         else:
             descriptions.append(field_name)
     return SpearError(
         f"the layout of dataset {layout.name!r} lacks {', '.join(descriptions)}. Add what is "
-        f"missing to {path}."
+        f"missing to {layout_file}."
     )
 
 

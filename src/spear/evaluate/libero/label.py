@@ -20,7 +20,7 @@ from spear.evaluate.libero.record import PROTOCOL, begin_at_resting_start
 from spear.evaluate.libero.suites import (
     LABELED_SUITES,
     NUM_TASKS,
-    format_task,
+    format_task_family,
     parse_task,
     resolve_original_suite,
 )
@@ -95,7 +95,7 @@ def list_jobs(suites: Sequence[str], seeds: range) -> list[SceneJob]:
     for suite in suites:
         resolve_original_suite(suite)  # raises the error
         for index in range(NUM_TASKS):
-            jobs += split_into_jobs(format_task(suite, index), seeds, SCENES_PER_JOB)
+            jobs += split_into_jobs(format_task_family(suite, index), seeds, SCENES_PER_JOB)
     return jobs
 
 

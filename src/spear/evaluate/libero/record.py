@@ -25,7 +25,7 @@ from spear.evaluate.libero.starts import sample_start
 from spear.evaluate.libero.suites import (
     NUM_TASKS,
     PROTOCOLS,
-    format_task,
+    format_task_family,
     get_max_steps,
     resolve_original_suite,
 )
@@ -108,7 +108,7 @@ def record_demonstrations(
     counts = {}
     for suite in suites:
         for index in task_indices or range(NUM_TASKS):
-            task = format_task(suite, index)
+            task = format_task_family(suite, index)
 
             # The default values bind the task of this iteration.
             def record_from(
@@ -180,7 +180,7 @@ def record_episode(
         moment = process.run(rows, max_steps)
         step += 1
 
-    source = _format_source(format_task(suite, index), seed, settings)
+    source = _format_source(format_task_family(suite, index), seed, settings)
     return recorder.make_episode(process.instruction, CONTROL_RATE_HZ, source, moment.success)
 
 

@@ -34,7 +34,7 @@ from spear.evaluate.libero.process import (
 from spear.evaluate.libero.suites import (
     NUM_TASKS,
     PROTOCOLS,
-    format_task,
+    format_task_family,
     get_max_steps,
     parse_task,
     resolve_original_suite,
@@ -85,7 +85,7 @@ def evaluate_libero(agent: Agent, options: LiberoOptions) -> tuple[Results, list
     scenes = {}
     for suite in options.suites:
         for index in task_indices:
-            scenes[format_task(suite, index)] = seeds
+            scenes[format_task_family(suite, index)] = seeds
     with contextlib.closing(Libero(options)) as simulator:
         return run_evaluation(simulator, agent, scenes, settings, options)
 

@@ -63,10 +63,10 @@ def get_max_steps(suite: str, protocol: Protocol) -> int:
     return protocol.max_steps.get(original, MAX_STEPS[original])
 
 
-def format_task(suite: str, index: int) -> str:
+def format_task_family(suite: str, index: int) -> str:
     """Return the name of a task; films have it in their files' names.
 
-    >>> format_task("libero_goal", 3)
+    >>> format_task_family("libero_goal", 3)
     'libero_goal-3'
     """
     return f"{suite}-{index}"

@@ -25,7 +25,7 @@ from spear.evaluate.options import SimplerOptions
 from spear.evaluate.results import Outcome, Results
 from spear.evaluate.runner import EndedEpisode, Film, HasEnded, run_evaluation
 from spear.evaluate.simpler import oracle
-from spear.evaluate.simpler.shifts import SceneShift, parse_simpler_shift, resolve_tasks
+from spear.evaluate.simpler.shifts import SceneShift, parse_simpler_shift, select_shiftable_tasks
 from spear.evaluate.simpler.tasks import TASKS, Moment
 from spear.evaluate.simpler.world import SimplerProcess, hash_assets, resolve_assets_folder
 from spear.sim.scene import list_held_out_seeds
@@ -56,7 +56,7 @@ def evaluate_simpler(agent: Agent, options: SimplerOptions) -> tuple[Results, li
         SpearError: The folder has results of another policy or of other settings; a task or shift
             is unknown, or not possible; or ManiSkill, its assets or a renderer are missing.
     """
-    tasks = resolve_tasks(options.tasks, options.shift)
+    tasks = select_shiftable_tasks(options.tasks, options.shift)
     if options.off_grid:
         list_held_out_seeds(options.first_seed, options.num_scenes)  # raises if training uses them
     assets = resolve_assets_folder(options.assets)  # raises without ManiSkill, too

@@ -136,7 +136,7 @@ def parse_simpler_shift(text: str) -> Shift:
     return Shift.parse_possible(text, SIMPLER_AXES, reason)
 
 
-def resolve_tasks(tasks: Sequence[str], shift: str | None) -> tuple[str, ...]:
+def select_shiftable_tasks(tasks: Sequence[str], shift: str | None) -> tuple[str, ...]:
     """Return the tasks to evaluate with a shift.
 
     Args:
