@@ -11,7 +11,7 @@ from spear.data.readers.formats import read_episodes
 from spear.gripper import (
     binarize_commands,
     binarize_gripper,
-    delay_measured_if_commanded,
+    delay_openings_logged_from_commands,
     infer_commands_between_openings,
 )
 
@@ -118,7 +118,7 @@ def test_openings_that_are_the_commands_are_observed_one_step_later() -> None:
     command = np.array([1.0, 0.0, 0.5])
     recorded_openings = command + 1e-4
 
-    observed = delay_measured_if_commanded(recorded_openings, command)
+    observed = delay_openings_logged_from_commands(recorded_openings, command)
 
     np.testing.assert_array_equal(observed, [1.0001, 1.0001, 1e-4])
 
@@ -127,4 +127,4 @@ def test_measured_openings_are_observed_at_once() -> None:
     measured = np.array([1.0, 0.8, 0.5])
     command = np.array([1.0, 0, 0])
 
-    np.testing.assert_array_equal(delay_measured_if_commanded(measured, command), measured)
+    np.testing.assert_array_equal(delay_openings_logged_from_commands(measured, command), measured)

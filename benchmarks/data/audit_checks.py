@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from spear.audit.dataset_audit import (
-    load_audit_layout,
+    load_layout_with_logged_actions,
     make_recording,
     read_episode_steps,
     summarize_cameras,
@@ -56,7 +56,7 @@ DAMAGES: dict[str, Callable[[Recording], Recording]] = {
 
 def read_recordings(folder: Path) -> list[Recording]:
     """All good episodes of a dataset."""
-    layout = load_audit_layout(folder, None)
+    layout = load_layout_with_logged_actions(folder, None)
     recordings = []
     for name, steps in read_episode_steps(folder, "train", ()):
         if not isinstance(steps, SpearError):
@@ -86,7 +86,7 @@ def count_verdicts(
 
 def print_camera_verdicts(folder: Path) -> None:
     """The verdicts about cameras as they are, and exchanged."""
-    views = summarize_cameras(folder, "train", load_audit_layout(folder, None))
+    views = summarize_cameras(folder, "train", load_layout_with_logged_actions(folder, None))
     if not {"external", "wrist"} <= views.keys():
         return
     external = views["external"]

@@ -44,7 +44,7 @@ from spear.labels.fit.box3d import (
     make_box_from_vertices,
 )
 from spear.labels.fit.image import unproject
-from spear.labels.fit.points import subsample
+from spear.labels.fit.points import select_evenly_spread_points
 from spear.labels.models.ground_truth import GroundTruth
 from spear.labels.pipeline import label_images
 from spear.labels.questions.generate import find_failed_scores
@@ -253,7 +253,7 @@ def fit_principal_box(points: Array) -> Box3D:
 def fit_other_boxes(points: Array) -> list[Box3D]:
     """The boxes of `OTHER_METHODS` around points [n, 3]; only the first where Open3D is not
     installed."""
-    points = subsample(points, MAX_POINTS).astype(np.float64)
+    points = select_evenly_spread_points(points, MAX_POINTS).astype(np.float64)
     if find_spec("open3d") is None:
         return [fit_principal_box(points)]
     import open3d

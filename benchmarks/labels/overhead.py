@@ -31,7 +31,7 @@ from spear.labels.pipeline import (
     PendingImage,
     detect_and_add_detections,
     predict_and_add_point_maps,
-    read_images,
+    read_and_encode_images,
     segment_and_add_masks,
 )
 from spear.labels.run import label_into_folder
@@ -83,7 +83,7 @@ def main(
 def time_networks(source: Path, images: int, seconds: float, batch_size: int) -> float:
     """Seconds per image of the three networks, on images that are in memory."""
     model = StandIn(seconds)
-    pending = read_images(list(islice(list_images(str(source)), batch_size)))
+    pending = read_and_encode_images(list(islice(list_images(str(source)), batch_size)))
     run_networks(pending, model)  # a warm-up
     start_time = time.perf_counter()
     num_batches = images // batch_size

@@ -30,7 +30,7 @@ from spear.cli import run_reporting_errors
 from spear.models import presets
 from spear.models.moge import checkpoint as moge_checkpoint
 from spear.models.moge.networks import ENCODERS, MogeV1
-from spear.models.presets import SPEAR1, make_multi_query_fields, make_network_fields
+from spear.models.presets import SPEAR1, make_gemma_fields, make_image_encoder_fields
 from spear.models.spear1 import NUM_STATE_FEATURES, Spear1ForActionPrediction
 from spear.models.weights.pi0_policy import plan_pi0
 from spear.types import ACTION_DIM, Action
@@ -44,9 +44,11 @@ FLOW_TIME = 0.3  # SPEAR-1's, from noise to data
 TINY = dataclasses.replace(
     SPEAR1,
     name="tiny-openpi",
-    vision=make_network_fields(64, 2, 16, intermediate_size=96, patch_size=14, image_size=224),
-    text=make_multi_query_fields(64, 3, 4, intermediate_size=96, head_dim=16),
-    expert=make_multi_query_fields(32, 3, 4, intermediate_size=48, head_dim=16),
+    vision=make_image_encoder_fields(
+        64, 2, 16, intermediate_size=96, patch_size=14, image_size=224
+    ),
+    text=make_gemma_fields(64, 3, 4, intermediate_size=96, head_dim=16),
+    expert=make_gemma_fields(32, 3, 4, intermediate_size=48, head_dim=16),
     flow={"rotation": "linear"},
 )
 MOGE_ENCODER = (16, 5, 2)  # width, layers, heads

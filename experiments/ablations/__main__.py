@@ -82,7 +82,9 @@ def main(args: Sequence[str] | None = None) -> int:
     """Run the command. Returns its exit code, as `spear` commands do."""
 
     def parse_and_run() -> None:
-        renamed.check_options("experiments.ablations", sys.argv[1:] if args is None else args)
+        renamed.check_no_former_options(
+            "experiments.ablations", sys.argv[1:] if args is None else args
+        )
         options = tyro.cli(
             AblationOptions,
             args=args,

@@ -19,7 +19,7 @@ from experiments.asked_questions import (
     load_list,
 )
 from spear.cli import run_reporting_errors
-from spear.evaluate.vqa.ask import AskSettings, ask_question, load_picture
+from spear.evaluate.vqa.ask import AskSettings, ask_question, load_or_render_picture
 from spear.evaluate.vqa.calibration import Trust
 from spear.evaluate.vqa.classifier import EXAMPLES_FILE
 from spear.models.weights.folders import BUNDLED_WEIGHTS, read_taught_question_types
@@ -73,7 +73,7 @@ def print_absence(
 ) -> None:
     """Print how often the model says that absent objects are not in a picture."""
     model = load_vlm(MODEL)
-    picture = load_picture(source, model.processor.image_sizes["external"]).image
+    picture = load_or_render_picture(source, model.processor.image_sizes["external"]).image
     settings = AskSettings(trust=Trust.load(BUNDLED_WEIGHTS / MODEL), taught_types=taught_types)
     absent = [listed for listed in questions if listed.is_absent]
     num_said = 0

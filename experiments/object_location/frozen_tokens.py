@@ -29,7 +29,7 @@ from experiments.object_location.shifted_images import (
     true_box_centers,
 )
 from spear.cli import run_reporting_errors
-from spear.evaluate.vqa.ask import load_labeled_images
+from spear.evaluate.vqa.ask import load_or_render_labeled_images
 from spear.evaluate.vqa.run import generate_questions_by_type
 from spear.labels.questions.generate import find_askable_objects
 from spear.labels.store import read_evenly_spread_labels
@@ -140,7 +140,7 @@ def main(
     names = sorted({object_.name for _, object_ in training_objects})
 
     # The objects that both are measured on.
-    held_out = load_labeled_images("sim", images, "external", bundle.processor)
+    held_out = load_or_render_labeled_images("sim", images, "external", bundle.processor)
     questions = generate_questions_by_type(held_out, ("box_vertices",), QUESTIONS_PER_IMAGE, 0)
     box_questions = [(i, q) for i, q in questions["box_vertices"] if q.objects[0] in names]
     truth = true_box_centers(box_questions)

@@ -20,7 +20,7 @@ import tyro
 
 from spear.cli import run_reporting_errors
 from spear.evaluate.stats import bootstrap
-from spear.evaluate.vqa.ask import load_labeled_images
+from spear.evaluate.vqa.ask import load_or_render_labeled_images
 from spear.evaluate.vqa.calibration import group_by_image
 from spear.evaluate.vqa.run import generate_questions_by_type
 from spear.labels.questions.measures import extract_numbers
@@ -102,7 +102,7 @@ def main(model: str = "nano", images: int = 100, pixels: int = 8) -> None:
     """
     torch.set_num_threads(1)
     bundle = load_vlm(model)
-    labels = load_labeled_images("sim", images, "external", bundle.processor)
+    labels = load_or_render_labeled_images("sim", images, "external", bundle.processor)
     questions = generate_questions_by_type(labels, ("box_vertices",), QUESTIONS_PER_IMAGE, 0)
     box_questions = questions["box_vertices"]
     truth = true_box_centers(box_questions)

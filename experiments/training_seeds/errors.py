@@ -22,7 +22,7 @@ import tyro
 from spear.cli import run_reporting_errors
 from spear.cli.evaluate import KEY_OF_RENAMED_OPTION
 from spear.errors import SpearError, format_count
-from spear.evaluate.stats import compute_crossed_half_width, compute_crossed_variances
+from spear.evaluate.stats import compute_crossed_half_width, compute_variances_of_crossed_mean
 from spear.evaluate.vqa.measures import MEASURES, choose_main_measure
 from spear.util.files import read_json
 
@@ -93,7 +93,7 @@ def estimate_difference(first: Sequence[float], second: Sequence[float]) -> Diff
     if len(differences) == 1:
         return Difference(float(differences[0]), None)
     # One column, so that all variance is that between pairs.
-    variances = compute_crossed_variances([differences[:, None]])
+    variances = compute_variances_of_crossed_mean([differences[:, None]])
     return Difference(float(differences.mean()), compute_crossed_half_width(variances))
 
 

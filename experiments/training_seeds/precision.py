@@ -25,7 +25,7 @@ from spear.errors import SpearError
 from spear.evaluate.stats import (
     CrossedVariances,
     compute_crossed_half_width,
-    compute_crossed_variances,
+    compute_variances_of_crossed_mean,
 )
 from spear.types import Array
 
@@ -62,7 +62,7 @@ def compute_sd_between_seeds(gains: Sequence[Array]) -> float:
     Args:
         gains: [seeds, scenes] of each task family.
     """
-    variance = _compute_variance_between_seeds(compute_crossed_variances(gains))
+    variance = _compute_variance_between_seeds(compute_variances_of_crossed_mean(gains))
     return math.sqrt(max(0.0, variance))
 
 
@@ -92,7 +92,7 @@ def load_gains() -> list[Array]:
 def measure_spread(gain: Array) -> Spread:
     """How the gain [seeds, scenes] in one task family varies."""
     num_seeds, num_scenes = gain.shape
-    variances = compute_crossed_variances([gain])
+    variances = compute_variances_of_crossed_mean([gain])
     in_episodes = variances.in_both * num_seeds * num_scenes
     return Spread(
         between_seeds=_compute_variance_between_seeds(variances),

@@ -330,7 +330,7 @@ class ChunkExecutor:
             # Rounding errors of up to a thousandth do not cost a tick.
             num_ticks = max(num_ticks, math.ceil(relative_length - 1e-3))
 
-            step_action = _scale_action(action, 1 / num_ticks)
+            step_action = _shorten_motion(action, 1 / num_ticks)
             step_actions = np.repeat(step_action[None], num_ticks, axis=0)  # [num_ticks, 8]
             step_actions[:-1, 7] = gripper  # the gripper moves only in the action's last tick
             gripper = action[7]
@@ -592,7 +592,7 @@ def _join_remaining_to_executed(
         return actions[first:].copy()
 
     # The offset, as the action that leads from the pose planned for now to the actual pose.
-    planned_until_now = [*actions[:first], _scale_action(actions[first], num_executed % 1)]
+    planned_until_now = [*actions[:first], _shorten_motion(actions[first], num_executed % 1)]
     planned_position, planned_rotation = _compute_pose_after(planned_until_now)
     actual_position, actual_rotation = _compute_pose_after(executed)
     position_offset, rotation_offset = action_between_poses(
@@ -621,7 +621,7 @@ def _join_remaining_to_executed(
     return new_actions.astype(np.float32)
 
 
-def _scale_action(action: Array, fraction: float) -> Array:
+def _shorten_motion(action: Array, fraction: float) -> Array:
     """Shorten the motion of an action [8] to a fraction; the gripper opening stays."""
     rotation = torch.from_numpy(np.float64(action[3:7]))
     scaled_rotation = quat_exp(fraction * quat_log(rotation)).numpy()

@@ -223,8 +223,8 @@ def fine_tune(out: Path, data: Path | None) -> Values:
 
     fine_tuned_policy = Spear1Policy.load(str(final))
     fine_tuned_errors = open_loop.measure_policy_errors("fine-tuned", fine_tuned_policy, held_out)
-    mean_action_errors = open_loop.measure_mean_action_errors(training, held_out)
-    last_action_errors = open_loop.measure_last_action_errors(held_out)
+    mean_action_errors = open_loop.measure_constant_mean_action_errors(training, held_out)
+    last_action_errors = open_loop.measure_repeated_action_errors(held_out)
     original_policy = Spear1Policy.load("nano")
     original_errors = open_loop.measure_policy_errors(
         "before fine-tuning", original_policy, held_out

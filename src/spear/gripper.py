@@ -203,7 +203,7 @@ def _compute_past_change(opening: Array, window_steps: int, lag_steps: int) -> A
     return opening[np.maximum(end_steps, 0)] - opening[np.maximum(start_steps, 0)]
 
 
-def delay_measured_if_commanded(measured: Array, command: Array) -> Array:
+def delay_openings_logged_from_commands(measured: Array, command: Array) -> Array:
     """Return measured openings, one step later if they are commands: what a policy may observe.
 
     If measured and commanded openings agree but for rounding, the dataset logged its commands as

@@ -27,10 +27,10 @@ from spear.embodiments.observations import (
 from spear.errors import SpearError, check_known, make_unknown_name_error, notice
 from spear.models.decode import LogitRecorder, decode_greedily
 from spear.models.devices import (
-    ignore_default_device,
     is_bfloat16_fast,
     keep_freed_memory,
     limit_threads,
+    make_tensors_on_cpu,
     prepare_device,
 )
 from spear.models.processing import Processor, map_pixel
@@ -101,7 +101,7 @@ class VlmBundle:
     model: SpearVLMForConditionalGeneration
     processor: Processor
 
-    @ignore_default_device
+    @make_tensors_on_cpu
     def answer(
         self,
         images: Sequence[Array],
@@ -263,7 +263,7 @@ def load_vlm(
     return VlmBundle(model, Processor.load(folder, model.config))
 
 
-@ignore_default_device
+@make_tensors_on_cpu
 def _load_model(
     read_model: Callable[[Path, torch.dtype], ModelT],
     name: str | Path,
@@ -343,7 +343,7 @@ class Spear1Policy:
     _monitor: DriftMonitor = field(default_factory=DriftMonitor, init=False, repr=False)
 
     @staticmethod
-    @ignore_default_device
+    @make_tensors_on_cpu
     def load(
         name: str | Path = "nano",
         device: str | torch.device = "cpu",
@@ -456,7 +456,7 @@ class Spear1Policy:
         """
         return self.infer_batch([observation])[0]
 
-    @ignore_default_device
+    @make_tensors_on_cpu
     def infer_batch(self, observations: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         """Compute an action chunk for each of several observations in one pass, as `infer` does.
 
@@ -478,7 +478,7 @@ class Spear1Policy:
         self._monitor.record_commands(observations, chunks)
         return results
 
-    @ignore_default_device
+    @make_tensors_on_cpu
     def predict(self, inputs: Mapping[str, Any]) -> Action:
         """Run the network alone.
 
@@ -490,7 +490,7 @@ class Spear1Policy:
         """
         return self.model.sample_actions(**inputs, steps=self.steps)
 
-    @ignore_default_device
+    @make_tensors_on_cpu
     def prepare_inputs(self, observations: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         """Convert observations to the network's arguments.
 

@@ -13,7 +13,7 @@ from joint_datasets import (
     write_numbers,
 )
 from joint_datasets import write_layout as write_joint_layout
-from spear.audit.dataset_audit import load_audit_layout
+from spear.audit.dataset_audit import load_layout_with_logged_actions
 from spear.audit.joint_limits import judge_joint_limits
 from spear.checks.result import Check
 from spear.data.readers.formats import open_dataset
@@ -35,7 +35,7 @@ def examine(folder: Path, change: Callable[[np.ndarray], None]) -> Check:
 
     opened = open_dataset(dataset)
     assert not isinstance(opened, EpisodeStore)
-    (check,) = judge_joint_limits(opened, "train", load_audit_layout(dataset, None))
+    (check,) = judge_joint_limits(opened, "train", load_layout_with_logged_actions(dataset, None))
     return check
 
 

@@ -161,7 +161,7 @@ def test_a_plan_says_what_labeling_costs_and_labels_nothing(
     assert "314 M parameters, 1.17 GiB" in output  # MoGe
     assert "sam2            not known before it is loaded: somebody/else" in output  # its cost
     assert "tokens in" in output  # Gemini, the detector by default
-    moge = resources.estimate_resources("moge", batch_size=2, width_px=840, num_names=8)
+    moge = resources.estimate_resources("moge", batch_size=2, width_px=840, num_vocabulary_names=8)
     assert f"activations {moge.activations / 2**30:.2f} GiB" in output
     assert not (tmp_path / "out").exists()
 
@@ -176,7 +176,7 @@ def test_planned_operations_are_those_of_the_encoder_and_a_head() -> None:
     attention_flops = 4 * num_tokens**2 * width
     encoder_flops = num_layers * (matrix_flops + attention_flops)
 
-    moge = resources.estimate_resources("moge", batch_size=2, width_px=840, num_names=8)
+    moge = resources.estimate_resources("moge", batch_size=2, width_px=840, num_vocabulary_names=8)
 
     assert 1.1 * encoder_flops < moge.flops
     assert moge.flops < 1.5 * encoder_flops

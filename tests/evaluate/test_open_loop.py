@@ -17,9 +17,9 @@ from spear.data.store.lerobot_write import write_lerobot
 from spear.evaluate.open_loop import (
     build_observations,
     compute_mean_action,
-    measure_last_action_errors,
-    measure_mean_action_errors,
+    measure_constant_mean_action_errors,
     measure_policy_errors,
+    measure_repeated_action_errors,
 )
 from spear.report.comparison import make_open_loop_page
 from spear.types import Array, Episode
@@ -143,7 +143,7 @@ def test_the_mean_action_is_that_of_the_training_episodes(
         known_actions.append(actions[:NUM_KNOWN_ACTIONS])
     mean_translation = np.concatenate(known_actions)[:, :3].mean(0)
 
-    baseline = measure_mean_action_errors(train, held_out)
+    baseline = measure_constant_mean_action_errors(train, held_out)
 
     first_prediction = baseline.predicted[0][0]
     np.testing.assert_allclose(first_prediction[:3], mean_translation, rtol=1e-5)
@@ -152,7 +152,7 @@ def test_the_mean_action_is_that_of_the_training_episodes(
 
 
 def test_two_episodes_have_no_interval(stores: tuple[EpisodeStore, EpisodeStore]) -> None:
-    summary = measure_mean_action_errors(*stores).estimate_mean_errors()
+    summary = measure_constant_mean_action_errors(*stores).estimate_mean_errors()
 
     assert np.isnan(summary["rotation_deg"].low)
 
@@ -163,7 +163,7 @@ def test_the_page_shows_every_held_out_episode(
     train, held_out = stores
     policy = measure_policy_errors("replay", ReplayPolicy(held_out), held_out)
 
-    page = make_open_loop_page(policy, measure_mean_action_errors(train, held_out))
+    page = make_open_loop_page(policy, measure_constant_mean_action_errors(train, held_out))
 
     num_charts = 4  # per episode: x, y, z and gripper
     assert page.count("<svg") == num_charts * len(held_out)
@@ -176,15 +176,15 @@ def test_baselines_are_compared_over_chunks_as_long_as_the_policys(
 ) -> None:
     num_whole_chunks = NUM_KNOWN_ACTIONS - horizon + 1  # all actions of these are known
 
-    last_action = measure_last_action_errors(held_out, horizon)
-    constant = measure_mean_action_errors(held_out, held_out, horizon)
+    last_action = measure_repeated_action_errors(held_out, horizon)
+    constant = measure_constant_mean_action_errors(held_out, held_out, horizon)
 
     assert len(last_action.episodes[0]["chunk_end_mm"]) == num_whole_chunks
     assert len(constant.episodes[0]["chunk_end_mm"]) == num_whole_chunks
 
 
 def test_the_last_action_is_what_was_done_a_step_before(held_out: EpisodeStore) -> None:
-    baseline = measure_last_action_errors(held_out)
+    baseline = measure_repeated_action_errors(held_out)
 
     for predicted, episode in zip(baseline.predicted, held_out, strict=True):
         actions, _ = get_or_derive_actions(episode)
@@ -199,7 +199,7 @@ def test_errors_of_the_last_action_are_as_worked_out_by_hand(held_out: EpisodeSt
     difference_m = actions[last_known - 1, :3] - actions[last_known, :3]
     expected_mm = 1000 * np.linalg.norm(difference_m)
 
-    errors = measure_last_action_errors(held_out).episodes[1]
+    errors = measure_repeated_action_errors(held_out).episodes[1]
 
     assert errors["translation_mm"][-1] == pytest.approx(expected_mm, rel=1e-4)
     # The gripper command changes once, so the last action is wrong around that change.

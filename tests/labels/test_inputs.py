@@ -22,9 +22,9 @@ from PIL import Image
 from data_tiny import make_png
 from refusals import refuses
 from spear.errors import Notice, RetryableError, SpearError
-from spear.evaluate.vqa.ask import load_picture
+from spear.evaluate.vqa.ask import load_or_render_picture
 from spear.labels.inputs import Item, hash_content, list_images
-from spear.labels.pipeline import read_images
+from spear.labels.pipeline import read_and_encode_images
 from spear.types import Frame
 from spear.util.images import IMAGE_SUFFIXES, decode_image
 
@@ -34,7 +34,7 @@ FILM_RATE_HZ = 10
 def read_values(items: Sequence[Item]) -> list[int | str]:
     """The gray value of each item's image, or the error why it cannot be read."""
     values: list[int | str] = []
-    for image in read_images(items):
+    for image in read_and_encode_images(items):
         if image.frame is None or image.error:
             values.append(str(image.error))
         else:
@@ -97,10 +97,10 @@ def test_a_photo_that_exif_turns_is_read_upright_from_any_container(tmp_path: Pa
     write_tar(tmp_path / "photos.tar", {"photo.jpg": photo.read_bytes()})
     pq.write_table(pa.table({"image": [photo.read_bytes()]}), tmp_path / "photos.parquet")
 
-    images = read_images(list(list_images(str(tmp_path))))
+    images = read_and_encode_images(list(list_images(str(tmp_path))))
 
     assert len(images) == 3  # in the photo itself, the tar and the Parquet file
-    upright_images = [load_picture(str(photo), size=(64, 32)).image]
+    upright_images = [load_or_render_picture(str(photo), size=(64, 32)).image]
     for image in images:
         upright_images += [image.frame.image, decode_image(image.encoded)]
     for upright in upright_images:
@@ -227,7 +227,7 @@ def test_an_image_named_by_itself_is_read_whatever_its_suffix(
     Image.new("RGB", (64, 48), (90, 90, 90)).save(path, format=image_format)
 
     assert_near(read_values(list(list_images(str(path)))), [90])
-    assert round(float(load_picture(str(path), size=(64, 48)).image.mean())) == 90
+    assert round(float(load_or_render_picture(str(path), size=(64, 48)).image.mean())) == 90
 
 
 @pytest.mark.parametrize("name", ["notes.txt", "a.heic"])
@@ -391,7 +391,7 @@ def test_sound_that_lasts_longer_does_not_add_frames(
 def test_a_video_with_wide_pixels_is_stretched(tmp_path: Path) -> None:
     write_film(tmp_path / "film.mp4", num_frames=2, aspect=Fraction(4, 3))
 
-    (image,) = read_images(list(list_images(str(tmp_path / "film.mp4"))))
+    (image,) = read_and_encode_images(list(list_images(str(tmp_path / "film.mp4"))))
 
     assert image.frame is not None
     assert image.frame.image.shape == (48, 85, 3)  # 64 · 4 / 3 columns
@@ -407,7 +407,7 @@ def test_frames_of_a_real_video_are_those_that_a_full_decoding_gives(shared: Pat
 
     assert len(items) == len(frames)
     indices = [2, 3, 5, len(frames) - 1]
-    images = read_images([items[index] for index in indices])
+    images = read_and_encode_images([items[index] for index in indices])
     for image, index in zip(images, indices, strict=True):
         np.testing.assert_array_equal(image.frame.image, frames[index])
 
@@ -465,7 +465,7 @@ def test_only_a_file_that_cannot_be_opened_may_be_retried(tmp_path: Path) -> Non
     (item,) = list_images(str(tmp_path))
     removed = item._replace(key="gone.png", path=str(tmp_path / "gone.png"))
 
-    images = read_images([item, removed])
+    images = read_and_encode_images([item, removed])
 
     assert [type(image.error) for image in images] == [SpearError, RetryableError]
 

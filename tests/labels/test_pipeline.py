@@ -19,7 +19,7 @@ from spear.labels.engine import STAGES, LabeledBatch, fit_boxes_of_packed_images
 from spear.labels.fit.accuracy import compare_labels
 from spear.labels.fit.image import project, unproject
 from spear.labels.models.ground_truth import GroundTruth
-from spear.labels.pipeline import admit_frame, label_images, label_with_ground_truth
+from spear.labels.pipeline import label_images, label_with_ground_truth, make_checked_pending_image
 from spear.labels.questions.generate import (
     find_exclusion_reasons,
     find_failed_scores,
@@ -176,7 +176,7 @@ def test_camera_pixel_centers_are_at_one_half() -> None:
 
 def finish_alone(frame: Frame) -> LabeledBatch:
     """Label a frame with the stages of the engines, in a batch with no other image."""
-    image = admit_frame(frame)
+    image = make_checked_pending_image(frame)
     image.encoded = b"JPEG"  # the stages do not look at it
     for stage, model in zip(STAGES, TRUTH, strict=True):
         stage([image], model)

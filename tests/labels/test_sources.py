@@ -9,7 +9,7 @@ from data_tiny import make_episode, make_png
 from refusals import refuses
 from spear.data.store.episode_store import append_episodes
 from spear.labels.inputs import hash_content, read_contents
-from spear.labels.pipeline import read_images
+from spear.labels.pipeline import read_and_encode_images
 from spear.labels.sources import list_items
 from spear.types import Episode
 from spear.util.held_out import is_held_out_scene
@@ -38,7 +38,7 @@ def episodes(tmp_path: Path) -> Path:
 
 
 def test_frames_are_spread_over_each_episode(episodes: Path) -> None:
-    images = read_images(list(list_items([str(episodes)], per_episode=4)))
+    images = read_and_encode_images(list(list_items([str(episodes)], per_episode=4)))
 
     values = [image.frame.image[0, 0, 0] for image in images if image.frame is not None]
     # Four frames of the long episode, and both of the short one, which has no more
@@ -54,7 +54,7 @@ def test_keys_name_episode_and_frame(episodes: Path) -> None:
 
 
 def test_frames_that_an_episode_does_not_have_are_refused(episodes: Path) -> None:
-    images = read_images(list(list_items([str(episodes)], per_episode=4)))
+    images = read_and_encode_images(list(list_items([str(episodes)], per_episode=4)))
 
     # Four frames of each episode are listed: the last two of the short episode do not exist.
     assert len(images) == 8
@@ -135,7 +135,7 @@ def test_file_names_that_are_no_text_become_keys_that_are(tmp_path: Path) -> Non
         name = os.fsdecode(os.fsencode(tmp_path) + b"/caf" + letter + b".png")
         Path(name).write_bytes(make_png(3))
 
-    images = read_images(list(list_items([str(tmp_path)])))
+    images = read_and_encode_images(list(list_items([str(tmp_path)])))
 
     assert [image.error for image in images] == [None, None]
     distinct_sources = {image.source.encode() for image in images}  # `encode` raises for no text

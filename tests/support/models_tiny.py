@@ -11,24 +11,24 @@ from spear.models.presets import (
     Preset,
     build_spear1_config,
     build_vlm_config,
-    make_multi_query_fields,
-    make_network_fields,
+    make_gemma_fields,
+    make_image_encoder_fields,
 )
 from spear.models.spear1 import Spear1ForActionPrediction
 from spear.models.vlm import SpearVLMForConditionalGeneration
 from spear.types import Action
 
-TEXT_SIZES = make_multi_query_fields(
+TEXT_SIZES = make_gemma_fields(
     width=32, num_layers=2, num_heads=4, intermediate_size=48, head_dim=8, initializer_range=0.2
 )
 TINY = Preset(
     name="tiny",
     image_sizes={"external": (48, 32), "wrist": (32, 32)},
     stem="conv",
-    vision=make_network_fields(
+    vision=make_image_encoder_fields(
         width=24, num_layers=2, num_heads=2, intermediate_size=32, patch_size=16, image_size=32
     ),
-    moge=make_network_fields(
+    moge=make_image_encoder_fields(
         width=16, num_layers=5, num_heads=2, mlp_ratio=2, patch_size=16, image_size=32
     ),
     text=TEXT_SIZES,

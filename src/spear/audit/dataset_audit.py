@@ -249,7 +249,7 @@ def audit_dataset(
     """
     if split is None:
         split = next(iter(count_episodes(path)))  # the name of the first split
-    layout = load_audit_layout(path, layout_file)
+    layout = load_layout_with_logged_actions(path, layout_file)
     report = _audit_numbers(path, split, layout)
     views = summarize_cameras(path, split, layout)
     cameras = find_absent_or_blank_cameras(views)
@@ -284,7 +284,7 @@ def _audit_numbers(path: str | Path, split: str, layout: DatasetLayout) -> Repor
     units = list_possible_logged_units(layout)
     report = audit_recordings(recordings, answers, str(path), units)
     if layout.logged_rotation_format == "urdf_joints":
-        report = _drop_format_findings(report)
+        report = _drop_rotation_format_findings(report)
 
     checks = [*report.checks, *judge_gripper(recordings)]
     if not report.state_problems:
@@ -294,7 +294,7 @@ def _audit_numbers(path: str | Path, split: str, layout: DatasetLayout) -> Repor
     return replace(report, skipped=skipped.reasons, checks=checks)
 
 
-def _drop_format_findings(report: Report) -> Report:
+def _drop_rotation_format_findings(report: Report) -> Report:
     """Drop the findings about formats of rotations, which were computed from joints."""
     action_parts = []
     for action_part in report.action_parts:
@@ -318,7 +318,7 @@ def _read_first_recordings(
     skipped = SkippedItems(MAX_BAD_SHARE)
     recordings: list[Recording] = []
     num_steps = 0
-    raw_episodes = read_episode_steps(path, split, images=())
+    raw_episodes = read_episode_steps(path, split, image_columns=())
     for recording in convert_episodes(
         raw_episodes, partial(make_recording, layout=layout), skipped
     ):
@@ -474,29 +474,31 @@ def examine_instruction_and_success(
     return checks
 
 
-def read_episode_steps(path: str | Path, split: str, images: Sequence[str] | None) -> RawEpisodes:
+def read_episode_steps(
+    path: str | Path, split: str, image_columns: Sequence[str] | None
+) -> RawEpisodes:
     """Read the steps of a dataset's episodes.
 
     Args:
         path: the dataset's folder.
         split: which split the episodes are from.
-        images: columns of images to read; all of them if None.
+        image_columns: columns of images to read; all of them if None.
 
     Returns:
         (source, columns) of each episode.
     """
     folder = open_dataset(path)
     if not isinstance(folder, EpisodeStore):
-        return folder.read_steps(split, images)
+        return folder.read_steps(split, image_columns)
     store = open_store_split(path, split)
-    needs_images = images is None or len(images) > 0
+    needs_images = image_columns is None or len(image_columns) > 0
     read_episode = store.__getitem__ if needs_images else store.without_images
     episodes = map(read_episode, range(len(store)))
     # The attributes of a store's episode have the names of columns in `STORE_LAYOUT`.
     return ((episode.source, vars(episode)) for episode in episodes)
 
 
-def load_audit_layout(path: str | Path, layout_file: Path | None) -> DatasetLayout:
+def load_layout_with_logged_actions(path: str | Path, layout_file: Path | None) -> DatasetLayout:
     """Find the layout of a dataset. Raises `SpearError` if it does not name logged actions."""
     folder = open_dataset(path)
     if isinstance(folder, EpisodeStore):
@@ -538,7 +540,7 @@ def make_recording(steps: Steps, layout: DatasetLayout, source: str) -> Recordin
     if layout.logged_rotation_format == "urdf_joints" and logged_rotation is not None:
         logged_translation, logged_rotation = compute_tip_poses(logged_rotation, layout, source)
     position, rotation, rotation_format = read_poses_in_recorded_frames(steps, layout, source)
-    opening, command = _read_moving_gripper(steps, layout_with_command, source)
+    opening, command = _read_openings_and_commands_if_moving(steps, layout_with_command, source)
     is_valid = np.ones(len(position), bool)
     if layout.action_mask is not None:
         is_valid = read_numbers(steps, layout.action_mask, source).reshape(-1) != 0
@@ -555,7 +557,9 @@ def make_recording(steps: Steps, layout: DatasetLayout, source: str) -> Recordin
     return Recording(
         source=source,
         position=position,
-        rotation=_convert_if_trusted_format(rotation, rotation_format, layout, source),
+        rotation=_convert_to_quaternions_if_trusted_format(
+            rotation, rotation_format, layout, source
+        ),
         translation=logged_translation,
         turn=logged_rotation,
         valid=is_valid,
@@ -565,7 +569,7 @@ def make_recording(steps: Steps, layout: DatasetLayout, source: str) -> Recordin
     )
 
 
-def _read_moving_gripper(
+def _read_openings_and_commands_if_moving(
     steps: Steps, layout: DatasetLayout, source: str
 ) -> tuple[Array | None, Array | None]:
     """Read openings and commands [T]; None if the layout says that the gripper never moves."""
@@ -591,7 +595,7 @@ def _check_shape(
     )
 
 
-def _convert_if_trusted_format(
+def _convert_to_quaternions_if_trusted_format(
     rotation: Array, rotation_format: RotationFormat, layout: DatasetLayout, source: str
 ) -> Array:
     """Convert recorded orientations to what hypotheses can read.
@@ -776,11 +780,13 @@ def list_possible_logged_units(layout: DatasetLayout) -> LoggedUnits:
     return LoggedUnits(length_units, angle_units)
 
 
-def _judge_part(name: str, fits: Sequence[Fit], answers: Mapping[str, str | None]) -> ActionPart:
+def _judge_part(
+    part_name: str, fits: Sequence[Fit], answers: Mapping[str, str | None]
+) -> ActionPart:
     """Judge the logged translations or rotations.
 
     Args:
-        name: "translation" or "rotation".
+        part_name: "translation" or "rotation".
         fits: the fits of all hypotheses.
         answers: question → the layout's answer.
     """
@@ -797,7 +803,7 @@ def _judge_part(name: str, fits: Sequence[Fit], answers: Mapping[str, str | None
     ranked = sorted(fits, key=rank)
     best = ranked[0]
     resamples = _sample_bootstrap_counts(len(best.error))
-    note = _explain_undecidable(name, best)
+    note = _explain_undecidable(part_name, best)
     is_undecidable = note != ""
 
     # For each question: which answers fit as well as the best? A question is skipped if all
@@ -814,7 +820,7 @@ def _judge_part(name: str, fits: Sequence[Fit], answers: Mapping[str, str | None
     layout_fit = next(agreeing, None)
     margin = None if layout_fit is None else _compute_margin(layout_fit, best, resamples)
     verdict = _judge_layout(answers, margin, is_undecidable)
-    return ActionPart(name, best, layout_fit, margin, findings, verdict, note)
+    return ActionPart(part_name, best, layout_fit, margin, findings, verdict, note)
 
 
 def _list_answered_questions(answers: Mapping[str, str | None]) -> list[str]:
@@ -862,11 +868,11 @@ def _sample_bootstrap_counts(num_resampling_units: int) -> Array:
     return counts.astype(float)
 
 
-def _explain_undecidable(name: str, best: Fit) -> str:
+def _explain_undecidable(part_name: str, best: Fit) -> str:
     """Return why the data are not enough to judge the translations or rotations; "" if they are."""
     mean_motion = float(best.motion.sum() / best.num_steps)
-    if mean_motion < MIN_MOTION[name]:
-        return f"the robot hardly moves, by {format_size(name, mean_motion)} in a stretch"
+    if mean_motion < MIN_MOTION[part_name]:
+        return f"the robot hardly moves, by {format_size(part_name, mean_motion)} in a stretch"
     if best.relative_error > MAX_UNEXPLAINED:
         return (
             "no hypothesis explains the states, and "

@@ -515,7 +515,7 @@ def _propose_motion(
     # These keys are open (None) until a value is found, here or in `_propose_gripper`.
     keys = ("position", "rotation", "rotation_format", "gripper", "gripper_range")
     proposal.fields |= dict.fromkeys(keys)
-    candidates = _find_candidates(columns, rate_hz, find_joint_names)
+    candidates = _find_position_and_action_candidates(columns, rate_hz, find_joint_names)
     if not candidates:
         proposal.facts["position"] = (
             "no column but joints leads to the next state by any action: name it yourself; joint "
@@ -526,7 +526,9 @@ def _propose_motion(
 
     tied = _select_best_candidates(candidates)
     best = tied[0]
-    translation_fit = _propose_position(best, tied, columns, rate_hz, proposal)
+    translation_fit = _propose_position_and_logged_translation(
+        best, tied, columns, rate_hz, proposal
+    )
     if best.rotation is None or best.action_rotation is None:
         proposal.facts["rotation"] = (
             "no numbers of an action lead from one orientation to the next: name the columns of "
@@ -560,7 +562,7 @@ def _list_triples(columns: Columns, find_joint_names: JointNameFinder) -> list[C
     return triples
 
 
-def _find_candidates(
+def _find_position_and_action_candidates(
     columns: Columns, rate_hz: float, find_joint_names: JointNameFinder
 ) -> list[_Candidate]:
     """List candidates for positions, and for actions that lead from one position to the next.
@@ -634,7 +636,7 @@ def _select_best_candidates(candidates: Sequence[_Candidate]) -> list[_Candidate
     return with_certain_rotation or tied
 
 
-def _propose_position(
+def _propose_position_and_logged_translation(
     best: _Candidate,
     tied: Sequence[_Candidate],
     columns: Columns,

@@ -74,18 +74,18 @@ def resolve_joint_columns(columns: Columns, folder: Dataset, urdf: Path, tip: st
 
 
 def _find_joints(
-    columns: Columns, names: Sequence[str], folder: Dataset, arm: UrdfArm
+    columns: Columns, column_names: Sequence[str], folder: Dataset, arm: UrdfArm
 ) -> JointStart | None:
     """Find the first of some columns that has the joints of an arm, and where they begin in it."""
     num_joints = len(arm.moving_joint_names)
-    for name in names:
+    for name in column_names:
         components = _list_motors(folder, name)
         for first in range(len(components) - num_joints + 1):
             if sorted(components[first : first + num_joints]) == sorted(arm.moving_joint_names):
                 return JointStart(name, first)
 
     # Numbers without names: the joints, perhaps with the gripper behind them.
-    for name in names:
+    for name in column_names:
         width = columns[name][0].shape[1]
         if not _list_motors(folder, name) and width in (num_joints, num_joints + 1):
             return JointStart(name, 0)

@@ -452,7 +452,7 @@ def fit_translations(
         # Displacements along the axes of the end effector, for every format of its orientations.
         for state_format in list_tested_state_formats(rotation):
             orientation = quaternions[state_format][stretches.rows[:, :-1]]  # [n, L, 4]
-            sums = _rotate_into_columns(orientation, diagonal).cumsum(1)
+            sums = _rotate_components_into_base_frame(orientation, diagonal).cumsum(1)
             in_ee = _TranslationReading("ee", state_format, delay)
             fits += _fit_scales_and_signs(sums, origin, recorded, relative_scales, in_ee, stretches)
     return fits
@@ -534,7 +534,7 @@ def _fit_scales_and_signs(
         yield Fit(hypothesis, error, recorded.motion, relative_error, num_steps, scale.factor)
 
 
-def _rotate_into_columns(orientation: Array, diagonal: Array) -> Array:
+def _rotate_components_into_base_frame(orientation: Array, diagonal: Array) -> Array:
     """Rotate the components of actions, each on its own, from the end-effector to the base frame.
 
     Args:

@@ -76,13 +76,15 @@ def _describe_store(store: EpisodeStore) -> str:
     success = Counter(episode.success for episode in episodes)
     lines.append(f"success       {success[True]} yes, {success[False]} no, {success[None]} unknown")
     positions = np.concatenate([episode.position for episode in episodes])
-    lines.append(f"position, m   {_format_xyz_ranges(positions)}")
+    lines.append(f"position, m   {_format_xyz_ranges_without_extremes(positions)}")
     # The translations [steps, 3] of the known actions.
     translations = [np.asarray(episode.action)[episode.action_mask, :3] for episode in episodes]
     known_translations = np.concatenate(translations)
     if len(known_translations):
-        lines.append(f"step, mm      {_format_xyz_ranges(1000 * known_translations)}")
-    lines += _format_instructions(episode.instruction for episode in episodes)
+        lines.append(
+            f"step, mm      {_format_xyz_ranges_without_extremes(1000 * known_translations)}"
+        )
+    lines += _summarize_instructions(episode.instruction for episode in episodes)
     return "\n".join(escape_control_characters(line) for line in lines)
 
 
@@ -149,7 +151,7 @@ def _describe_foreign_dataset(folder: Dataset) -> str:
     lines += [f"skipped       {reason}" for reason in reasons[:MAX_REASONS]]
     lines += cameras
     lines += _format_columns(episodes, axes)
-    lines += _format_instructions(texts)
+    lines += _summarize_instructions(texts)
     return "\n".join(escape_control_characters(line) for line in lines)
 
 
@@ -319,7 +321,7 @@ def _format_columns(episodes: Sequence[Steps], axes: Mapping[str, Sequence[str]]
 
 
 def _format_numbers(
-    name: str, values: Array, episodes: Sequence[Steps], axis_names: Sequence[str]
+    name: str, first_values: Array, episodes: Sequence[Steps], axis_names: Sequence[str]
 ) -> Iterator[str]:
     """Describe a column of numbers: type, shape, range and NaN.
 
@@ -327,19 +329,19 @@ def _format_numbers(
 
     Args:
         name: the column.
-        values: its values in the first episode.
+        first_values: its values in the first episode.
         episodes: the columns of each episode.
         axis_names: names of the column's numbers; empty if they are not known.
     """
-    rows = _join_rows(name, values, episodes)
+    rows = _join_rows_of_same_shape(name, first_values, episodes)
     # fmin and fmax leave NaN out.
     low = np.fmin.reduce(rows).astype(float)  # [d]
     high = np.fmax.reduce(rows).astype(float)  # [d]
     shows_each_axis = 1 < len(low) <= MAX_AXES
 
-    description = str(values.dtype)
-    if values.ndim > 1:
-        description += f" {list(values.shape[1:])}"
+    description = str(first_values.dtype)
+    if first_values.ndim > 1:
+        description += f" {list(first_values.shape[1:])}"
     if axis_names:
         description += f": {', '.join(axis_names)}"
     if not shows_each_axis:
@@ -354,7 +356,7 @@ def _format_numbers(
             yield f"  {'':<34}   {label:<5}{numbers}"
 
 
-def _join_rows(name: str, values: Array, episodes: Sequence[Steps]) -> Array:
+def _join_rows_of_same_shape(name: str, values: Array, episodes: Sequence[Steps]) -> Array:
     """Concatenate a column's rows [T, d] of all episodes in which it has the shape of `values`."""
     columns: list[Any] = []
     for episode in episodes:
@@ -373,7 +375,7 @@ def _format_range(lengths: Array | Sequence[int]) -> str:
     return f"{low} … {int(np.median(lengths))} … {high}"
 
 
-def _format_xyz_ranges(values: Array) -> str:
+def _format_xyz_ranges_without_extremes(values: Array) -> str:
     """Format the range of x, y and z, each without the lowest and highest 1 % of values [N, 3]."""
     low, high = np.quantile(values, [0.01, 0.99], axis=0)
     ranges = []
@@ -382,7 +384,7 @@ def _format_xyz_ranges(values: Array) -> str:
     return ", ".join(ranges) + " (98 %)"
 
 
-def _format_instructions(texts: Iterable[str]) -> list[str]:
+def _summarize_instructions(texts: Iterable[str]) -> list[str]:
     """Say how many different instructions there are, and show the most frequent ones."""
     counts = Counter(text.strip() or "(none)" for text in texts)
     lines = [f"instructions  {len(counts)} different"]

@@ -5,7 +5,7 @@ from typing import Self
 
 import numpy as np
 
-from spear.gripper import delay_measured_if_commanded
+from spear.gripper import delay_openings_logged_from_commands
 from spear.types import Array, Episode
 
 MAX_ANGLE_RAD = 2.1 * np.pi  # a larger angle goes beyond a whole turn, so its unit is degrees
@@ -54,7 +54,7 @@ class Recording:
             turn=action[:, 3:7],
             valid=valid,
             rate_hz=episode.rate_hz,
-            opening=delay_measured_if_commanded(opening, action[:, 7]),
+            opening=delay_openings_logged_from_commands(opening, action[:, 7]),
             command=action[:, 7],
         )
 

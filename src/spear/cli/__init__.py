@@ -232,7 +232,7 @@ def _dispatch(args: list[str]) -> None:
         name = resolve_command(args)
         num_name_words = len(name.split())
         option_words = args[num_name_words:]
-        renamed.check_options(name, option_words)
+        renamed.check_no_former_options(name, option_words)
         if not option_words and name in PRINTS_HELP_WITHOUT_ARGUMENTS:
             option_words = ["--help"]
         function = load_command(name)
@@ -248,7 +248,7 @@ def resolve_command(args: Sequence[str]) -> str:
         SpearError: the command is unknown (the message suggests a similar one), or the name is a
             former one.
     """
-    renamed.check_command(args)
+    renamed.check_no_former_command(args)
     words = [word for word in args[:2] if not word.startswith("-")]  # names have one or two words
     for name in (" ".join(words), words[0]):
         if name in COMMANDS:

@@ -70,7 +70,7 @@ def ask(options: AskOptions) -> None:
         spear ask photo.jpg "How far away is the mug?"
         spear ask sim:7 "Provide the 3D bounding box of the cucumber" --save-image box.png
     """
-    from spear.evaluate.vqa.ask import AskSettings, ask_question, load_picture
+    from spear.evaluate.vqa.ask import AskSettings, ask_question, load_or_render_picture
     from spear.evaluate.vqa.calibration import Trust
     from spear.models.weights.folders import is_simulator_only, read_taught_question_types
     from spear.policy import load_vlm, locate_checkpoint
@@ -82,7 +82,7 @@ def ask(options: AskOptions) -> None:
     bundle = load_vlm(options.model, options.device, options.dtype)
     check_known("view", bundle.processor.image_sizes, options.view)
     size = bundle.processor.image_sizes[options.view]
-    picture = load_picture(options.image, size, options.view)
+    picture = load_or_render_picture(options.image, size, options.view)
 
     # How far the model's probabilities can be trusted; None if this was not measured.
     trust = Trust.load(folder) if options.view == MAIN_VIEW else None

@@ -335,7 +335,7 @@ def _make_processor(
     if plan.tokenizer is None:
         raise SpearError(problem)
     preset = get_preset(options.preset)
-    coordinate_tokenizer = _make_coordinate_tokenizer(
+    coordinate_tokenizer = _load_or_fit_coordinate_tokenizer(
         options.coordinates, preset.bins, options.seed
     )
     return Processor(
@@ -369,7 +369,9 @@ def _report_and_save(
         )
 
 
-def _make_coordinate_tokenizer(path: Path, num_bins: int, seed: int) -> "CoordinateTokenizer":
+def _load_or_fit_coordinate_tokenizer(
+    path: Path, num_bins: int, seed: int
+) -> "CoordinateTokenizer":
     """Return the 3D tokens for --coordinates.
 
     Args:

@@ -262,8 +262,10 @@ def evaluate_data(options: EvaluateDataOptions) -> None:
 
         horizon = policy.model.config.horizon
         policy_errors = open_loop.measure_policy_errors(options.policy, policy, held_out)
-        mean_action_errors = open_loop.measure_mean_action_errors(training, held_out, horizon)
-        last_action_errors = open_loop.measure_last_action_errors(held_out, horizon)
+        mean_action_errors = open_loop.measure_constant_mean_action_errors(
+            training, held_out, horizon
+        )
+        last_action_errors = open_loop.measure_repeated_action_errors(held_out, horizon)
 
     _print_open_loop_errors(
         [policy_errors, mean_action_errors, last_action_errors], num_episodes=len(held_out)
@@ -458,13 +460,13 @@ def _ask_and_save(
         The labeled images, and the scores.
     """
     from spear.evaluate.vqa import run
-    from spear.evaluate.vqa.ask import load_labeled_images
+    from spear.evaluate.vqa.ask import load_or_render_labeled_images
     from spear.evaluate.vqa.calibration import Trust
     from spear.evaluate.vqa.shift_suite import parse_picture_shift
     from spear.policy import locate_checkpoint
     from spear.report.vqa import make_vqa_page
 
-    labels = load_labeled_images(
+    labels = load_or_render_labeled_images(
         options.labels,
         options.num_images,
         options.query.view,

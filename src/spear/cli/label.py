@@ -52,7 +52,7 @@ def label(options: LabelOptions) -> None:
     is_benchmark = any(photo.startswith(BENCHMARK_PREFIXES) for photo in options.photos)
     _check_label_options(options, is_benchmark)
     if options.dry_run:
-        _print_plan(options)
+        _print_labeling_cost(options)
     elif is_benchmark:
         _label_benchmark_scenes(options)
     elif options.photos:
@@ -180,7 +180,7 @@ def _print_labeled_scenes(num_images: int, out: Path) -> None:
     )
 
 
-def _print_plan(options: LabelOptions) -> None:
+def _print_labeling_cost(options: LabelOptions) -> None:
     """Print what labeling would cost.
 
     A model may be written FILE+OTHER: the file's annotations, completed by the model OTHER. The
@@ -349,7 +349,11 @@ def _predict_point_maps(
         A point map per label; None for each that cannot be predicted.
     """
     from spear.labels.model_factories import resolve_factory
-    from spear.labels.pipeline import admit_frame, predict_and_add_point_maps, read_images
+    from spear.labels.pipeline import (
+        make_checked_pending_image,
+        predict_and_add_point_maps,
+        read_and_encode_images,
+    )
     from spear.labels.sources import list_items
     from spear.sim_data.label_scenes import list_scenes
     from spear.types import Frame
@@ -369,10 +373,10 @@ def _predict_point_maps(
         labeled_items = [
             item_of_source[label.source] for label in labels if label.source in item_of_source
         ]
-        images = read_images(labeled_items)
+        images = read_and_encode_images(labeled_items)
     else:
         frames = [Frame(decode_image(label.image), source=label.source) for label in labels]
-        images = [admit_frame(frame) for frame in frames]
+        images = [make_checked_pending_image(frame) for frame in frames]
     default_options = LabelOptions()
     make_model = resolve_factory("point map", run["pointmap"], default_options)
     predict_and_add_point_maps(images, make_model())  # sets the attribute `point_map` of each image

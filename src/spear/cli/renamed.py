@@ -77,7 +77,7 @@ OPTIONS_OF_ARGUMENTS: dict[str, tuple[str, ...]] = {
 """Command -> the options that replace the arguments that the command formerly took by position."""
 
 
-def check_command(args: Sequence[str]) -> None:
+def check_no_former_command(args: Sequence[str]) -> None:
     """Raise `SpearError` if the arguments begin with the former name of a command."""
     for num_words in (3, 2, 1):
         former = " ".join(args[:num_words])
@@ -88,7 +88,7 @@ def check_command(args: Sequence[str]) -> None:
             raise SpearError(f"spear {former} is now {NEW_COMMANDS[former]}.{advice}")
 
 
-def check_options(command: str, words: Sequence[str]) -> None:
+def check_no_former_options(command: str, words: Sequence[str]) -> None:
     """Raise `SpearError` for the first former option, or argument, of a command.
 
     Args:
@@ -96,7 +96,7 @@ def check_options(command: str, words: Sequence[str]) -> None:
         words: the words after the name.
 
     Example:
-        >>> check_options("evaluate", ["--policy", "nano", "--scenes", "8"])
+        >>> check_no_former_options("evaluate", ["--policy", "nano", "--scenes", "8"])
         Traceback (most recent call last):
         spear.errors.SpearError: --scenes is now --num-scenes.
     """
@@ -105,10 +105,10 @@ def check_options(command: str, words: Sequence[str]) -> None:
         option = word.partition("=")[0].replace("_", "-")
         if option in new_options:
             raise SpearError(f"{option} is now {new_options[option]}.")
-    _check_arguments(command, words)
+    _check_no_former_arguments(command, words)
 
 
-def _check_arguments(command: str, words: Sequence[str]) -> None:
+def _check_no_former_arguments(command: str, words: Sequence[str]) -> None:
     """Raise `SpearError` if a command begins with arguments that have become options."""
     options = OPTIONS_OF_ARGUMENTS.get(command, ())
     arguments: list[str] = []

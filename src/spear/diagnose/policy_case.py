@@ -102,7 +102,7 @@ class PolicyCase(Case):
         if self.policy is None or self.policy.folder is None:
             return False
         trust = Trust.load(self.policy.folder)
-        return trust is not None and trust.tells_absent
+        return trust is not None and trust.can_tell_absent
 
     @cached_property
     def judged_names(self) -> dict[int, list[str]]:

@@ -81,17 +81,17 @@ class Comparison:
         chance = f"p {format_p_value(self.mean.p)}, n = {difference.n}"
         if self.mean.p >= SIGNIFICANCE_LEVEL:
             names = f"{self.first_name} and {self.second_name}"
-            return f"No difference shown between {names}: {format_points(difference)}, {chance}."
+            points = format_difference_in_points(difference)
+            return f"No difference shown between {names}: {points}, {chance}."
         if difference.value > 0:
             return (
                 f"{self.first_name} is better than {self.second_name}: "
-                f"{format_points(difference)}, {chance}."
+                f"{format_difference_in_points(difference)}, {chance}."
             )
         # second - first: the ends of the interval exchange their places.
         gap = Estimate(-difference.value, -difference.high, -difference.low, difference.n)
-        return (
-            f"{self.second_name} is better than {self.first_name}: {format_points(gap)}, {chance}."
-        )
+        points = format_difference_in_points(gap)
+        return f"{self.second_name} is better than {self.first_name}: {points}, {chance}."
 
     def to_table(self) -> Table:
         """Format the rows for a terminal."""
@@ -237,7 +237,7 @@ def format_row(row: Row) -> list[str]:
     ]
 
 
-def format_points(difference: Estimate) -> str:
+def format_difference_in_points(difference: Estimate) -> str:
     """Format a difference of rates, for example as "+35.0 points [+20.1, +47.2]"."""
     return difference.to_text("+.1f", scale=100, unit=" points")
 

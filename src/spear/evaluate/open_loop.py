@@ -146,7 +146,7 @@ def compute_mean_action(actions: Array) -> Array:
     return mean.astype(np.float32)
 
 
-def measure_mean_action_errors(
+def measure_constant_mean_action_errors(
     train: EpisodeStore, held_out: EpisodeStore, horizon: int = HORIZON
 ) -> OpenLoopErrors:
     """Score the baseline that always predicts the mean action of the training episodes.
@@ -169,7 +169,9 @@ def measure_mean_action_errors(
     return _measure_prediction_errors("mean action", predictions)
 
 
-def measure_last_action_errors(held_out: EpisodeStore, horizon: int = HORIZON) -> OpenLoopErrors:
+def measure_repeated_action_errors(
+    held_out: EpisodeStore, horizon: int = HORIZON
+) -> OpenLoopErrors:
     """Score the baseline that repeats the action of the previous step for a whole chunk.
 
     In an episode's first step, it predicts that the arm stands still and the gripper stays as it

@@ -186,7 +186,7 @@ class _Evaluation(Generic[Track]):
         return list(self._films.values())
 
     @property
-    def records_tracks(self) -> bool:
+    def should_record_all_tracks_at_first(self) -> bool:
         """Whether the tracks of all episodes are recorded when the episodes run for the first time.
 
         They are recorded if all failures or all episodes are filmed ("failures", "all"). If only a
@@ -198,7 +198,7 @@ class _Evaluation(Generic[Track]):
         return films > 0 and self.simulator.has_cheap_tracks
 
     @property
-    def makes_films_at_once(self) -> bool:
+    def should_film_each_episode_as_it_ends(self) -> bool:
         """Whether each film is made when its episode ends, so that its track can be deleted.
 
         This is possible if `videos` is "all" or "failures", because an episode's outcome then says
@@ -220,13 +220,13 @@ class _Evaluation(Generic[Track]):
                     outcomes[seed] = self.journal.outcomes[family, seed]
         title = f"{self.agent.name}, {family}"
         with ProgressBar(title, len(seeds), "scenes", num_done_before=len(outcomes)) as bar:
-            tracks = self._run_episodes(family, seeds, outcomes, bar)
+            tracks = self._run_missing_episodes(family, seeds, outcomes, bar)
             ended = [outcomes[seed] for seed in seeds]
             seeds_without_track = self._make_films_and_list_seeds_without_track(ended, tracks)
-            self._film_again(family, seeds, seeds_without_track, outcomes, bar)
+            self._rerun_for_films(family, seeds, seeds_without_track, outcomes, bar)
         return ended
 
-    def _run_episodes(
+    def _run_missing_episodes(
         self, family: str, seeds: Sequence[int], outcomes: dict[int, Outcome], bar: ProgressBar
     ) -> dict[int, Track]:
         """Run the missing episodes, and add their outcomes to `outcomes` and to the journal.
@@ -242,7 +242,9 @@ class _Evaluation(Generic[Track]):
         for group in self._split_into_groups(seeds):
             if all(seed in outcomes for seed in group):
                 continue
-            episodes = self.simulator.run_episodes(self.agent, family, group, self.records_tracks)
+            episodes = self.simulator.run_episodes(
+                self.agent, family, group, self.should_record_all_tracks_at_first
+            )
             for outcome, seconds, track in episodes:
                 if outcome.seed not in outcomes:
                     outcomes[outcome.seed] = outcome
@@ -251,9 +253,9 @@ class _Evaluation(Generic[Track]):
                     last_end = time.perf_counter()
                 # An episode that was run again may have ended differently. Its track would then not
                 # show the outcome that is in the journal.
-                if self.records_tracks and outcome == outcomes[outcome.seed]:
+                if self.should_record_all_tracks_at_first and outcome == outcomes[outcome.seed]:
                     tracks[outcome.seed] = track
-                if self.makes_films_at_once:
+                if self.should_film_each_episode_as_it_ends:
                     self._make_films_and_list_seeds_without_track([outcomes[outcome.seed]], tracks)
                     tracks.clear()
                 num_successes = sum(outcome.success for outcome in outcomes.values())
@@ -265,7 +267,7 @@ class _Evaluation(Generic[Track]):
         size = self.simulator.group_size
         return [seeds[start : start + size] for start in range(0, len(seeds), size)]
 
-    def _film_again(
+    def _rerun_for_films(
         self,
         family: str,
         seeds: Sequence[int],
@@ -302,7 +304,7 @@ class _Evaluation(Generic[Track]):
             The seeds of selected episodes that have no track.
         """
         seeds_without_track = []
-        for outcome in self._select_filmed(ended):
+        for outcome in self._select_episodes_to_film(ended):
             name = outcome.film_name
             is_on_disk = self.options.out is not None and (self.options.out / name).is_file()
             if name in self._films or is_on_disk:
@@ -317,7 +319,7 @@ class _Evaluation(Generic[Track]):
                 write_bytes(self.options.out / name, new_film.data)
         return seeds_without_track
 
-    def _select_filmed(self, ended: Sequence[Outcome]) -> list[Outcome]:
+    def _select_episodes_to_film(self, ended: Sequence[Outcome]) -> list[Outcome]:
         """Select the episodes that the options want to be filmed."""
         films = self.options.videos  # "failures", "all", or a number of successes and of failures
         successes = [outcome for outcome in ended if outcome.success]

@@ -224,7 +224,7 @@ def estimate_mean_over_seeds(success_by_family: Sequence[Array]) -> Estimate:
     Args:
         success_by_family: For each task family: success [seeds, scenes] bool.
     """
-    tables = _to_success_tables(success_by_family)
+    tables = _validate_success_tables(success_by_family)
     mean, half_width = _compute_crossed_mean_and_half_width(tables)
     counts = [(int(table.sum()), table.size) for table in tables]
     # As if all runs were independent
@@ -240,8 +240,8 @@ def estimate_difference_over_seeds(first: Sequence[Array], second: Sequence[Arra
         second: Success in the same shapes. Entries with the same index are of the same scene; the
             seeds are paired by their order.
     """
-    first_tables = _to_success_tables(first)
-    second_tables = _to_success_tables(second)
+    first_tables = _validate_success_tables(first)
+    second_tables = _validate_success_tables(second)
     first_shapes = [table.shape for table in first_tables]
     second_shapes = [table.shape for table in second_tables]
     if first_shapes != second_shapes:
@@ -276,7 +276,7 @@ class CrossedVariances:
     num_scenes: Sequence[int]
 
 
-def compute_crossed_variances(tables: Sequence[Array]) -> CrossedVariances:
+def compute_variances_of_crossed_mean(tables: Sequence[Array]) -> CrossedVariances:
     """Compute the variances of the mean of a crossed design (see the beginning of this file).
 
     Args:
@@ -423,7 +423,7 @@ def _compute_percentile_interval(
     return float(low), float(high)
 
 
-def _to_success_tables(success_by_family: Sequence[Array]) -> list[Array]:
+def _validate_success_tables(success_by_family: Sequence[Array]) -> list[Array]:
     """Convert the success of each task family to an array [seeds, scenes] of bool.
 
     Raises `ValueError` for other shapes and types, or if the numbers of seeds differ.
@@ -449,7 +449,7 @@ def _compute_crossed_mean_and_half_width(tables: Sequence[Array]) -> tuple[float
         The mean of the tables' means, and half the width of its interval.
     """
     mean = float(np.mean([table.mean() for table in tables]))
-    variances = compute_crossed_variances(tables)
+    variances = compute_variances_of_crossed_mean(tables)
     return mean, compute_crossed_half_width(variances)
 
 

@@ -31,7 +31,7 @@ from spear.labels.pipeline import (
     detect_and_add_detections,
     fit_boxes,
     predict_and_add_point_maps,
-    read_images,
+    read_and_encode_images,
     segment_and_add_masks,
 )
 from spear.labels.store import to_table
@@ -80,7 +80,9 @@ Engine = Callable[[Iterable[Sequence[Item]]], Generator[LabeledBatch, None, None
 """Batches of items → labeled batches, in order."""
 
 
-def predict_and_pack_images(images: list[PendingImage], point_map_model: PointMapModel) -> None:
+def predict_point_maps_and_pack_images(
+    images: list[PendingImage], point_map_model: PointMapModel
+) -> None:
     """Predict point maps, and remove from the images what box fitting does not need.
 
     The images are smaller then, and cheaper to send to another process. Pixels and ground truth are
@@ -102,7 +104,7 @@ def predict_and_pack_images(images: list[PendingImage], point_map_model: PointMa
 
 
 def fit_boxes_of_packed_images(images: Sequence[PendingImage]) -> LabeledBatch:
-    """Fit the boxes of a batch that `predict_and_pack_images` has packed.
+    """Fit the boxes of a batch that `predict_point_maps_and_pack_images` has packed.
 
     An unexpected exception in one image skips only that image: among millions of images, some
     break the code.
@@ -138,7 +140,7 @@ Stage = Callable[[list[PendingImage], Any], None]
 STAGES: Sequence[Stage] = (
     partial(detect_and_add_detections, skip_empty=True),
     segment_and_add_masks,
-    predict_and_pack_images,
+    predict_point_maps_and_pack_images,
 )
 """The stages of detector, segmenter and point-map model. A stage calls its model with a batch and
 changes the batch's images."""
@@ -170,7 +172,7 @@ def run_local(
     advice = "use fewer --workers or a smaller --batch-size, and run the same command again"
     models = [make_model() for make_model in factories]
     num_ahead = workers + 1  # number of batches that are in progress at once, per stage
-    read_batch = partial(read_images, max_side_px=max_side_px)
+    read_batch = partial(read_and_encode_images, max_side_px=max_side_px)
     try:
         with processes.open_worker_pool(workers, __name__, advice) as pool:
             # A chain of generators: each one draws its batches from the one before.
@@ -246,7 +248,7 @@ def run_ray(
         ray.init(log_to_driver=False, logging_level=logging.ERROR, include_dashboard=False)
     try:
         actors_of_stages = _start_actors(ray, factories, work)
-        reader = ray.remote(read_images)
+        reader = ray.remote(read_and_encode_images)
         finisher = ray.remote(fit_boxes_of_packed_images)
         # Keep all CPUs and actors busy (an actor has one batch in work and one waiting), and bound
         # the number of batches in memory.

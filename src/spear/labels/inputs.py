@@ -109,9 +109,9 @@ def list_images(
     for path in paths:
         # A pattern may match a folder and files in the folder. The folder comes first, so its files
         # have been listed already.
-        if path != argument and listing.has_entered_parent(path):
+        if path != argument and listing.has_entered_any_ancestor(path):
             continue
-        if path == argument and _is_image_of_other_suffix(path):
+        if path == argument and _is_image_despite_suffix(path):
             items = iter([_make_file_item(path)])
         else:
             items = listing.list_path(path)
@@ -133,7 +133,7 @@ def list_images(
         )
 
 
-def _is_image_of_other_suffix(path: str) -> bool:
+def _is_image_despite_suffix(path: str) -> bool:
     """Whether a file that the user named is an image, although its suffix is not an image's."""
     suffix = os.path.splitext(path)[1].lower()
     has_own_reader = suffix in (*IMAGE_SUFFIXES, *VIDEO_SUFFIXES, ".tar", ".parquet")
@@ -172,7 +172,7 @@ class _Listing:
         self.entered_folders: set[str] = set()
         self.num_unsupported = Counter[str]()
 
-    def has_entered_parent(self, path: str) -> bool:
+    def has_entered_any_ancestor(self, path: str) -> bool:
         """Whether one of the folders that contain `path` was entered."""
         parents = Path(os.path.realpath(path)).parents
         return any(str(parent) in self.entered_folders for parent in parents)
@@ -257,15 +257,16 @@ def list_images_in_tar(path: str) -> Iterator[Item]:
                     yield Item(f"{path}/{member.name}", read_images_in_tar, path, location, stamp)
                 # tarfile appends each member to this list; empty it to bound the memory.
                 tar.members = []  # type: ignore[attr-defined]
-            _check_tar_end(tar)
+            _check_tar_is_complete(tar)
     except (tarfile.TarError, OSError) as error:
         refuse_lfs_pointer(Path(path), path)
         raise SpearError(
-            f"{path} is not a complete, uncompressed tar file ({error}). {_advise_on_tar(path)}"
+            f"{path} is not a complete, uncompressed tar file ({error}). "
+            f"{_advise_on_unreadable_tar(path)}"
         ) from error
 
 
-def _advise_on_tar(path: str) -> str:
+def _advise_on_unreadable_tar(path: str) -> str:
     """Say what to do about a tar file that cannot be read, by how it begins."""
     try:
         with open(path, "rb") as file:
@@ -277,7 +278,7 @@ def _advise_on_tar(path: str) -> str:
     return "Its download or copy was interrupted. Repeat it, for example with `rsync --append`."
 
 
-def _check_tar_end(tar: tarfile.TarFile) -> None:
+def _check_tar_is_complete(tar: tarfile.TarFile) -> None:
     """Raise `tarfile.ReadError` unless a tar file that was read to its end is complete.
 
     A tar file ends with a block of zeros. tarfile itself stops at a broken header without an error.
@@ -325,7 +326,7 @@ def read_images_in_parquet(
     still read.
     """
     for column, group, row in locations:
-        value = read_row_group(path, column, group)[row].as_py()
+        value = read_column_of_row_group(path, column, group)[row].as_py()
         if isinstance(value, dict):  # Hugging Face's {"bytes": …, "path": …}
             value = value.get("bytes")
         if isinstance(value, bytes):
@@ -335,13 +336,15 @@ def read_images_in_parquet(
 
 
 @lru_cache(maxsize=1)
-def read_row_group(path: str, column: str, group: int) -> pa.ChunkedArray:
+def read_column_of_row_group(path: str, column: str, group: int) -> pa.ChunkedArray:
     """Read one column of a row group of a Parquet file.
 
     The group that was read last is cached, because the rows of a group are read one after another.
     Arrow's threads are not used, because several worker processes read at the same time.
     """
-    return pq.ParquetFile(path).read_row_group(group, columns=[column], use_threads=False)[column]
+    return pq.ParquetFile(path).read_column_of_row_group(
+        group, columns=[column], use_threads=False
+    )[column]
 
 
 def _choose_image_column(schema: pa.Schema, path: str) -> str:
@@ -350,7 +353,7 @@ def _choose_image_column(schema: pa.Schema, path: str) -> str:
     It is the column named "image", or else the only column that contains bytes, either directly or
     as {bytes, path}.
     """
-    columns = [field.name for field in schema if _contains_images(field.type)]
+    columns = [field.name for field in schema if _can_contain_images(field.type)]
     if "image" in columns:
         return "image"
     if len(columns) == 1:
@@ -361,10 +364,10 @@ def _choose_image_column(schema: pa.Schema, path: str) -> str:
     raise SpearError(f"{path} {problem}. Name the one with the images `image`.")
 
 
-def _contains_images(kind: pa.DataType) -> bool:
+def _can_contain_images(kind: pa.DataType) -> bool:
     """Whether values of a type are bytes, or structs with bytes in their field "bytes"."""
     if pa.types.is_struct(kind):
-        return kind.get_field_index("bytes") >= 0 and _contains_images(kind.field("bytes").type)
+        return kind.get_field_index("bytes") >= 0 and _can_contain_images(kind.field("bytes").type)
     return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind))
 
 

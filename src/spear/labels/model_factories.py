@@ -94,7 +94,7 @@ def resolve_factory(role: str, description: str, options: LabelOptions) -> Calla
         if not weights_or_file or not Path(weights_or_file).is_file():
             raise SpearError(f"{role} {first} names no existing file. Write file:PATH.")
         make_second = resolve_factory(role, second, options) if plus else None
-        return partial(_make_file_model, entry.location, weights_or_file, make_second)
+        return partial(_make_annotation_file_model, entry.location, weights_or_file, make_second)
     if plus:
         raise SpearError(
             f"{role} {description} is not possible, because only file:PATH leaves the rest to "
@@ -107,15 +107,17 @@ def resolve_factory(role: str, description: str, options: LabelOptions) -> Calla
     return partial(_make_model, entry, name, weights_or_file, options)
 
 
-def _make_file_model(location: str, path: str, make_second: Callable[[], Any] | None) -> Any:
+def _make_annotation_file_model(
+    location: str, annotation_file: str, make_second: Callable[[], Any] | None
+) -> Any:
     """Make a `FileDetector` or `FileSegmenter`.
 
     Args:
         location: `ModelEntry.location` of the class.
-        path: The annotation file.
+        annotation_file: The annotation file.
         make_second: Makes the model that labels what the file lacks; None if there is none.
     """
-    annotations = _import_from_models("annotations:load_annotations")(path)
+    annotations = _import_from_models("annotations:load_annotations")(annotation_file)
     second_model = make_second() if make_second is not None else None
     return _import_from_models(location)(annotations, second_model)
 

@@ -24,7 +24,12 @@ from spear.labels.fit.masks import (
     erode_keeping_image_edge,
     snap_outline,
 )
-from spear.labels.fit.points import TOUCHING_FRACTION, Plane, mark_inliers, subsample
+from spear.labels.fit.points import (
+    TOUCHING_FRACTION,
+    Plane,
+    mark_inliers,
+    select_evenly_spread_points,
+)
 from spear.labels.models.protocols import Detection, PointMapResult
 from spear.types import Array, Box3D, LabeledObject
 
@@ -115,7 +120,7 @@ def label_object(detection: Detection, mask: Array, image: ImageGeometry) -> Lab
         - only for objects with a 3D box: "planarity", how flat the seen points are
           (`compute_planarity`); "stability", how little the box changes with its points
           (`compute_stability`); and "compact", how wide the object appears in comparison with the
-          depth of its box (`_compute_width_over_depth`).
+          depth of its box (`_compute_width_over_depth_extent`).
     """
     tight_box = compute_tight_box(mask)
     box2d = np.asarray(detection.box2d, np.float32)
@@ -172,7 +177,7 @@ def label_object(detection: Detection, mask: Array, image: ImageGeometry) -> Lab
     box = fit(cloud)
     scores["planarity"] = compute_planarity(cloud)
     scores["stability"] = compute_stability(cloud, box, fit)
-    scores["compact"] = _compute_width_over_depth(inside, cloud, box, image.focal_px)
+    scores["compact"] = _compute_width_over_depth_extent(inside, cloud, box, image.focal_px)
     keypoints = compute_keypoints(cloud, box)
     return LabeledObject(detection.name, box2d, encode_mask(mask), box, keypoints, scores)
 
@@ -269,7 +274,9 @@ def compute_stability(points: Array, box: Box3D, fit: Callable[[Array], Box3D]) 
     return max(0.0, 1.0 - float(np.mean(errors)) / half_diagonal)
 
 
-def _compute_width_over_depth(inside: Array, cloud: Array, box: Box3D, focal_px: float) -> float:
+def _compute_width_over_depth_extent(
+    inside: Array, cloud: Array, box: Box3D, focal_px: float
+) -> float:
     """How wide an object appears, divided by the extent of its box in depth; at most 1.
 
     The width is the diagonal of the mask's extent, at the distance of the object. If a mask leaks
@@ -308,8 +315,8 @@ def _collect_points(inside: Array, points: Array, erosion_px: int, noise: float)
         At most `MAX_POINTS` points [n, 3].
     """
     inner = erode_keeping_image_edge(inside, 1)
-    outline_pixels = subsample(np.argwhere(inside & ~inner), MAX_POINTS // 2)
-    inner_pixels = subsample(np.argwhere(inner), MAX_POINTS - len(outline_pixels))
+    outline_pixels = select_evenly_spread_points(np.argwhere(inside & ~inner), MAX_POINTS // 2)
+    inner_pixels = select_evenly_spread_points(np.argwhere(inner), MAX_POINTS - len(outline_pixels))
     pixels = np.concatenate([outline_pixels, inner_pixels])
     cloud = denoise_points_at_pixels(inside, points, pixels, erosion_px, noise).astype(np.float64)
     return cloud[mark_inliers(cloud)]

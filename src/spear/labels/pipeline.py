@@ -18,7 +18,7 @@ from spear.labels.fit.points import (
     Plane,
     estimate_relative_noise,
     fit_support_plane,
-    subsample,
+    select_evenly_spread_points,
 )
 from spear.labels.inputs import Content, Item, hash_content, read_contents
 from spear.labels.models.ground_truth import GROUND_TRUTH, GroundTruth
@@ -77,7 +77,9 @@ class PendingImage:
     lit_part: Array | None = None
 
 
-def read_images(items: Sequence[Item], max_side_px: int | None = None) -> list[PendingImage]:
+def read_and_encode_images(
+    items: Sequence[Item], max_side_px: int | None = None
+) -> list[PendingImage]:
     """Read images and encode them as JPEG, as labels store them.
 
     An image that cannot be read carries the error with which all stages skip it.
@@ -107,17 +109,19 @@ def _make_pending_image(source: str, content: Content, max_side_px: int | None) 
         frame = content
     else:
         try:
-            pixels, is_turned = _decode_image_and_is_turned(content, source)
+            pixels, is_turned = _decode_image_and_is_turned_invisibly(content, source)
         except SpearError as error:
             return PendingImage(source, frame=None, error=error)
         frame = Frame(shrink_image(pixels, max_side_px), is_turned=is_turned)
-    image = admit_frame(replace(frame, source=source))
+    image = make_checked_pending_image(replace(frame, source=source))
     if image.error is None:
         image.encoded = encode_jpeg(frame.image)
     return image
 
 
-def _decode_image_and_is_turned(content: bytes | Array, source: str) -> tuple[Array, bool]:
+def _decode_image_and_is_turned_invisibly(
+    content: bytes | Array, source: str
+) -> tuple[Array, bool]:
     """Decode an image file's bytes; pixels that are decoded already are returned unchanged.
 
     Returns:
@@ -156,7 +160,7 @@ def label_images(
     """
     remaining_frames = iter(frames)
     while batch := list(islice(remaining_frames, BATCH_SIZE)):
-        images = [admit_frame(frame) for frame in batch]
+        images = [make_checked_pending_image(frame) for frame in batch]
         detect_and_add_detections(images, detector)
         segment_and_add_masks(images, segmenter)
         predict_and_add_point_maps(images, point_map_model)
@@ -172,7 +176,7 @@ def label_with_ground_truth(frames: Iterable[Frame]) -> Iterator[LabeledImage]:
     return label_images(frames, truth, truth, truth)
 
 
-def admit_frame(frame: Frame) -> PendingImage:
+def make_checked_pending_image(frame: Frame) -> PendingImage:
     """Begin the labeling of a frame.
 
     A frame whose image is too small or not [h, w, 3] uint8 carries the error with which all stages
@@ -287,7 +291,7 @@ def fit_boxes(image: PendingImage, inputs_are_exact: bool | None = None) -> Labe
     is_valid = np.isfinite(points).all(axis=-1) & (points[..., 2] > 0)
     point_map = replace(image.point_map, mask=image.point_map.mask & is_valid)
     if inputs_are_exact is None:
-        inputs_are_exact = _comes_from_simulator(image)
+        inputs_are_exact = _has_exact_ground_truth(image)
 
     geometry = ImageGeometry(
         point_map=point_map,
@@ -314,7 +318,7 @@ def fit_boxes(image: PendingImage, inputs_are_exact: bool | None = None) -> Labe
     )
 
 
-def _comes_from_simulator(image: PendingImage) -> bool:
+def _has_exact_ground_truth(image: PendingImage) -> bool:
     """Whether masks and depth are exact ground truth of a simulator, not measured."""
     assert image.frame is not None
     models = (image.provenance["segmenter"], image.provenance["pointmap"])
@@ -337,7 +341,9 @@ def _find_support_plane(
     mask_fractions = masks.mean(axis=(1, 2))  # [n]
     small_masks = masks[mask_fractions < MAX_OBJECT_FRACTION]
     is_background = point_map.mask & ~small_masks.any(axis=0)  # [h, w]
-    pixels = subsample(np.argwhere(is_background), MAX_PLANE_POINTS)  # [k, 2] rows, columns
+    pixels = select_evenly_spread_points(
+        np.argwhere(is_background), MAX_PLANE_POINTS
+    )  # [k, 2] rows, columns
     background = point_map.points[pixels[:, 0], pixels[:, 1]]  # [k, 3]
     if extrinsics is None:
         return fit_support_plane(background)

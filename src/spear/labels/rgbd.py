@@ -91,7 +91,7 @@ class RgbdScene:
                     )
             self._camera, self._size = read_intrinsics_and_size(calibration / "intrinsic_color.txt")
             self._depth_camera, _ = read_intrinsics_and_size(calibration / "intrinsic_depth.txt")
-            self._names = _read_scannet_names(self.folder)
+            self._names = _read_scannet_instance_names(self.folder)
         else:
             file = self.folder / "intrinsics.json"
             if not file.is_file():
@@ -122,8 +122,8 @@ class RgbdScene:
                 f"{self._size[0]}×{self._size[1]}. Give the intrinsics of images of this size."
             )
         depth_camera = self._get_depth_intrinsics(depth_path, depth, (width, height))
-        _check_camera_center(color, self._camera, (width, height))
-        _check_camera_center(color, depth_camera, (depth.shape[1], depth.shape[0]))
+        _check_intrinsics_fit_image_size(color, self._camera, (width, height))
+        _check_intrinsics_fit_image_size(color, depth_camera, (depth.shape[1], depth.shape[0]))
         instances = self._read_instances(self._get_instances_path(color), height, width)
         names = {}
         if instances is not None and self._names is not None:
@@ -182,11 +182,11 @@ class RgbdScene:
         return resize_nearest(instances, height, width).astype(np.int32)
 
 
-def _check_camera_center(image: Path, camera: Array, size: WidthAndHeight) -> None:
+def _check_intrinsics_fit_image_size(image_path: Path, camera: Array, size: WidthAndHeight) -> None:
     """Raise `SpearError` if intrinsics seem to belong to images of another size.
 
     Args:
-        image: The image's path, for the error message.
+        image_path: The image's path, for the error message.
         camera: [3, 3] intrinsics in pixels.
         size: Width and height of the image.
     """
@@ -202,7 +202,7 @@ def _check_camera_center(image: Path, camera: Array, size: WidthAndHeight) -> No
     is_shifted_both_ways = min(relative_center) > 0.55 or max(relative_center) < 0.45
     if is_off_center or is_shifted_both_ways:
         raise SpearError(
-            f"{image} has {size[0]}×{size[1]} pixels, but the camera's center is at "
+            f"{image_path} has {size[0]}×{size[1]} pixels, but the camera's center is at "
             f"{center.round()}. Give the intrinsics of images of this size."
         )
 
@@ -224,19 +224,21 @@ def align_depth(depth: Array, k_depth: Array, k_image: Array, height: int, width
         [height, width]: for each pixel of the color image the value of the pixel of `depth` on its
         ray; 0 where the ray is outside the depth image.
     """
-    rows = _project_pixel_centers(height, k_image, k_depth, xy_index=1)  # [height]
-    columns = _project_pixel_centers(width, k_image, k_depth, xy_index=0)  # [width]
+    rows = _map_color_to_depth_indices(height, k_image, k_depth, xy_index=1)  # [height]
+    columns = _map_color_to_depth_indices(width, k_image, k_depth, xy_index=0)  # [width]
     rows = _replace_outside_by_minus_1(rows, depth.shape[0])
     columns = _replace_outside_by_minus_1(columns, depth.shape[1])
     padded = np.pad(depth, ((0, 1), (0, 1)))  # index -1 is the padding, which is 0
     return padded[np.ix_(rows, columns)]
 
 
-def _project_pixel_centers(size: int, k_image: Array, k_depth: Array, xy_index: int) -> Array:
+def _map_color_to_depth_indices(
+    num_color_pixels: int, k_image: Array, k_depth: Array, xy_index: int
+) -> Array:
     """Map the columns or rows of a color image to those of a depth image.
 
     Args:
-        size: Number of columns (or rows) of the color image.
+        num_color_pixels: Number of columns (or rows) of the color image.
         k_image: [3, 3] intrinsics of the color camera.
         k_depth: [3, 3] intrinsics of the depth camera.
         xy_index: 0 for columns (x), 1 for rows (y).
@@ -244,7 +246,7 @@ def _project_pixel_centers(size: int, k_image: Array, k_depth: Array, xy_index: 
     Returns:
         [size] column (or row) of the depth image that sees the center of each pixel.
     """
-    pixel_centers = np.arange(size) + 0.5
+    pixel_centers = np.arange(num_color_pixels) + 0.5
     i = xy_index
     at_depth_1 = (pixel_centers - k_image[i, 2]) / k_image[i, i]  # camera frame
     in_depth_image = at_depth_1 * k_depth[i, i] + k_depth[i, 2]
@@ -417,7 +419,7 @@ def _get_number_and_name(pair: tuple[Path, Path]) -> tuple[int, str]:
     return number, color.name
 
 
-def _read_scannet_names(folder: Path) -> dict[int, str] | None:
+def _read_scannet_instance_names(folder: Path) -> dict[int, str] | None:
     """Read the names of a scan's instances from its aggregation file.
 
     Returns:

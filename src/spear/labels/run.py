@@ -164,7 +164,7 @@ def prepare_run(options: LabelOptions, list_scenes: ListScenes | None = None) ->
     """
     factories = resolve_factories(options)
     inputs = [os.path.normpath(photo) for photo in options.photos]
-    _check_ground_truth(options, inputs)
+    _check_inputs_have_ground_truth(options, inputs)
     items = list_items(
         inputs,
         rate=options.fps,
@@ -175,7 +175,7 @@ def prepare_run(options: LabelOptions, list_scenes: ListScenes | None = None) ->
     return PreparedRun(factories, items, _collect_settings(options, inputs))
 
 
-def _check_ground_truth(options: LabelOptions, inputs: Sequence[str]) -> None:
+def _check_inputs_have_ground_truth(options: LabelOptions, inputs: Sequence[str]) -> None:
     """Raise `SpearError` if ground truth was chosen as a model although an input has none."""
     for role in ("detector", "segmenter", "pointmap"):
         if getattr(options, role) != GROUND_TRUTH:

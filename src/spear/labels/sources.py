@@ -15,7 +15,7 @@ from functools import lru_cache
 from pathlib import Path
 
 from spear.errors import SpearError, format_count, notice
-from spear.labels.inputs import Content, Item, list_images, read_row_group
+from spear.labels.inputs import Content, Item, list_images, read_column_of_row_group
 from spear.labels.rgbd import RgbdScene
 from spear.types import Episode
 
@@ -52,7 +52,7 @@ def list_items(
         SpearError: There is nothing to label in an argument.
     """
     # Files may have changed since an earlier listing in this process: forget what was read.
-    for cached in (_open_scene, _read_episode, read_row_group):
+    for cached in (_open_scene, _read_episode, read_column_of_row_group):
         cached.cache_clear()
 
     listed_names: set[str] = set()

@@ -29,7 +29,7 @@ T = TypeVar("T")
 _num_parameters: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()
 
 
-def ignore_default_device(function: Callable[P, T]) -> Callable[P, T]:
+def make_tensors_on_cpu(function: Callable[P, T]) -> Callable[P, T]:
     """Decorate a function, so that it makes its tensors on the CPU.
 
     Otherwise it would make them on PyTorch's default device, which a host program may have changed

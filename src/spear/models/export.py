@@ -202,12 +202,12 @@ def _make_exportable(
         if isinstance(module, FastRMSNorm):
             module.__class__ = GemmaRMSNorm  # type: ignore[assignment]
         if isinstance(module, SiglipEmbeddings | DinoEmbeddings):
-            _fix_position_embeddings(module, image_sizes)
+            _precompute_position_embeddings(module, image_sizes)
     return exportable
 
 
 @torch.no_grad()
-def _fix_position_embeddings(module: Any, image_sizes: Mapping[str, WidthAndHeight]) -> None:
+def _precompute_position_embeddings(module: Any, image_sizes: Mapping[str, WidthAndHeight]) -> None:
     """Let a module look up the position embeddings of the image sizes instead of resampling."""
     tables = {}
     for width, height in image_sizes.values():

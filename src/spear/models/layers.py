@@ -209,7 +209,7 @@ def compute_position_ids(valid: Tensor) -> Tensor:
     return (valid.long().cumsum(-1) - 1).clamp_min(0)
 
 
-def make_prefix_lm_mask(valid: Tensor, causal: Tensor) -> Tensor:
+def make_prefix_lm_mask(valid: Tensor, is_answer: Tensor) -> Tensor:
     """PaliGemma's mask for a prefix and an answer.
 
     The prefix (images and prompt) sees all tokens of the prefix. A token of the answer sees itself
@@ -217,7 +217,7 @@ def make_prefix_lm_mask(valid: Tensor, causal: Tensor) -> Tensor:
 
     Args:
         valid: [B, S] bool, False for padding.
-        causal: [B, S] bool, True for tokens of the answer.
+        is_answer: [B, S] bool, True for tokens of the answer.
 
     Returns:
         [B, 1, S, S] bool.
@@ -234,7 +234,7 @@ def make_prefix_lm_mask(valid: Tensor, causal: Tensor) -> Tensor:
     """
     index = torch.arange(valid.shape[1], device=valid.device)
     is_not_later = index[None, :] <= index[:, None]  # [S, S]
-    is_prefix_key = ~causal[:, None, :]  # [B, 1, S]
+    is_prefix_key = ~is_answer[:, None, :]  # [B, 1, S]
     is_valid_key = valid[:, None, :]  # [B, 1, S]
     allowed = (is_not_later | is_prefix_key) & is_valid_key  # [B, S, S]
     return allowed[:, None]
@@ -269,7 +269,9 @@ def make_suffix_mask(valid: Tensor, horizon: int, num_chunks: int) -> Tensor:
     return torch.cat([sees_prefix, sees_suffix], dim=-1)[:, None]
 
 
-def prepare_mask(model: GemmaModel | Gemma2Model, allowed: Tensor, dtype: torch.dtype) -> Tensor:
+def convert_mask_for_attention(
+    model: GemmaModel | Gemma2Model, allowed: Tensor, dtype: torch.dtype
+) -> Tensor:
     """Convert the boolean mask `allowed` to the form that the model's attention takes.
 
     Transformers' "eager" attention adds a mask to the scores, so it takes numbers. All others take

@@ -30,10 +30,10 @@ class MemoryMeter(TorchDispatchMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         result = func(*args, **(kwargs or {}))
-        tree_map_only(Tensor, self._count, result)
+        tree_map_only(Tensor, self._record_storage, result)
         return result
 
-    def _count(self, tensor: Tensor) -> Tensor:
+    def _record_storage(self, tensor: Tensor) -> Tensor:
         """Count the tensor's storage once, and subtract it when the storage is freed."""
         # PyTorch keeps one Python object per storage, which lives as long as the storage.
         storage = tensor.untyped_storage()

@@ -54,7 +54,7 @@ SPECIAL_TOKEN_IDS = {"pad_token_id": 0, "eos_token_id": 1, "bos_token_id": 2}
 _PAPER_IMAGE_SIZES = {"external": (280, 210), "wrist": (112, 112)}
 
 
-def make_network_fields(
+def make_image_encoder_fields(
     width: int, num_layers: int, num_heads: int, **fields: Any
 ) -> dict[str, Any]:
     """Fields of SigLIP's or DINOv2's config, by the names that Transformers gives them.
@@ -69,11 +69,9 @@ def make_network_fields(
     }
 
 
-def make_multi_query_fields(
-    width: int, num_layers: int, num_heads: int, **fields: Any
-) -> dict[str, Any]:
+def make_gemma_fields(width: int, num_layers: int, num_heads: int, **fields: Any) -> dict[str, Any]:
     """Make fields of Gemma's config with one key-value head, which all query heads share."""
-    return make_network_fields(width, num_layers, num_heads, num_key_value_heads=1, **fields)
+    return make_image_encoder_fields(width, num_layers, num_heads, num_key_value_heads=1, **fields)
 
 
 # nano can be trained on two CPU cores. It has fewer than 10M parameters and 6 × 4 + 3 × 3 visual
@@ -82,10 +80,10 @@ NANO = Preset(
     name="nano",
     image_sizes={"external": (192, 128), "wrist": (96, 96)},
     stem="conv",
-    vision=make_network_fields(
+    vision=make_image_encoder_fields(
         width=192, num_layers=3, num_heads=3, intermediate_size=512, patch_size=32, image_size=192
     ),
-    moge=make_network_fields(
+    moge=make_image_encoder_fields(
         width=128,
         num_layers=4,
         num_heads=2,
@@ -94,7 +92,7 @@ NANO = Preset(
         image_size=192,
         initializer_range=0.08,
     ),
-    text=make_multi_query_fields(
+    text=make_gemma_fields(
         width=192,
         num_layers=5,
         num_heads=3,
@@ -102,7 +100,7 @@ NANO = Preset(
         head_dim=64,
         initializer_range=0.05,
     ),
-    expert=make_multi_query_fields(
+    expert=make_gemma_fields(
         width=160,
         num_layers=5,
         num_heads=3,
@@ -128,7 +126,7 @@ NANO = Preset(
 SMALL = Preset(
     name="small",
     image_sizes=_PAPER_IMAGE_SIZES,
-    vision=make_network_fields(
+    vision=make_image_encoder_fields(
         width=768,
         num_layers=12,
         num_heads=12,
@@ -136,13 +134,13 @@ SMALL = Preset(
         patch_size=14,
         image_size=224,
     ),
-    moge=make_network_fields(
+    moge=make_image_encoder_fields(
         width=384, num_layers=12, num_heads=6, mlp_ratio=4, patch_size=14, image_size=224
     ),
-    text=make_multi_query_fields(
+    text=make_gemma_fields(
         width=1024, num_layers=12, num_heads=8, intermediate_size=4096, head_dim=128
     ),
-    expert=make_multi_query_fields(
+    expert=make_gemma_fields(
         width=512, num_layers=12, num_heads=8, intermediate_size=2048, head_dim=128
     ),
     vocabulary_size=32768,
@@ -152,7 +150,7 @@ SMALL = Preset(
 SPEAR1 = Preset(
     name="spear1",
     image_sizes=_PAPER_IMAGE_SIZES,
-    vision=make_network_fields(
+    vision=make_image_encoder_fields(
         width=1152,
         num_layers=27,
         num_heads=16,
@@ -161,7 +159,7 @@ SPEAR1 = Preset(
         image_size=224,
     ),
     # With this `image_size` and `position_offset` MoGe's weights were trained.
-    moge=make_network_fields(
+    moge=make_image_encoder_fields(
         width=1024,
         num_layers=24,
         num_heads=16,
@@ -170,10 +168,10 @@ SPEAR1 = Preset(
         image_size=518,
         position_offset=0.1,
     ),
-    text=make_multi_query_fields(
+    text=make_gemma_fields(
         width=2048, num_layers=18, num_heads=8, intermediate_size=16384, head_dim=256
     ),
-    expert=make_multi_query_fields(
+    expert=make_gemma_fields(
         width=1024, num_layers=18, num_heads=8, intermediate_size=4096, head_dim=256
     ),
 )

@@ -69,9 +69,9 @@ class QuantizedLinear(nn.Module):
         """[..., in] -> [..., out]."""
         rows = x.reshape(-1, self.in_features)
         if self.quantization == "int8-dynamic":
-            output = self._multiply_as_integers(rows)
+            output = self._multiply_rounded_rows(rows)
         elif self.quantization == "int8":
-            output = self._multiply_by_int8_weight(rows)
+            output = self._multiply_unrounded_rows(rows)
         else:
             output = nn.functional.linear(rows, self._dequantize_int4(rows.dtype))
         if self.bias is not None:
@@ -82,7 +82,7 @@ class QuantizedLinear(nn.Module):
         """The layer's sizes and its quantization, for `print(model)`."""
         return f"{self.in_features}, {self.out_features}, {self.quantization}"
 
-    def _multiply_as_integers(self, rows: Tensor) -> Tensor:
+    def _multiply_rounded_rows(self, rows: Tensor) -> Tensor:
         """Multiply rows [N, in] by the weight of 8 bits, in integers.
 
         The rows are rounded to 8 bits for this, with a scale for each row ("int8-dynamic").
@@ -93,7 +93,7 @@ class QuantizedLinear(nn.Module):
         products = torch._int_mm(integer_rows, self.quantized.t())  # int32
         return (products * row_scales * self.scales.float()).to(rows.dtype)
 
-    def _multiply_by_int8_weight(self, rows: Tensor) -> Tensor:
+    def _multiply_unrounded_rows(self, rows: Tensor) -> Tensor:
         """Multiply rows [N, in], which keep their precision, by the weight of 8 bits ("int8")."""
         has_few_rows = len(rows) <= MAX_FEW_ROWS
         if has_few_rows and rows.dtype == torch.bfloat16 and rows.device.type == "cpu":

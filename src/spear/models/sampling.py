@@ -375,7 +375,7 @@ def _integrate(
     """Integrate from the noise to actions [B, H, 8], given the prefilled KV cache."""
     expert_flow = _ExpertFlow(model, sampler, inputs, steps, prefix)
     actions = flow.integrate(
-        expert_flow.predict_next_step,
+        expert_flow.predict_velocity_or_clean_action,
         Action.from_vector(inputs["noise"]),
         steps,
         model.flow_config,
@@ -388,7 +388,7 @@ def _integrate(
 class _ExpertFlow:
     """The action expert over the flow steps of one sample.
 
-    `predict_next_step` is called once per step, in order.
+    `predict_velocity_or_clean_action` is called once per step, in order.
 
     The KV cache has S places for the prefix, then one for the state token, then H for the actions.
     """
@@ -431,7 +431,7 @@ class _ExpertFlow:
         state = inputs["state"].to(sampler.dtype)
         self.state_token = model.state_proj(state).to(expert.dtype)[:, None]
 
-    def predict_next_step(self, a_tau: Action, _tau: Tensor) -> Action:
+    def predict_velocity_or_clean_action(self, a_tau: Action, _tau: Tensor) -> Action:
         """v_θ(a_τ, τ). `_tau` is not read, because the steps come in order, at known times."""
         sampler = self.sampler
         time_embedding = self.time_embeddings[self.step]

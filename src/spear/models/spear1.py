@@ -199,7 +199,7 @@ class Spear1ForActionPrediction(PreTrainedModel):
         mask = layers.make_suffix_mask(prefix.valid, horizon, num_chunks)
         output = self.expert(
             inputs_embeds=suffix.to(dtype),  # under autocast the suffix may have another type
-            attention_mask=layers.prepare_mask(self.expert, mask, dtype),
+            attention_mask=layers.convert_mask_for_attention(self.expert, mask, dtype),
             position_ids=position_ids,
             use_cache=False,  # Transformers creates no cache; ours is passed in the next argument
             **{layers.CACHE_ARGUMENT: prefix.cache},

@@ -241,7 +241,7 @@ class SpearVLMForConditionalGeneration(PreTrainedModel):
         cache = layers.KVCache()
         output = self.language_model(
             inputs_embeds=torch.cat([features.to(text.dtype), text], dim=1),
-            attention_mask=layers.prepare_mask(self.language_model, mask, text.dtype),
+            attention_mask=layers.convert_mask_for_attention(self.language_model, mask, text.dtype),
             position_ids=layers.compute_position_ids(valid),
             use_cache=False,  # Transformers creates no cache; ours is passed in the next argument
             **{layers.CACHE_ARGUMENT: cache if keep_cache else None},

@@ -12,8 +12,8 @@ from spear.evaluate.compare import (
     Comparison,
     Pair,
     PublishedTable,
+    format_difference_in_points,
     format_p_value,
-    format_points,
     format_row,
 )
 from spear.evaluate.open_loop import OpenLoopErrors
@@ -108,7 +108,7 @@ def _list_facts(comparison: Comparison) -> list[Fact]:
         words = f"{name}: mean success [{rate.low:.0%}, {rate.high:.0%}]"
         facts.append((f"{rate.value:.1%}", words))
     # "+35.0" is the large number, and "points [+20.1, +47.2]" its meaning.
-    points, unit_and_interval = format_points(mean.difference).split(" ", 1)
+    points, unit_and_interval = format_difference_in_points(mean.difference).split(" ", 1)
     facts.append((points, unit_and_interval))
     num_scenes = format_count(len(comparison.pairs), "shared scenes")
     facts.append((f"p {format_p_value(mean.p)}", f"paired test, {num_scenes}"))

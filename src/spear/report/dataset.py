@@ -68,7 +68,7 @@ def write_dataset_page(path: str | Path, out: Path, layout: Path | None = None) 
     if has_layout:
         episodes = map(_make_episode_section, read_episodes(path, split, layout, skipped))
     else:
-        raw_episodes = read_episode_steps(path, split, images=None)  # with all images
+        raw_episodes = read_episode_steps(path, split, image_columns=None)  # with all images
         episodes = convert_episodes(raw_episodes, _make_columns_section, skipped)
     first_episodes = list(itertools.islice(episodes, MAX_EPISODES))
     check_enough_good(len(first_episodes), skipped, path, split)

@@ -17,7 +17,7 @@ from spear.diagnose.policy_case import PolicyCase
 from spear.diagnose.registry import FAULTS, make_all_checks
 from spear.errors import SpearError, suppress_notices
 from spear.evaluate.film import compose_frame, encode_film
-from spear.evaluate.open_loop import measure_mean_action_errors, measure_policy_errors
+from spear.evaluate.open_loop import measure_constant_mean_action_errors, measure_policy_errors
 from spear.report.page import Fact, render
 from spear.report.plot import Axis, Bar, Line, draw_bars, draw_chart
 from spear.types import CONTROL_RATE_HZ, Array
@@ -292,7 +292,7 @@ def _measure_and_tabulate_open_loop_errors(case: PolicyCase) -> list[tuple[str, 
                 "policy", case.policy, sample
             ).estimate_mean_errors()
             horizon = int(case.policy.model.config.horizon)
-            baseline_errors = measure_mean_action_errors(
+            baseline_errors = measure_constant_mean_action_errors(
                 case.training, sample, horizon
             ).estimate_mean_errors()
     except SpearError:  # no episode is as long as a chunk

@@ -266,7 +266,7 @@ class Tab:
         that measurement cannot tell absent objects from present ones.
         """
         trust = self._shared_model.trust
-        if trust is None or not trust.tells_absent:
+        if trust is None or not trust.can_tell_absent:
             return []
         return list(ask.find_absent_objects_and_what_is_seen(self._shared_model.vlm, image, names))
 

@@ -14,7 +14,7 @@ from spear.evaluate.libero.label import (
     list_jobs,
     name_object,
     render_labeled_frame,
-    sample_appearance,
+    sample_appearance_changes,
 )
 from spear.evaluate.libero.process import LiberoProcess
 from spear.evaluate.libero.record import PROTOCOL
@@ -59,14 +59,14 @@ def test_an_unknown_suite_is_refused() -> None:
 
 
 def test_about_half_of_the_images_have_another_camera() -> None:
-    num_moved = sum("camera" in sample_appearance(seed) for seed in SEEDS)
+    num_moved = sum("camera" in sample_appearance_changes(seed) for seed in SEEDS)
 
     assert 35 < num_moved < 65
 
 
 def test_the_light_stays_in_its_range() -> None:
     for seed in SEEDS:
-        light = sample_appearance(seed)["light"]
+        light = sample_appearance_changes(seed)["light"]
 
         assert light.min() >= LIGHT_FACTOR[0] - LIGHT_TINT
         assert light.max() <= LIGHT_FACTOR[1] + LIGHT_TINT

@@ -28,7 +28,7 @@ from spear.evaluate.libero.record import (
     scale_pictures_to_fit_views,
 )
 from spear.evaluate.libero.run import Libero, OracleAgent, summarize_suites
-from spear.evaluate.libero.starts import MARGIN_M, measure_distance_from_official_m
+from spear.evaluate.libero.starts import MARGIN_M, measure_distance_from_nearest_official_state_m
 from spear.evaluate.libero.suites import PROTOCOLS, get_max_steps, resolve_original_suite
 from spear.evaluate.libero.worker import simplify_meshes
 from spear.evaluate.options import LiberoOptions
@@ -407,7 +407,7 @@ class TestLibero:
         names = sorted(official)
         places = np.stack([moment.objects[name].pose[:2] + moment.base[:2] for name in names])
         all_official = np.stack([official[name][:, :2] for name in names], axis=1)
-        distance_m = measure_distance_from_official_m(all_official, places)
+        distance_m = measure_distance_from_nearest_official_state_m(all_official, places)
         assert distance_m > 0.8 * MARGIN_M  # less what settling moves
 
     def test_a_demonstration_is_an_episode_to_train_on(self, process: LiberoProcess) -> None:

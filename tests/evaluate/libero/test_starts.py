@@ -14,7 +14,7 @@ from spear.evaluate.libero.starts import (
     MAX_RAISED_SHIFT_M,
     MAX_SHIFT_M,
     MIN_GAP_M,
-    measure_distance_from_official_m,
+    measure_distance_from_nearest_official_state_m,
     sample_start,
 )
 from spear.types import Array
@@ -68,7 +68,7 @@ def test_the_margin_is_to_the_most_similar_state() -> None:
     start = np.array([[0.0, 0.03], [1.0, 0.005]])
 
     # 30 mm from the first state, by the first object; 10 mm from the second.
-    assert measure_distance_from_official_m(official, start) == pytest.approx(0.01)
+    assert measure_distance_from_nearest_official_state_m(official, start) == pytest.approx(0.01)
 
 
 def test_the_same_seed_gives_the_same_start_and_another_attempt_another_one() -> None:

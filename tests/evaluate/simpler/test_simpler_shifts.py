@@ -32,8 +32,8 @@ from spear.evaluate.simpler.shifts import (
     SIMPLER_AXES,
     TASK_WORDS,
     SceneShift,
+    compute_quat_turning_x_axis_to,
     parse_simpler_shift,
-    rotate_x_axis_to,
     sample_camera,
     sample_instruction,
     sample_shifted_photograph,
@@ -168,7 +168,7 @@ def test_a_light_is_turned_to_its_direction() -> None:
     for seed in range(10):
         direction = sample_downward_light_direction(make_generator(seed))
 
-        shining = quat_rotate(torch.from_numpy(rotate_x_axis_to(direction)), x_axis)
+        shining = quat_rotate(torch.from_numpy(compute_quat_turning_x_axis_to(direction)), x_axis)
         np.testing.assert_allclose(shining.numpy(), direction, atol=1e-9)
 
 

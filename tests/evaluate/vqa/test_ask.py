@@ -13,7 +13,12 @@ from refusals import refuses
 from spear.cli import main
 from spear.errors import Notice
 from spear.evaluate.options import QuestionOptions
-from spear.evaluate.vqa.ask import AskSettings, ask_question, load_labeled_images, load_picture
+from spear.evaluate.vqa.ask import (
+    AskSettings,
+    ask_question,
+    load_or_render_labeled_images,
+    load_or_render_picture,
+)
 from spear.evaluate.vqa.calibration import CALIBRATION_FILE, Certainty, Trust, compute_spread_factor
 from spear.evaluate.vqa.run import evaluate_vqa
 from spear.evaluate.vqa.wording import ParsedQuestion, understand_question
@@ -48,7 +53,7 @@ def trust() -> Trust:
 @pytest.fixture(scope="module")
 def image(nano: VlmBundle) -> Array:
     """The image of a held-out scene with a plate, and without a zebra or a carrot."""
-    return load_picture("sim:7", nano.processor.image_sizes["external"]).image
+    return load_or_render_picture("sim:7", nano.processor.image_sizes["external"]).image
 
 
 # ---- Parsing.
@@ -274,7 +279,9 @@ def test_a_question_type_that_was_not_measured_has_no_interval(
 
 
 def test_a_wrist_camera_is_asked_as_one(nano: VlmBundle, run_command: Callable[..., str]) -> None:
-    (label,) = load_labeled_images("sim:7", num_images=1, view="wrist", processor=nano.processor)
+    (label,) = load_or_render_labeled_images(
+        "sim:7", num_images=1, view="wrist", processor=nano.processor
+    )
     question = f"How far away is the {label.objects[0].name}?"
 
     output = run_command("ask", "sim:7", question, "--view", "wrist")
@@ -295,7 +302,7 @@ def test_the_bundled_calibration_is_right_on_other_scenes(name: str) -> None:
     options = QuestionOptions(
         questions_per_image=1, question_types=("distance", "keypoint", "box_vertices")
     )
-    labels = load_labeled_images(
+    labels = load_or_render_labeled_images(
         "sim:300", num_images=24, view="external", processor=model.processor
     )
     model_trust = Trust.load(BUNDLED_WEIGHTS / name)
@@ -303,7 +310,7 @@ def test_the_bundled_calibration_is_right_on_other_scenes(name: str) -> None:
     calibration = evaluate_vqa(model, labels, options, model_trust).calibration
 
     assert model_trust is not None
-    assert model_trust.tells_absent
+    assert model_trust.can_tell_absent
     for question_type in options.question_types:
         coverage = calibration[question_type].coverage["spear ask, 80%"].value
         assert 0.6 < coverage < 0.95  # 24 scenes tell it only roughly
@@ -313,7 +320,7 @@ def test_intervals_are_not_scored_on_the_images_that_they_were_measured_on(
     nano: VlmBundle, trust: Trust
 ) -> None:
     """Nano was calibrated on scene 1199, the first of these three."""
-    labels = load_labeled_images(
+    labels = load_or_render_labeled_images(
         "sim:1199", num_images=3, view="external", processor=nano.processor
     )
     options = QuestionOptions(question_types=("distance",))

@@ -11,10 +11,10 @@ from experiments.asked_questions import (
     load_list,
 )
 from experiments.asked_questions.__main__ import main
-from spear.evaluate.vqa.ask import AskSettings, ask_question, load_picture
+from spear.evaluate.vqa.ask import AskSettings, ask_question, load_or_render_picture
 from spear.evaluate.vqa.calibration import Trust
 from spear.evaluate.vqa.classifier import EXAMPLES_FILE
-from spear.evaluate.vqa.wording import match_templates, understand_question
+from spear.evaluate.vqa.wording import find_object_names_by_templates, understand_question
 from spear.labels.questions.types import PROMPT_TEMPLATES
 from spear.models.weights.folders import BUNDLED_WEIGHTS, read_taught_question_types
 from spear.policy import load_vlm
@@ -87,7 +87,9 @@ def test_no_paraphrase_has_a_taught_wording() -> None:
     for listed in EXAMPLES + VALIDATION:
         if listed.group(TAUGHT_TYPES) == "taught":
             for question_type in PROMPT_TEMPLATES:
-                assert match_templates(listed.question, question_type) is None, listed.question
+                assert find_object_names_by_templates(listed.question, question_type) is None, (
+                    listed.question
+                )
 
 
 def test_no_validation_question_is_an_example() -> None:
@@ -109,7 +111,7 @@ def test_objects_of_no_scene_are_said_to_be_absent() -> None:
     """The model itself answers, so this takes long."""
     model = load_vlm("nano-vlm")
     trust = Trust.load(BUNDLED_WEIGHTS / "nano-vlm")
-    picture = load_picture("sim:7", model.processor.image_sizes["external"]).image
+    picture = load_or_render_picture("sim:7", model.processor.image_sizes["external"]).image
     settings = AskSettings(trust=trust, taught_types=TAUGHT_TYPES)
     absent = [listed for listed in EXAMPLES + VALIDATION if listed.is_absent]
 
@@ -126,7 +128,7 @@ def test_questions_about_objects_in_the_picture_are_answered() -> None:
     """The model itself answers, so this takes long."""
     model = load_vlm("nano-vlm")
     trust = Trust.load(BUNDLED_WEIGHTS / "nano-vlm")
-    picture = load_picture("sim:7", model.processor.image_sizes["external"]).image
+    picture = load_or_render_picture("sim:7", model.processor.image_sizes["external"]).image
     settings = AskSettings(trust=trust, taught_types=TAUGHT_TYPES)
     seen_names = ["plate", "robot gripper"]  # nano-vlm sees these in the picture
 

@@ -8,7 +8,7 @@ import pytest
 
 from refusals import Command
 from spear.errors import SpearError
-from spear.evaluate.vqa.ask import load_labeled_images, render_held_out_frames
+from spear.evaluate.vqa.ask import load_or_render_labeled_images, render_held_out_frames
 from spear.evaluate.vqa.shift_suite import parse_picture_shift
 from spear.policy import load_vlm
 from spear.sim.shifts import Shift
@@ -67,7 +67,7 @@ def test_labels_of_a_shifted_scene_show_the_shift() -> None:
     processor = load_vlm("nano-vlm").processor
 
     def load(shift: Shift | None) -> LabeledImage:
-        (label,) = load_labeled_images("sim:7", 1, "external", processor, shift)
+        (label,) = load_or_render_labeled_images("sim:7", 1, "external", processor, shift)
         return label
 
     usual = load(None)

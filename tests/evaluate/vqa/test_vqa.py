@@ -30,14 +30,14 @@ from spear.evaluate.vqa.calibration import (
     measure_calibration,
 )
 from spear.evaluate.vqa.measures import (
-    guess_constants,
-    guess_from_depth,
+    guess_medians,
+    guess_medians_in_units_of_depth,
     measure_answer,
 )
 from spear.evaluate.vqa.scores import AnsweredQuestion, Scores, summarize
 from spear.labels.fit.box3d import compute_iou_3d, fit_nearest_box, make_box
 from spear.labels.inputs import hash_content
-from spear.labels.questions.types.chain_of_thought import find_closer_named
+from spear.labels.questions.types.chain_of_thought import find_name_called_closer
 from spear.labels.store import write_labels
 from spear.models.readout import Distribution
 from spear.policy import Answer
@@ -319,8 +319,8 @@ def test_the_depth_baseline_knows_how_far_away_a_scene_is(question_type: str) ->
     labels = [make_labeled_image(0, scale) for scale in (0.5, 1.0, 2.0, 3.0)]
     questions = [generate_one(label, question_type) for label in labels]
 
-    guesses = guess_from_depth(questions, labels)
-    constants = guess_constants(questions)
+    guesses = guess_medians_in_units_of_depth(questions, labels)
+    constants = guess_medians(questions)
 
     assert guesses is not None
     for index, (question, label) in enumerate(zip(questions, labels, strict=True)):
@@ -357,13 +357,13 @@ def test_the_first_object_named_after_the_numbers_is_the_closer(
 ) -> None:
     thought = ["the mug is ", 0.5, " and the red cube is ", 0.4, conclusion]
 
-    assert find_closer_named(thought, ("mug", "red cube")) == name
+    assert find_name_called_closer(thought, ("mug", "red cube")) == name
 
 
 def test_a_name_with_parentheses_is_found() -> None:
     thought = [0.4, " so the cup (left) is closer"]
 
-    assert find_closer_named(thought, ("mug", "cup (left)")) == "cup (left)"
+    assert find_name_called_closer(thought, ("mug", "cup (left)")) == "cup (left)"
 
 
 @pytest.fixture

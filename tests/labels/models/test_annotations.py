@@ -18,7 +18,12 @@ from PIL import Image
 from labels_stand_ins import BoxSegmenter
 from refusals import refuses
 from spear.errors import Notice
-from spear.labels.fit.masks import decode_mask, decode_run_lengths, encode_mask, rasterize_polygons
+from spear.labels.fit.masks import (
+    decode_coco_run_length_string,
+    decode_mask,
+    encode_mask,
+    rasterize_polygons,
+)
 from spear.labels.inputs import list_images
 from spear.labels.model_factories import resolve_factory
 from spear.labels.models.annotations import (
@@ -31,7 +36,11 @@ from spear.labels.models.annotations import (
 )  # fmt: skip
 from spear.labels.models.protocols import Detection
 from spear.labels.options import LabelOptions
-from spear.labels.pipeline import admit_frame, detect_and_add_detections, read_images
+from spear.labels.pipeline import (
+    detect_and_add_detections,
+    make_checked_pending_image,
+    read_and_encode_images,
+)
 from spear.types import Array, Frame
 
 coco_tools = pytest.importorskip("pycocotools.mask")
@@ -134,7 +143,7 @@ def save_turned_frame(path: Path, orientation: int, width: int) -> Frame:
     exif = Image.Exif()
     exif[0x0112] = orientation  # the tag of the orientation
     Image.new("RGB", (width, 40)).save(path, exif=exif)
-    (image,) = read_images(list(list_images(str(path))))
+    (image,) = read_and_encode_images(list(list_images(str(path))))
     assert image.frame is not None
     return image.frame
 
@@ -324,7 +333,7 @@ def test_compressed_strings_are_those_of_pycocotools(
 ) -> None:
     mask = np.random.default_rng(seed).random((height, width)) < density
 
-    assert decode_run_lengths(compress_mask(mask)) == encode_mask(mask)
+    assert decode_coco_run_length_string(compress_mask(mask)) == encode_mask(mask)
     assert (decode_mask(encode_mask(mask), height, width) == mask).all()
 
 
@@ -336,13 +345,13 @@ def test_long_runs_are_those_of_pycocotools(height: int, width: int) -> None:
     first_row = 20 * height  # 20 to 800
     mask[first_row:, 90] = True
 
-    assert decode_run_lengths(compress_mask(mask)) == encode_mask(mask)
+    assert decode_coco_run_length_string(compress_mask(mask)) == encode_mask(mask)
 
 
 # Three letters that no number contains, and a number that does not end
 @pytest.mark.parametrize("text", ["01 2", "0é", "0\x7f", "0P"])
 def test_broken_run_lengths_are_refused(text: str) -> None:
-    refuses("compressed mask", decode_run_lengths, text)
+    refuses("compressed mask", decode_coco_run_length_string, text)
 
 
 @pytest.mark.parametrize("polygon", [[1, 2, 3, 4], [1, 2, 3, 4, 5], [1, 2, 3, 4, 5, np.nan], []])
@@ -665,7 +674,7 @@ def test_in_the_pipeline_only_the_image_of_an_odd_box_is_skipped(
         make_frame("kitchen/1.jpg", height=36, width=60),
         make_frame("hall/1.jpg", height=36, width=60),
     ]
-    kitchen, hall = [admit_frame(frame) for frame in frames]
+    kitchen, hall = [make_checked_pending_image(frame) for frame in frames]
 
     detect_and_add_detections([kitchen, hall], detector)
 

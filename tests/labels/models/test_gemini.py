@@ -33,7 +33,7 @@ from refusals import refuses
 from spear.errors import RetryableError, SpearError
 from spear.labels.models import gemini as module
 from spear.labels.models.gemini import PROMPT, GeminiDetector, UnusableAnswerError, parse_detections
-from spear.labels.pipeline import admit_frame, detect_and_add_detections
+from spear.labels.pipeline import detect_and_add_detections, make_checked_pending_image
 from spear.types import Frame
 
 pytest.importorskip("google.genai")
@@ -494,7 +494,7 @@ def test_in_the_pipeline_no_image_is_requested_twice(
         make_boxes_reply(CUP),
     ]
     gemini = make_detector()
-    images = [admit_frame(make_noise_frame(i)) for i in range(4)]
+    images = [make_checked_pending_image(make_noise_frame(i)) for i in range(4)]
 
     detect_and_add_detections(images, gemini)
 

@@ -38,9 +38,9 @@ class ActionsDroppedCheck(MotionCheck):
         is_full = gains > FULL_GAIN
         # An arm that drops actions stops and goes on again and again. A blocked one stops once.
         num_stops = _count_stops_between_full_moves(is_full, is_dropped, motion.episode)
-        share = num_stops / motion.num_commanded_to_move
-        full_share = is_full.sum() / motion.num_commanded_to_move
-        partial_share = 1 - full_share - is_dropped.sum() / motion.num_commanded_to_move
+        share = num_stops / motion.num_commanded_moves
+        full_share = is_full.sum() / motion.num_commanded_moves
+        partial_share = 1 - full_share - is_dropped.sum() / motion.num_commanded_moves
         if share < MIN_DROPPED_SHARE or full_share < MIN_FULL_SHARE:
             return None
         if partial_share > MAX_PARTIAL_SHARE:
@@ -50,7 +50,7 @@ class ActionsDroppedCheck(MotionCheck):
                 share, MIN_DROPPED_SHARE, CERTAIN_DROPPED_SHARE
             ),
             evidence=(
-                f"in {is_dropped.sum()} of {motion.num_commanded_to_move} moves the arm stands "
+                f"in {is_dropped.sum()} of {motion.num_commanded_moves} moves the arm stands "
                 f"still, and in {full_share:.0%} it achieves the whole command; it stops and "
                 f"goes on {num_stops} times"
             ),

@@ -23,7 +23,7 @@ class AngleUnitCheck(RolloutCheck):
 
     def examine(self, case: Case) -> Result:
         motion = case.motion
-        num_turning = int(motion.is_commanded_to_turn.sum())
+        num_turning = int(motion.is_turn_commanded.sum())
         if num_turning < MIN_MOVES:
             return Doubt(f"only {num_turning} moves rotate far enough")
         gain = motion.turn_gain
@@ -31,9 +31,9 @@ class AngleUnitCheck(RolloutCheck):
         if translation_gain < MIN_TRANSLATION_GAIN:
             return Doubt("the arm hardly moves along its commands")
         commanded = np.degrees(
-            np.linalg.norm(motion.commanded_turn[motion.is_commanded_to_turn], axis=1)
+            np.linalg.norm(motion.commanded_turn[motion.is_turn_commanded], axis=1)
         )
-        achieved = np.degrees(np.linalg.norm(motion.turn[motion.is_commanded_to_turn], axis=1))
+        achieved = np.degrees(np.linalg.norm(motion.turn[motion.is_turn_commanded], axis=1))
         ratio = float(np.median(achieved) / np.median(commanded))
         # Single actions may be lost, so nearly all rotations must be small.
         is_too_near = np.quantile(achieved, 0.8) < MAX_UNIT_GAIN * np.median(commanded)

@@ -7,11 +7,11 @@ import numpy as np
 
 from spear.checks.rollout.camera_checks import (
     CAMERA_FILE,
-    draw_pictures,
+    draw_rollout_and_training_pictures,
     find_camera_with_faulty_pictures,
 )
 from spear.checks.rollout.case import Case, Finding, Material, Result, RolloutCheck
-from spear.checks.rollout.color_relations import ColorRelation, relate_colors
+from spear.checks.rollout.color_relations import ColorRelation, compare_colors_of_camera_pairs
 from spear.checks.rollout.odds import PRIOR, VersionOdds
 from spear.types import Array
 
@@ -42,21 +42,23 @@ class CameraBgrCheck(RolloutCheck):
                 return single_result  # another exposure changes colors, too, where it clips them
         return (
             self._compare_cameras(case)
-            or self._examine_together(case)
+            or self._examine_all_cameras_together(case)
             or self._examine_objects(case)
             or single_result
         )
 
     def _compare_cameras(self, case: Case) -> Finding | None:
         """Look for a camera whose colors are not those that another camera sees."""
-        relations = relate_colors(case.rollout, case.demonstrations, case.rollout_cameras)
+        relations = compare_colors_of_camera_pairs(
+            case.rollout, case.demonstrations, case.rollout_cameras
+        )
         if not relations:
             return None
         relation = max(relations, key=lambda entry: entry.log_ratio)
         log_odds = relation.log_ratio + float(np.log(PRIOR))
         if log_odds < MIN_COMBINED_LOG_ODDS:
             return None
-        camera = self._choose_camera(case, relation)
+        camera = self._choose_less_training_like_camera(case, relation)
         first, second = relation.cameras
         return Finding(
             confidence=_make_confidence(log_odds),
@@ -68,10 +70,10 @@ class CameraBgrCheck(RolloutCheck):
             ),
             cure=CURE,
             file=CAMERA_FILE,
-            figure=draw_pictures(case, camera),
+            figure=draw_rollout_and_training_pictures(case, camera),
         )
 
-    def _choose_camera(self, case: Case, relation: ColorRelation) -> str:
+    def _choose_less_training_like_camera(self, case: Case, relation: ColorRelation) -> str:
         """Return that one of two cameras whose own colors are less like those of training."""
         odds_by_camera = self._collect_bgr_odds(case)
         ratios = {}
@@ -80,7 +82,7 @@ class CameraBgrCheck(RolloutCheck):
             ratios[camera] = 0.0 if odds is None else odds.log_ratio
         return max(ratios, key=lambda camera: ratios[camera])
 
-    def _examine_together(self, case: Case) -> Finding | None:
+    def _examine_all_cameras_together(self, case: Case) -> Finding | None:
         """Add up the evidence of all cameras, in case red and blue are exchanged in all of them."""
         odds_by_camera = self._collect_bgr_odds(case)
         # One program reads all cameras, so mostly all of them are wrong, and add to the evidence.
@@ -101,7 +103,7 @@ class CameraBgrCheck(RolloutCheck):
             ),
             cure=CURE,
             file=CAMERA_FILE,
-            figure=draw_pictures(case, next(iter(odds_by_camera))),
+            figure=draw_rollout_and_training_pictures(case, next(iter(odds_by_camera))),
         )
 
     def _examine_objects(self, case: Case) -> Finding | None:
@@ -124,7 +126,7 @@ class CameraBgrCheck(RolloutCheck):
             ),
             cure=CURE,
             file=CAMERA_FILE,
-            figure=draw_pictures(case, "external"),
+            figure=draw_rollout_and_training_pictures(case, "external"),
         )
 
     @staticmethod

@@ -55,7 +55,7 @@ def find_camera_with_faulty_pictures(
             evidence=f"camera {camera} {fault_in_words}: {_describe_odds(best, is_by_flow)}",
             cure=cure,
             file=CAMERA_FILE,
-            figure=draw_pictures(case, camera),
+            figure=draw_rollout_and_training_pictures(case, camera),
             camera=None if best.version.startswith(EXCHANGED) else camera,
         )
     if suspicion:
@@ -89,7 +89,7 @@ def _describe_odds(best: VersionOdds, is_by_flow: bool) -> str:
     )
 
 
-def draw_pictures(case: Case, camera: str) -> Figure:
+def draw_rollout_and_training_pictures(case: Case, camera: str) -> Figure:
     """Draw pictures of the rollout, and the training pictures of the nearest arm positions."""
     pictures: list[tuple[str, Array]] = []
     training = [episode for episode in case.demonstrations if camera in episode.pictures]

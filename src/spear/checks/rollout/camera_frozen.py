@@ -6,7 +6,7 @@ from typing import ClassVar
 import numpy as np
 
 from spear.checks.frozen import mark_frozen_steps
-from spear.checks.rollout.camera_checks import CAMERA_FILE, draw_pictures
+from spear.checks.rollout.camera_checks import CAMERA_FILE, draw_rollout_and_training_pictures
 from spear.checks.rollout.case import (
     Case,
     Finding,
@@ -16,7 +16,7 @@ from spear.checks.rollout.case import (
 )
 from spear.checks.rollout.delays import DELAYS_STEPS
 from spear.checks.rollout.episode import RecordedEpisode
-from spear.checks.rollout.odds import PRIOR, compare_shares, compute_probability
+from spear.checks.rollout.odds import PRIOR, compute_fault_log_ratio, compute_probability
 from spear.types import Array
 
 MIN_MOTION_M = 0.01  # a picture that stays the same over a longer motion is repeated
@@ -59,7 +59,7 @@ class CameraFrozenCheck(RolloutCheck):
             fingerprint = episode.pictures[camera].fingerprint
             is_frozen = mark_frozen_steps(fingerprint.tolist(), episode.position, MIN_MOTION_M)
             # A late camera repeats its first picture until there is a newer one.
-            num_late = _count_first_repetitions(fingerprint)
+            num_late = _count_repetitions_by_late_camera(fingerprint)
             num_moving += int(is_moving[num_late:].sum())
             num_same += int((is_moving & is_frozen[1:])[num_late:].sum())
         if num_moving < MIN_MOVING_STEPS or num_same < MIN_FROZEN_SHARE * num_moving:
@@ -76,9 +76,9 @@ class CameraFrozenCheck(RolloutCheck):
     @staticmethod
     def _examine_ends(case: Case, camera: str) -> Finding | None:
         """Look for a camera that stops: episodes end with a repeated picture, unlike training."""
-        ends = _mark_repeated_ends(case.rollout, camera)
-        training_ends = _mark_repeated_ends(case.demonstrations, camera)
-        log_ratio = compare_shares(ends, training_ends, STOPPED_SHARE)
+        ends = _mark_episodes_repeating_last_picture(case.rollout, camera)
+        training_ends = _mark_episodes_repeating_last_picture(case.demonstrations, camera)
+        log_ratio = compute_fault_log_ratio(ends, training_ends, STOPPED_SHARE)
         log_odds = log_ratio + float(np.log(PRIOR))
         if log_odds <= 0:
             return None
@@ -91,7 +91,7 @@ class CameraFrozenCheck(RolloutCheck):
         return _make_finding(case, camera, confidence, evidence)
 
 
-def _count_first_repetitions(fingerprint: Array) -> int:
+def _count_repetitions_by_late_camera(fingerprint: Array) -> int:
     """Count how often the first picture is repeated at the beginning, as by a late camera.
 
     Returns:
@@ -102,7 +102,9 @@ def _count_first_repetitions(fingerprint: Array) -> int:
     return num_repetitions if 0 < num_repetitions <= max(DELAYS_STEPS) else 0
 
 
-def _mark_repeated_ends(episodes: Sequence[RecordedEpisode], camera: str) -> Array:
+def _mark_episodes_repeating_last_picture(
+    episodes: Sequence[RecordedEpisode], camera: str
+) -> Array:
     """Return whether each episode that ends with a motion repeats its picture there."""
     is_repeated = []
     for episode in episodes:
@@ -122,6 +124,6 @@ def _make_finding(case: Case, camera: str, confidence: float, evidence: str) -> 
         evidence=evidence,
         cure="restart the camera, and read a new picture for every observation",
         file=CAMERA_FILE,
-        figure=draw_pictures(case, camera),
+        figure=draw_rollout_and_training_pictures(case, camera),
         camera=camera,
     )

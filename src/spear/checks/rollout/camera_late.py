@@ -9,11 +9,11 @@ from spear.checks.rollout.camera_checks import (
     CAMERA_FILE,
     MIN_CONFIDENCE_LOG_ODDS,
     TOO_FEW_PICTURES,
-    draw_pictures,
+    draw_rollout_and_training_pictures,
 )
 from spear.checks.rollout.case import Case, Doubt, Finding, Material, Result, RolloutCheck
 from spear.checks.rollout.episode import RecordedEpisode
-from spear.checks.rollout.odds import compare_shares, compute_probability
+from spear.checks.rollout.odds import compute_fault_log_ratio, compute_probability
 from spear.types import Array
 
 # A late camera may have no older picture than the first one of an episode, and then repeats it.
@@ -40,7 +40,7 @@ class CameraLateCheck(RolloutCheck):
                 continue
             num_compared += 1
             best = odds[0]  # the likeliest delay
-            repetition_log_ratio = _compare_first_repetitions(case, camera)
+            repetition_log_ratio = _compute_late_camera_log_ratio(case, camera)
             if best.log_odds + repetition_log_ratio <= 0:
                 continue
             # The question is whether there is a delay, not which one: the evidence for any delay
@@ -61,26 +61,28 @@ class CameraLateCheck(RolloutCheck):
                 ),
                 cure="read the newest picture: empty the camera's buffer before each observation",
                 file=CAMERA_FILE,
-                figure=draw_pictures(case, camera),
+                figure=draw_rollout_and_training_pictures(case, camera),
                 camera=camera,
             )
         return None if num_compared else Doubt(TOO_FEW_PICTURES)
 
 
-def _compare_first_repetitions(case: Case, camera: str) -> float:
+def _compute_late_camera_log_ratio(case: Case, camera: str) -> float:
     """Return how much likelier a late camera makes the repeated first pictures; 0 without any.
 
     A late camera that has older pictures repeats none. So new pictures do not speak against it.
     """
-    log_ratio = compare_shares(
-        _mark_first_repetitions(case.rollout, camera),
-        _mark_first_repetitions(case.demonstrations, camera),
+    log_ratio = compute_fault_log_ratio(
+        _mark_episodes_repeating_first_picture(case.rollout, camera),
+        _mark_episodes_repeating_first_picture(case.demonstrations, camera),
         REPEATING_SHARE,
     )
     return float(np.clip(log_ratio, 0, MAX_REPETITION_LOG_RATIO))
 
 
-def _mark_first_repetitions(episodes: Sequence[RecordedEpisode], camera: str) -> Array:
+def _mark_episodes_repeating_first_picture(
+    episodes: Sequence[RecordedEpisode], camera: str
+) -> Array:
     """Return whether each episode that begins with a motion repeats its first picture."""
     is_repeated = []
     for episode in episodes:

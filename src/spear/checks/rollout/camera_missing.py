@@ -3,7 +3,7 @@
 from typing import ClassVar
 
 from spear.checks.cameras import are_blank
-from spear.checks.rollout.camera_checks import CAMERA_FILE, draw_pictures
+from spear.checks.rollout.camera_checks import CAMERA_FILE, draw_rollout_and_training_pictures
 from spear.checks.rollout.case import Case, Finding, Material, Result, RolloutCheck
 
 MIN_BLANK_SHARE = 0.5  # share of the steps without content
@@ -49,7 +49,7 @@ class CameraMissingCheck(RolloutCheck):
                 ),
                 cure=f"connect the camera and send its pictures as {camera}",
                 file=CAMERA_FILE,
-                figure=draw_pictures(case, camera),
+                figure=draw_rollout_and_training_pictures(case, camera),
                 camera=camera,
             )
         return None

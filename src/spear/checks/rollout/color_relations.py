@@ -33,7 +33,7 @@ class ColorRelation:
     log_ratio: float
 
 
-def relate_colors(
+def compare_colors_of_camera_pairs(
     rollout: Sequence[RecordedEpisode],
     demonstrations: Sequence[RecordedEpisode],
     cameras: Sequence[str],

@@ -45,7 +45,7 @@ class DelayReference:
     @staticmethod
     def fit(demonstrations: Sequence[RecordedEpisode], camera: str) -> "DelayReference | None":
         """Score training episodes; None with too few."""
-        training = _select_comparable(demonstrations, camera)[:MAX_TRAINING_EPISODES]
+        training = _select_long_changing_episodes(demonstrations, camera)[:MAX_TRAINING_EPISODES]
         if len(training) < MIN_PICTURE_EPISODES:
             return None
         plain_scores = [
@@ -70,7 +70,7 @@ def compute_delay_odds(
     rollout: Sequence[RecordedEpisode], reference: DelayReference, camera: str
 ) -> list[VersionOdds] | None:
     """Return the odds of each delay of a camera, the best one first; None with too few steps."""
-    long_rollout = _select_comparable(rollout, camera)
+    long_rollout = _select_long_changing_episodes(rollout, camera)
     if not long_rollout:
         return None
     scores = [
@@ -82,7 +82,9 @@ def compute_delay_odds(
     return compute_odds(scores, reference.plain_scores, reference.late_scores)
 
 
-def _select_comparable(episodes: Sequence[RecordedEpisode], camera: str) -> list[RecordedEpisode]:
+def _select_long_changing_episodes(
+    episodes: Sequence[RecordedEpisode], camera: str
+) -> list[RecordedEpisode]:
     """Select the episodes that are long enough, and whose pictures from the camera change."""
     long_episodes = []
     for episode in episodes:

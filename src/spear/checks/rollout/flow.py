@@ -50,9 +50,9 @@ class FlowReference:
     def fit(demonstrations: Sequence[RecordedEpisode], camera: str) -> "FlowReference | None":
         """Fit the model, and score the other half; None with too few episodes."""
         training = [
-            _measure_moves(episode, camera)
+            _measure_flow_and_motion(episode, camera)
             for episode in demonstrations
-            if _has_flow(episode, camera)
+            if _can_measure_flow(episode, camera)
         ]
         if len(training) < MIN_PICTURE_EPISODES:
             return None
@@ -77,9 +77,11 @@ def compute_mirror_and_turn_odds(
     """
     scores = []
     for episode in rollout:
-        if _has_flow(episode, camera):
+        if _can_measure_flow(episode, camera):
             scores.append(
-                reference.model.compute_mean_log_likelihoods(_measure_moves(episode, camera))
+                reference.model.compute_mean_log_likelihoods(
+                    _measure_flow_and_motion(episode, camera)
+                )
             )
     if not scores:
         return None
@@ -134,11 +136,11 @@ class _FlowModel:
         return scores
 
 
-def _has_flow(episode: RecordedEpisode, camera: str) -> bool:
+def _can_measure_flow(episode: RecordedEpisode, camera: str) -> bool:
     return len(episode) > 1 and camera in episode.pictures
 
 
-def _measure_moves(episode: RecordedEpisode, camera: str) -> MeasuredFlow:
+def _measure_flow_and_motion(episode: RecordedEpisode, camera: str) -> MeasuredFlow:
     """Measure flows and motions of an episode of at least two steps."""
     orientation = torch.as_tensor(np.asarray(episode.rotation, np.float64))
     to_tool = quat_conjugate(orientation[:-1])

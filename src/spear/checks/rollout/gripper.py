@@ -172,22 +172,26 @@ class GripperUse:
         rollout: Sequence[RecordedEpisode], demonstrations: Sequence[RecordedEpisode]
     ) -> "GripperUse":
         """Summarize the grippers of a rollout and of demonstrations."""
-        changing = _select_changing(rollout)
+        changing = _select_grippers_with_changing_commands(rollout)
         return GripperUse(
             rollout=changing,
             following=_find_delay(changing),
-            training_following=_find_delay(_select_changing(demonstrations)),
+            training_following=_find_delay(_select_grippers_with_changing_commands(demonstrations)),
             first_openings=np.array([episode.opening[0] for episode in rollout]),
             training_first_openings=np.array([episode.opening[0] for episode in demonstrations]),
-            open_level=_measure_median_opening(rollout, is_command_open=True),
-            training_open_level=_measure_median_opening(demonstrations, is_command_open=True),
-            closed_level=_measure_median_opening(rollout, is_command_open=False),
+            open_level=_measure_median_settled_opening(rollout, is_command_open=True),
+            training_open_level=_measure_median_settled_opening(
+                demonstrations, is_command_open=True
+            ),
+            closed_level=_measure_median_settled_opening(rollout, is_command_open=False),
             reactions=[collect_reactions(episode) for episode in rollout],
             training_reactions=[collect_reactions(episode) for episode in demonstrations],
         )
 
 
-def _select_changing(episodes: Sequence[RecordedEpisode]) -> list[CommandedGripper]:
+def _select_grippers_with_changing_commands(
+    episodes: Sequence[RecordedEpisode],
+) -> list[CommandedGripper]:
     """Select the gripper of the episodes whose command changes."""
     changing = []
     for episode in episodes:
@@ -217,7 +221,9 @@ def _find_delay(episodes: Sequence[CommandedGripper]) -> Following | None:
     return longest if longest.correlation >= MIN_CORRELATION else usual
 
 
-def _measure_median_opening(episodes: Sequence[RecordedEpisode], is_command_open: bool) -> float:
+def _measure_median_settled_opening(
+    episodes: Sequence[RecordedEpisode], is_command_open: bool
+) -> float:
     """Return the median opening after some steps of a command to open, or of one to close.
 
     NaN with too few steps.

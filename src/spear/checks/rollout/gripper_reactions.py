@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 
 from spear.checks.rollout.episode import RecordedEpisode
-from spear.checks.rollout.odds import PRIOR, compare_shares
+from spear.checks.rollout.odds import PRIOR, compute_fault_log_ratio
 from spear.types import Array
 
 MIN_COMMANDED_MOTION = 0.5  # of the opening; a command that asks for less shows no reaction
@@ -105,15 +105,17 @@ def compare_reactions(
     if not usual_delays_s:
         return None
     usual_s = max(float(np.median(usual_delays_s)), step_s)
-    is_late = _mark_late_episodes(rollout, usual_s + min_extra_s)
-    is_late_in_training = _mark_late_episodes(training, usual_s + min_extra_s)
+    is_late = _mark_late_among_judgeable_episodes(rollout, usual_s + min_extra_s)
+    is_late_in_training = _mark_late_among_judgeable_episodes(training, usual_s + min_extra_s)
     if not len(is_late) or not len(is_late_in_training):
         return None
-    log_odds = compare_shares(is_late, is_late_in_training, LATE_SHARE) + float(np.log(PRIOR))
+    log_odds = compute_fault_log_ratio(is_late, is_late_in_training, LATE_SHARE) + float(
+        np.log(PRIOR)
+    )
     return ReactionOdds(log_odds, int(is_late.sum()), len(is_late), usual_s)
 
 
-def _mark_late_episodes(
+def _mark_late_among_judgeable_episodes(
     reactions_by_episode: Sequence[Sequence[Reaction]], late_delay_s: float
 ) -> Array:
     """Return whether each episode has late reactions only, of the episodes that can be judged.

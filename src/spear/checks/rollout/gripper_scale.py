@@ -37,7 +37,7 @@ class GripperScaleCheck(RolloutCheck):
         if gripper.training_open_level < MIN_USUAL_OPENING:
             return Doubt("the gripper is hardly open in training")
         if gripper.ignores_commands:
-            return self._report_ignored_commands(case)
+            return self._make_ignored_commands_finding(case)
         scale = gripper.open_ratio_to_training
         if scale > MAX_SCALE:
             return None
@@ -55,7 +55,7 @@ class GripperScaleCheck(RolloutCheck):
         )
 
     @staticmethod
-    def _report_ignored_commands(case: Case) -> Finding:
+    def _make_ignored_commands_finding(case: Case) -> Finding:
         openings = np.concatenate([episode.opening for episode in case.gripper.rollout])
         return Finding(
             confidence=CONFIDENCE_IF_IGNORED,

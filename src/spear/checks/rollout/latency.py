@@ -17,7 +17,7 @@ from spear.checks.rollout.case import (
 )
 from spear.checks.rollout.episode import ServedTimes
 from spear.checks.rollout.motion import RolloutMotion
-from spear.checks.rollout.motion_figures import draw_unexplained
+from spear.checks.rollout.motion_figures import draw_unexplained_shares
 from spear.types import CONTROL_RATE_HZ
 
 MIN_ANSWERS = 10
@@ -105,7 +105,7 @@ class LatencyCheck(RolloutCheck):
             ),
             cure="use a faster network, or execute in the mode async, as spear.chunks.Pilot does",
             file="the network between robot and server, and your robot's client",
-            figure=draw_unexplained(
+            figure=draw_unexplained_shares(
                 {"last answer": late_fit.plain_error, "answer before": late_fit.error}
             ),
         )

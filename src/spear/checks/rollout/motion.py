@@ -231,7 +231,7 @@ class RolloutMotion:
         return np.linalg.norm(self.commanded_displacement, axis=1) > MIN_COMMAND_M
 
     @property
-    def num_commanded_to_move(self) -> int:
+    def num_commanded_moves(self) -> int:
         """How many moves can be judged."""
         return int(self.is_move_commanded.sum())
 
@@ -256,9 +256,9 @@ class RolloutMotion:
         for reading in self._displacements_by_reading:
             achieved, predicted = self._select_free_achieved_and_predicted(reading)
             gain = _fit_nonnegative_median_gain(achieved, predicted)
-            error = _measure_unexplained(achieved, gain * predicted).mean() / _measure_mean_length(
-                achieved
-            )
+            error = _measure_prediction_errors_m(
+                achieved, gain * predicted
+            ).mean() / _measure_mean_length(achieved)
             fits.append(ReadingFit(reading, gain, float(error)))
         # A rotated base explains what the others do, too, so it must do it better.
         return sorted(fits, key=lambda fit: fit.error + ROTATED_PENALTY * fit.reading.is_rotated)
@@ -281,13 +281,13 @@ class RolloutMotion:
         plain_fit = self.fit_of(PLAIN)
         achieved, plain_predicted = self._select_free_achieved_and_predicted(PLAIN)
         _, best_predicted = self._select_free_achieved_and_predicted(best.reading)
-        plain_error = _measure_unexplained(achieved, plain_fit.gain * plain_predicted)
-        best_error = _measure_unexplained(achieved, best.gain * best_predicted)
+        plain_error = _measure_prediction_errors_m(achieved, plain_fit.gain * plain_predicted)
+        best_error = _measure_prediction_errors_m(achieved, best.gain * best_predicted)
         lengths = np.linalg.norm(achieved, axis=1)
-        if is_surely_better(plain_error, best_error, lengths, MIN_READING_ADVANTAGE):
+        if is_other_surely_better(plain_error, best_error, lengths, MIN_READING_ADVANTAGE):
             return best
         # Frames that differ little predict most moves alike. Then the others tell them apart.
-        return best if explains_more_exactly(plain_error, best_error, lengths) else None
+        return best if is_other_often_exact_instead(plain_error, best_error, lengths) else None
 
     @cached_property
     def likely_reading(self) -> ReadingFit:
@@ -354,10 +354,10 @@ class RolloutMotion:
         if it measures its orientation so.
         """
         command = torch.as_tensor(
-            self.turn_quats[:, self._assumed_num_executed - 1][self.is_commanded_to_turn]
+            self.turn_quats[:, self._assumed_num_executed - 1][self.is_turn_commanded]
         )
-        orientation = torch.as_tensor(self.orientation[self.is_commanded_to_turn])
-        achieved = quat_exp(torch.as_tensor(self.turn[self.is_commanded_to_turn]))
+        orientation = torch.as_tensor(self.orientation[self.is_turn_commanded])
+        achieved = quat_exp(torch.as_tensor(self.turn[self.is_turn_commanded]))
         next_orientation = quat_multiply(orientation, achieved)
         about_base = quat_multiply(quat_conjugate(orientation), quat_multiply(command, orientation))
         readings = {
@@ -382,16 +382,18 @@ class RolloutMotion:
     @cached_property
     def better_turn_reading(self) -> str | None:
         """The reading of the rotations that surely fits better than the plain one, if any."""
-        if self.is_commanded_to_turn.sum() < MIN_MOVES:
+        if self.is_turn_commanded.sum() < MIN_MOVES:
             return None
         errors = self.turn_errors_rad
         best = min(errors, key=lambda name: errors[name].mean())
-        lengths = np.linalg.norm(self.turn[self.is_commanded_to_turn], axis=1)
+        lengths = np.linalg.norm(self.turn[self.is_turn_commanded], axis=1)
         if self.executes_quaternions_as_xyzw:
             return "x y z w"
         if best == "plain" or errors[best].mean() > MAX_READING_ERROR * lengths.mean():
             return None
-        is_better = is_surely_better(errors["plain"], errors[best], lengths, MIN_READING_ADVANTAGE)
+        is_better = is_other_surely_better(
+            errors["plain"], errors[best], lengths, MIN_READING_ADVANTAGE
+        )
         return best if is_better else None
 
     @cached_property
@@ -402,9 +404,9 @@ class RolloutMotion:
         about the axes that it was commanded.
         """
         command = torch.as_tensor(
-            self.turn_quats[:, self._assumed_num_executed - 1][self.is_commanded_to_turn]
+            self.turn_quats[:, self._assumed_num_executed - 1][self.is_turn_commanded]
         )
-        achieved = self.turn[self.is_commanded_to_turn]
+        achieved = self.turn[self.is_turn_commanded]
         achieved_lengths = np.linalg.norm(achieved, axis=1)
         errors = {}
         for name, quats in {"plain": command, "x y z w": command.roll(1, dims=-1)}.items():
@@ -417,7 +419,7 @@ class RolloutMotion:
     @property
     def executes_quaternions_as_xyzw(self) -> bool:
         """Whether the arm rotates about axes of commands that are read as x y z w."""
-        achieved = np.linalg.norm(self.turn[self.is_commanded_to_turn], axis=1)
+        achieved = np.linalg.norm(self.turn[self.is_turn_commanded], axis=1)
         if len(achieved) < MIN_MOVES or np.median(achieved) < MIN_COMMAND_RAD:
             return False
         errors = self.turn_axis_errors_rad
@@ -427,8 +429,8 @@ class RolloutMotion:
     @cached_property
     def turn_gain(self) -> float:
         """The median achieved rotation along the command, per commanded rotation."""
-        command = self.commanded_turn[self.is_commanded_to_turn]
-        return _fit_nonnegative_median_gain(self.turn[self.is_commanded_to_turn], command)
+        command = self.commanded_turn[self.is_turn_commanded]
+        return _fit_nonnegative_median_gain(self.turn[self.is_turn_commanded], command)
 
     @cached_property
     def move_gains(self) -> Array:
@@ -457,7 +459,7 @@ class RolloutMotion:
         for count in range(1, self.commanded.shape[1] + 1):
             predicted = self.commanded[is_moving, count - 1]
             gains[count] = _fit_nonnegative_median_gain(achieved, predicted)
-            unexplained = _measure_unexplained(achieved, gains[count] * predicted)
+            unexplained = _measure_prediction_errors_m(achieved, gains[count] * predicted)
             errors[count] = unexplained.mean() / _measure_mean_length(achieved)
         candidates = [
             count for count, gain in gains.items() if MIN_COUNT_GAIN < gain < MAX_COUNT_GAIN
@@ -529,7 +531,7 @@ class RolloutMotion:
         return quat_log(quat_canonical(quats)).numpy()
 
     @cached_property
-    def is_commanded_to_turn(self) -> Array:
+    def is_turn_commanded(self) -> Array:
         """[N] whether a rotation was commanded that is large enough to judge."""
         return np.linalg.norm(self.commanded_turn, axis=1) > MIN_COMMAND_RAD
 
@@ -576,7 +578,7 @@ class RolloutMotion:
         return self.achieved[self.is_free], self._displacements_by_reading[reading][self.is_free]
 
 
-def is_surely_better(
+def is_other_surely_better(
     plain_errors: Array, other_errors: Array, lengths: Array, min_advantage: float
 ) -> bool:
     """Return whether the other errors are surely smaller, by a share of the motion.
@@ -612,19 +614,19 @@ def _fit_other_if_surely_better(plain: RolloutMotion, other: RolloutMotion) -> T
         for displacements in motion._displacements_by_reading.values():
             predicted = displacements[is_compared]
             gain = _fit_nonnegative_median_gain(achieved, predicted)
-            errors.append(_measure_unexplained(achieved, gain * predicted))
+            errors.append(_measure_prediction_errors_m(achieved, gain * predicted))
         best_errors.append(min(errors, key=lambda error: float(error.mean())))
     other_error, plain_error = best_errors
     mean_length = _measure_mean_length(achieved)
     share = float(other_error.mean() / mean_length)
-    is_better = is_surely_better(plain_error, other_error, lengths, MIN_TIMING_ADVANTAGE)
-    is_better = is_better or explains_more_exactly(plain_error, other_error, lengths)
+    is_better = is_other_surely_better(plain_error, other_error, lengths, MIN_TIMING_ADVANTAGE)
+    is_better = is_better or is_other_often_exact_instead(plain_error, other_error, lengths)
     if not is_better or share > MAX_READING_ERROR:
         return None
     return TimingFit(share, float(plain_error.mean() / mean_length), int(is_compared.sum()))
 
 
-def explains_more_exactly(plain_errors: Array, other_errors: Array, lengths: Array) -> bool:
+def is_other_often_exact_instead(plain_errors: Array, other_errors: Array, lengths: Array) -> bool:
     """Return whether many moves are exactly as another reading predicts, but not as the plain one.
 
     Blocked moves, which no reading predicts, do not count.
@@ -661,7 +663,7 @@ def _get_horizon(episode: RecordedEpisode) -> int:
 
 
 def _collect_commanded_and_achieved_moves(
-    episode: RecordedEpisode, number: int, horizon: int, lag: ArmLag
+    episode: RecordedEpisode, episode_number: int, horizon: int, lag: ArmLag
 ) -> RolloutMotion:
     """Collect the moves of one episode of at least two steps."""
     orientation = np.asarray(episode.rotation, np.float64)
@@ -693,7 +695,7 @@ def _collect_commanded_and_achieved_moves(
         opening=np.asarray(episode.opening, np.float64)[1:][is_known],
         seconds=seconds[is_known],
         num_executed=num_executed[is_known],
-        episode=np.full(len(episode) - 1, number)[is_known],
+        episode=np.full(len(episode) - 1, episode_number)[is_known],
     )
 
 
@@ -709,7 +711,7 @@ def _fit_nonnegative_median_gain(achieved: Array, predicted: Array) -> float:
     return max(float(np.median((achieved * predicted).sum(1) / squared_length)), 0.0)
 
 
-def _measure_unexplained(achieved: Array, predicted: Array) -> Array:
+def _measure_prediction_errors_m(achieved: Array, predicted: Array) -> Array:
     """Return the distances [N] between achieved and predicted displacements [N, 3]."""
     return np.linalg.norm(achieved - predicted, axis=1)
 

@@ -9,9 +9,9 @@ class MotionCheck(RolloutCheck):
 
     def examine(self, case: Case) -> Result:
         motion = case.motion
-        if motion.num_commanded_to_move < MIN_MOVES:
+        if motion.num_commanded_moves < MIN_MOVES:
             return Doubt(
-                f"only {motion.num_commanded_to_move} moves were commanded to be longer than "
+                f"only {motion.num_commanded_moves} moves were commanded to be longer than "
                 f"{1000 * MIN_COMMAND_M:.0f} mm; {MIN_MOVES} are needed"
             )
         return self.examine_motion(motion)

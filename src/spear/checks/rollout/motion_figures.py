@@ -30,7 +30,7 @@ def draw_reading_errors(motion: RolloutMotion) -> Figure:
     return Figure("motion that each reading of the actions leaves unexplained", bars=bars)
 
 
-def draw_unexplained(errors: Mapping[str, float]) -> Figure:
+def draw_unexplained_shares(errors: Mapping[str, float]) -> Figure:
     """Draw the share of the motion that each of some explanations leaves unexplained."""
     bars = [(name, error, f"{error:.0%}") for name, error in errors.items()]
     return Figure("motion that stays unexplained", bars=bars)

@@ -84,7 +84,7 @@ def compute_odds(
     return sorted(odds, key=lambda entry: -entry.margin)
 
 
-def compare_shares(rollout: Array, training: Array, faulty_share: float) -> float:
+def compute_fault_log_ratio(rollout: Array, training: Array, faulty_share: float) -> float:
     """Return how much likelier a fault makes what happened in a rollout: a log likelihood ratio.
 
     Something happens in most cases if there is a fault, for example in most episodes. Training says

@@ -3,7 +3,7 @@
 from typing import ClassVar
 
 from spear.checks.rollout.bars import BarShares, collect_small_pictures, find_extra_bars
-from spear.checks.rollout.camera_checks import CAMERA_FILE, draw_pictures
+from spear.checks.rollout.camera_checks import CAMERA_FILE, draw_rollout_and_training_pictures
 from spear.checks.rollout.case import Case, Doubt, Finding, Material, Result, RolloutCheck
 
 
@@ -43,6 +43,6 @@ class PaddingBarsCheck(RolloutCheck):
             ),
             cure="send pictures without bars, in the aspect of training",
             file=CAMERA_FILE,
-            figure=draw_pictures(case, camera),
+            figure=draw_rollout_and_training_pictures(case, camera),
             camera=camera if len(extra_by_camera) == 1 else None,
         )

@@ -15,8 +15,8 @@ from spear.checks.rollout.case import (
     RolloutCheck,
     compute_confidence_of_margin,
 )
-from spear.checks.rollout.motion import MIN_MOVES, RolloutMotion, is_surely_better
-from spear.checks.rollout.motion_figures import draw_unexplained
+from spear.checks.rollout.motion import MIN_MOVES, RolloutMotion, is_other_surely_better
+from spear.checks.rollout.motion_figures import draw_unexplained_shares
 from spear.types import Array
 
 # Mean difference of a chunk's first action from what the chunk before it planned for that time,
@@ -43,13 +43,13 @@ class SeamJumpsCheck(RolloutCheck):
     title = "the motion jumps from chunk to chunk"
 
     def examine(self, case: Case) -> Result:
-        return self._examine_returns(case.motion) or self._examine_plans(case)
+        return self._examine_returns(case.motion) or self._examine_continuity_of_chunks(case)
 
     def _examine_returns(self, motion: RolloutMotion) -> Finding | None:
         """Look for an arm that goes back at the beginning of each chunk."""
         # If the arm follows another reading of the commands, `action_frame` or `translation_unit`
         # names that fault, and a fit of the right reading would mean nothing.
-        if motion.num_commanded_to_move < MIN_MOVES or motion.better_reading is not None:
+        if motion.num_commanded_moves < MIN_MOVES or motion.better_reading is not None:
             return None
         best_return = find_return_at_seams(motion)
         if best_return is None:
@@ -64,12 +64,12 @@ class SeamJumpsCheck(RolloutCheck):
             ),
             cure="add each chunk to the pose of its own observation, not to an older one",
             file="where your robot's client turns actions into target poses",
-            figure=draw_unexplained(
+            figure=draw_unexplained_shares(
                 {"chunks alone": best_return.plain_error, "with a return": best_return.error}
             ),
         )
 
-    def _examine_plans(self, case: Case) -> Result:
+    def _examine_continuity_of_chunks(self, case: Case) -> Result:
         """Look for answers that do not continue the ones before them."""
         num_executed = case.motion.num_executed_by_motion or case.motion.typical_num_executed
         jumps_m: list[Array] = []  # of each episode, at the seam between answers
@@ -156,7 +156,7 @@ def find_return_at_seams(motion: RolloutMotion) -> ReturnFit | None:
         if best is not None and error >= best.error:
             continue
         is_return = MIN_RETURN_FACTOR < factor < MAX_RETURN_FACTOR and gain > MIN_RETURN_GAIN
-        if is_return and is_surely_better(plain_m, errors_m, lengths_m, MIN_RETURN_ADVANTAGE):
+        if is_return and is_other_surely_better(plain_m, errors_m, lengths_m, MIN_RETURN_ADVANTAGE):
             plain_error = float(plain_m.mean() / max(lengths_m.mean(), 1e-9))
             best = ReturnFit(num_actions, float(factor), error, plain_error)
     return best

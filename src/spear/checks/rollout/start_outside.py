@@ -70,7 +70,7 @@ class StartOutsideCheck(RolloutCheck):
             compute_confidence_of_margin(extra_m, margin_m, margin_m + CERTAIN_BEYOND_M),
             compute_confidence_of_margin(extra_rad, margin_rad, margin_rad + CERTAIN_BEYOND_RAD),
         )
-        if self._are_starts_on_path(case):
+        if self._are_starts_on_training_path(case):
             confidence = min(confidence, MAX_PATH_CONFIDENCE)
         return Finding(
             confidence=confidence,
@@ -86,7 +86,7 @@ class StartOutsideCheck(RolloutCheck):
         )
 
     @staticmethod
-    def _are_starts_on_path(case: Case) -> bool:
+    def _are_starts_on_training_path(case: Case) -> bool:
         """Return whether most starts are near states through which training passes later."""
         # All states of training: [N, 3] m, and quaternions [N, 4]
         positions = np.concatenate(

@@ -84,7 +84,7 @@ class TranslationUnitCheck(MotionCheck):
             confidence=0.95 if is_too_far else 0.85,
             evidence=(
                 f"the arm moves {gain:.3g} times as far as commanded (median of "
-                f"{motion.num_commanded_to_move} moves)"
+                f"{motion.num_commanded_moves} moves)"
             ),
             cure="convert meters to the unit of the robot's controller, and nothing else",
             file=ROBOT_FILE,

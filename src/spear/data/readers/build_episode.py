@@ -46,7 +46,7 @@ from spear.data.readers.rotation_formats import mark_rotations, to_quaternion
 from spear.embodiments.kinematics import compute_franka_ee_poses
 from spear.errors import SpearError
 from spear.geometry import quat_canonical, quat_multiply, quat_rotate
-from spear.gripper import binarize_commands, delay_measured_if_commanded
+from spear.gripper import binarize_commands, delay_openings_logged_from_commands
 from spear.types import MAX_EE_SPEED_M_S, MAX_EE_TURN_RAD_S, Array, Episode
 from spear.util.images import check_jpeg_is_complete, decode_image, encode_jpeg
 from spear.util.units import ANGLE_UNITS, LENGTH_UNITS
@@ -318,7 +318,7 @@ def read_measured_and_commanded_openings(
     Returns:
         Openings [T] and commands [T], both 0 closed to 1 open. Commands are None if the dataset
         logs none. If both columns agree but for rounding, nothing was measured, and openings follow
-        from the commands (see `delay_measured_if_commanded`).
+        from the commands (see `delay_openings_logged_from_commands`).
 
     Raises:
         SpearError: If a reading is outside its declared range by more than 30 % of the range.
@@ -337,7 +337,7 @@ def read_measured_and_commanded_openings(
         command = opening
     else:
         return opening, None
-    return delay_measured_if_commanded(opening, command), command
+    return delay_openings_logged_from_commands(opening, command), command
 
 
 def _read_opening(

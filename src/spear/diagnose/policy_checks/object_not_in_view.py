@@ -4,7 +4,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from spear.checks.rollout.camera_checks import draw_pictures
+from spear.checks.rollout.camera_checks import draw_rollout_and_training_pictures
 from spear.checks.rollout.case import Case, Doubt, Finding, Material, Result, RolloutCheck
 from spear.diagnose.picture_repair import CAMERA
 from spear.diagnose.policy_case import PolicyCase
@@ -45,7 +45,7 @@ class ObjectNotInViewCheck(RolloutCheck):
             ),
             cure="put the objects of the instruction where the camera sees them",
             file="the scene in front of the robot, and the direction of its camera",
-            figure=draw_pictures(case, CAMERA),
+            figure=draw_rollout_and_training_pictures(case, CAMERA),
             camera=CAMERA,
         )
 

@@ -104,7 +104,7 @@ def render_labeled_frame(
 ) -> Frame:
     """Render the scene of a seed, with its ground truth, at the policy's size."""
     begin_at_resting_start(process, seed)
-    values = process.render_external_ground_truth(RENDERED_SIZE_PX, sample_appearance(seed))
+    values = process.render_external_ground_truth(RENDERED_SIZE_PX, sample_appearance_changes(seed))
     frame = Frame(
         image=values["image"],
         depth=values["depth"],
@@ -116,7 +116,7 @@ def render_labeled_frame(
     return fit_frame_and_drop_cut_instances(frame, size, f"libero/{task}/{seed}")
 
 
-def sample_appearance(seed: int) -> dict[str, Any]:
+def sample_appearance_changes(seed: int) -> dict[str, Any]:
     """Sample light and, for half of the seeds, a moved camera.
 
     Returns:

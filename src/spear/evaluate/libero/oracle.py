@@ -176,13 +176,13 @@ class Outline:
 
     def measure_distances_m(self, points: Array) -> Array:
         """The horizontal distances [n] of points [n, 2]; 0 above or below the box."""
-        outside = np.maximum(self._measure_excess_m(points), 0)
+        outside = np.maximum(self._measure_beyond_sides_m(points), 0)
         return np.linalg.norm(outside, axis=-1)
 
     def measure_inward_distances_m(self, points: Array) -> Array:
         """The horizontal distances [n] of points [n, 2] inside the box from its nearest side;
         negative outside."""
-        return -self._measure_excess_m(points).max(axis=-1)
+        return -self._measure_beyond_sides_m(points).max(axis=-1)
 
     def measure_signed_distances_m(self, points: Array) -> Array:
         """The horizontal distances [n] of points [n, 2]; inside negative, to the nearest side."""
@@ -191,11 +191,11 @@ class Outline:
 
     def compute_exit_direction(self, point: Array) -> Array:
         """The direction [2] in which a point leaves the box soonest."""
-        side = int(np.argmax(self._measure_excess_m(point)))
+        side = int(np.argmax(self._measure_beyond_sides_m(point)))
         axis = self.axes[:, side]
         return axis * np.sign((point - self.center) @ axis)
 
-    def _measure_excess_m(self, points: Array) -> Array:
+    def _measure_beyond_sides_m(self, points: Array) -> Array:
         """How far points lie beyond the sides, along each axis: [n, 2], negative inside."""
         return np.abs((points - self.center) @ self.axes) - self.half_size
 
@@ -243,18 +243,18 @@ def pursue(condition: Sequence[str], moment: LiberoMoment) -> ActionArray:
     if predicate == "open":
         return _open_drawer(name, moment)
     if predicate not in ("on", "in"):
-        return _wait(moment, is_open=True)  # the oracle knows no other conditions
+        return _move_only_fingers(moment, should_open=True)  # the oracle knows no other conditions
     place_name = place_names[0]
     if name.startswith("plate"):
         return _push_plate(name, moment.regions[place_name], moment)
     if _is_drawer(place_name, moment):
-        opening_action = _prepare_drawer(place_name, moment)
+        opening_action = _open_drawer_and_leave_handle(place_name, moment)
         if opening_action is not None:
             return opening_action
     return _pick_and_place(name, place_name, moment)
 
 
-def _prepare_drawer(region: str, moment: LiberoMoment) -> ActionArray | None:
+def _open_drawer_and_leave_handle(region: str, moment: LiberoMoment) -> ActionArray | None:
     """Open a drawer and move the gripper away from its handle.
 
     Returns:
@@ -266,12 +266,12 @@ def _prepare_drawer(region: str, moment: LiberoMoment) -> ActionArray | None:
     offset = moment.pose[:3] - _compute_handle_position(region, moment)
     is_sideways = _measure_angle_between_rad(DOWN, moment.pose[3:]) > MAX_SIDEWAYS_RAD
     if is_sideways and moment.opening < OPEN_GRIPPER:  # let go first, so that the drawer stays
-        return _move_towards(moment, moment.commanded[:3], moment.commanded[3:], is_open=True)
+        return _move_towards(moment, moment.commanded[:3], moment.commanded[3:], should_open=True)
     if is_sideways and np.linalg.norm(offset) < MIN_LEFT_FRONT_M:
         goal = moment.commanded[:3] + DRAWER_STEP_M * _compute_outward_direction(
             moment.objects[cabinet]
         )
-        return _move_towards(moment, goal, moment.commanded[3:], is_open=True)
+        return _move_towards(moment, goal, moment.commanded[3:], should_open=True)
     return None
 
 
@@ -284,9 +284,9 @@ def _pick_and_place(name: str, place_name: str, moment: LiberoMoment) -> ActionA
         return _approach_and_grasp(name, moment)
     are_fingers_moving = moment.finger_speed >= STILL_FINGER_SPEED_M_S
     if are_fingers_moving:
-        return _wait(moment, is_open=False)
+        return _move_only_fingers(moment, should_open=False)
     if name not in moment.gripped_objects:
-        return _wait(moment, is_open=True)
+        return _move_only_fingers(moment, should_open=True)
     target_position = compute_rest_position(moment.objects[name], place_name, moment)
     return _carry_and_release(name, target_position, moment)
 
@@ -473,9 +473,9 @@ def _approach_and_grasp(name: str, moment: LiberoMoment) -> ActionArray:
         # A finger stands on something. Rise from where the arm is, and try again from above.
         above = np.array([*goal[:2], moment.pose[2] + HOVER_M])
         from_here = replace(moment, commanded=moment.pose)
-        return _move_towards(from_here, above, facing_quat, is_open=True)
+        return _move_towards(from_here, above, facing_quat, should_open=True)
     should_close = is_at_grasp or (has_stopped and is_low)
-    return _move_towards(moment, goal, facing_quat, is_open=not should_close)
+    return _move_towards(moment, goal, facing_quat, should_open=not should_close)
 
 
 def _compute_rotation_facing_grasp(grasp: Grasp, moment: LiberoMoment) -> Array:
@@ -507,7 +507,7 @@ def _carry_and_release(name: str, target_position: Array, moment: LiberoMoment) 
         facing_quat = moment.commanded[3:]  # the object would be turned, too
     move_out = _compute_move_from_under_drawer(box, moment)
     if move_out is not None:
-        return _move_towards(moment, moment.pose[:3] + move_out, facing_quat, is_open=False)
+        return _move_towards(moment, moment.pose[:3] + move_out, facing_quat, should_open=False)
     offset = target_position[:2] - box.pose[:2]
     distance = float(np.linalg.norm(offset))
     goal = moment.pose[:3].copy()
@@ -523,7 +523,7 @@ def _carry_and_release(name: str, target_position: Array, moment: LiberoMoment) 
     is_low = box.pose[2] < target_position[2] + MAX_BLOCKED_PLACE_HEIGHT_M
     is_blocked = moment.speed < STILL_SPEED_M_S and is_low
     should_open = is_placed or is_blocked
-    return _move_towards(moment, goal, facing_quat, is_open=should_open)
+    return _move_towards(moment, goal, facing_quat, should_open=should_open)
 
 
 def _compute_move_from_under_drawer(held_object: Box, moment: LiberoMoment) -> Array | None:
@@ -559,11 +559,11 @@ def _push_plate(name: str, region: Region, moment: LiberoMoment) -> ActionArray:
             height = max(push_height + HOVER_M, clear_height)
             return _move_over(moment, center, height, facing_quat, is_open=False)
         return _move_towards(
-            moment, np.array([*center[:2], push_height]), facing_quat, is_open=False
+            moment, np.array([*center[:2], push_height]), facing_quat, should_open=False
         )
     # The fingers meet the rim ahead, and take the plate as far as it has to go.
     goal = moment.pose[:2] + min(distance, MAX_PUSH_STEP_M) * direction_2d
-    return _move_towards(moment, np.array([*goal, push_height]), facing_quat, is_open=False)
+    return _move_towards(moment, np.array([*goal, push_height]), facing_quat, should_open=False)
 
 
 def _turn_on_stove(name: str, moment: LiberoMoment) -> ActionArray:
@@ -583,9 +583,9 @@ def _turn_on_stove(name: str, moment: LiberoMoment) -> ActionArray:
     if moment.pose[2] > low + KNOB_HEIGHT_MARGIN_M:
         offset = float(np.linalg.norm(moment.pose[:2] - start))
         height = low if offset < MAX_KNOB_OFFSET_M else low + HOVER_M
-        return _move_towards(moment, np.array([*start, height]), facing_quat, is_open=False)
+        return _move_towards(moment, np.array([*start, height]), facing_quat, should_open=False)
     goal = knob + KNOB_LEVER_M * along_handle + KNOB_PUSH_OFFSET_M * push_direction
-    return _move_towards(moment, np.array([*goal, low]), facing_quat, is_open=False)
+    return _move_towards(moment, np.array([*goal, low]), facing_quat, should_open=False)
 
 
 def _open_drawer(region: str, moment: LiberoMoment, target_m: float = math.inf) -> ActionArray:
@@ -610,18 +610,18 @@ def _open_drawer(region: str, moment: LiberoMoment, target_m: float = math.inf) 
     # With open fingers: away from the cabinet, then in front of the handle, to the handle, close.
     if moment.is_commanded_open:
         if is_at_handle:
-            return _move_towards(moment, present_goal, facing_quat, is_open=False)
+            return _move_towards(moment, present_goal, facing_quat, should_open=False)
         if is_facing_handle:
-            return _move_towards(moment, handle, facing_quat, is_open=True)
+            return _move_towards(moment, handle, facing_quat, should_open=True)
         if could_meet_handle:
-            return _move_towards(moment, outward_goal, facing_quat, is_open=True)
-        return _move_towards(moment, handle + FRONT_M * outward, facing_quat, is_open=True)
+            return _move_towards(moment, outward_goal, facing_quat, should_open=True)
+        return _move_towards(moment, handle + FRONT_M * outward, facing_quat, should_open=True)
 
     # With closed fingers: wait until they have stopped. Then pull, or open if they lost the handle.
     if moment.finger_speed >= STILL_FINGER_SPEED_M_S:
-        return _move_towards(moment, present_goal, facing_quat, is_open=False)
+        return _move_towards(moment, present_goal, facing_quat, should_open=False)
     if has_lost_handle:
-        return _move_towards(moment, present_goal, facing_quat, is_open=True)
+        return _move_towards(moment, present_goal, facing_quat, should_open=True)
     opening_m = -moment.joints[joint]  # the joint is negative when the drawer is open
     lag_m = float((moment.commanded[:3] - moment.pose[:3]) @ outward)
     # The arm will catch up with its command and open the drawer farther, but friction may hold it
@@ -629,7 +629,7 @@ def _open_drawer(region: str, moment: LiberoMoment, target_m: float = math.inf) 
     # we subtracted nothing, a drawer without friction would go beyond it. So we subtract half.
     missing_m = target_m - opening_m - lag_m / 2
     step = float(np.clip(missing_m, 0, DRAWER_STEP_M))
-    return _move_towards(moment, present_goal + step * outward, facing_quat, is_open=False)
+    return _move_towards(moment, present_goal + step * outward, facing_quat, should_open=False)
 
 
 def _is_drawer(place_name: str, moment: LiberoMoment) -> bool:
@@ -699,16 +699,16 @@ def _retreat(moment: LiberoMoment) -> ActionArray:
         moment,
         goal,
         _compute_rotation_facing_down(_measure_yaw_rad(moment.commanded)),
-        is_open=True,
+        should_open=True,
     )
 
 
-def _wait(moment: LiberoMoment, is_open: bool) -> ActionArray:
+def _move_only_fingers(moment: LiberoMoment, should_open: bool) -> ActionArray:
     """Move the fingers only."""
     facing_quat = _compute_rotation_facing_down(_measure_yaw_rad(moment.commanded))
     if _measure_angle_between_rad(facing_quat, moment.commanded[3:]) > MAX_UPRIGHT_RAD:
         facing_quat = moment.commanded[3:]
-    return _move_towards(moment, moment.commanded[:3], facing_quat, is_open)
+    return _move_towards(moment, moment.commanded[:3], facing_quat, should_open)
 
 
 def _move_over(
@@ -746,7 +746,7 @@ def _list_obstacles(moment: LiberoMoment, ignored: Sequence[str]) -> list[Outlin
             continue
         _, cabinet = _get_joint_and_cabinet_names(region)
         box = moment.objects[cabinet]
-        drawers.append(_make_drawer_box(region, moment))
+        drawers.append(_make_box_from_handle_to_cabinet_back(region, moment))
         # The cabinet's box includes the handles of closed drawers. They move with the drawers.
         without_handles = box.low + np.array([0, HANDLE_DEPTH_M, 0])
         boxes[cabinet] = Box(box.pose, without_handles, box.high)
@@ -761,13 +761,13 @@ def _list_open_drawers(moment: LiberoMoment) -> list[Outline]:
             continue
         joint, _ = _get_joint_and_cabinet_names(region)
         if moment.joints[joint] < -MIN_COVER_M:
-            box = _make_drawer_box(region, moment)
+            box = _make_box_from_handle_to_cabinet_back(region, moment)
             without_handle = box.low + np.array([0, HANDLE_DEPTH_M, 0])
             outlines.append(_make_outline(Box(box.pose, without_handle, box.high)))
     return outlines
 
 
-def _make_drawer_box(region: str, moment: LiberoMoment) -> Box:
+def _make_box_from_handle_to_cabinet_back(region: str, moment: LiberoMoment) -> Box:
     """The box from a drawer's handle, wherever that is, to the back of its cabinet."""
     joint, cabinet = _get_joint_and_cabinet_names(region)
     box = moment.objects[cabinet]
@@ -785,7 +785,7 @@ def _compute_rotation_facing_down(yaw: float) -> Array:
 
 
 def _move_towards(
-    moment: LiberoMoment, goal: Array, facing_quat: Array, is_open: bool
+    moment: LiberoMoment, goal: Array, facing_quat: Array, should_open: bool
 ) -> ActionArray:
     """Make the action that moves the commanded pose towards a position [3] and an orientation [4].
 
@@ -807,7 +807,7 @@ def _move_towards(
         commanded_position + step,
         quat_multiply(commanded_quat, quat_exp(turn)),
     )
-    action = np.concatenate([translation, quat_canonical(action_quat), [float(is_open)]])
+    action = np.concatenate([translation, quat_canonical(action_quat), [float(should_open)]])
     return action.astype(np.float32)
 
 

@@ -74,8 +74,13 @@ def sample_start(official_positions: Mapping[str, Array], seed: int, attempt: in
             if heights[is_member].min() > RAISED_M:
                 shifts[is_member] *= MAX_RAISED_SHIFT_M / MAX_SHIFT_M
         new_positions = old_positions[:, :2] + shifts
-        is_new = measure_distance_from_official_m(positions[:, :, :2], new_positions) > MARGIN_M
-        if is_new and _has_gaps(old_positions[:, :2], new_positions, group_of_object):
+        is_new = (
+            measure_distance_from_nearest_official_state_m(positions[:, :, :2], new_positions)
+            > MARGIN_M
+        )
+        if is_new and _has_clear_gaps_between_groups(
+            old_positions[:, :2], new_positions, group_of_object
+        ):
             joints = rng.uniform(-MAX_JOINT_TURN_RAD, MAX_JOINT_TURN_RAD, 7)
             objects = {}
             for name, (x, y) in zip(names, shifts, strict=True):
@@ -87,7 +92,9 @@ def sample_start(official_positions: Mapping[str, Array], seed: int, attempt: in
     )
 
 
-def measure_distance_from_official_m(official_positions: Array, start_positions: Array) -> float:
+def measure_distance_from_nearest_official_state_m(
+    official_positions: Array, start_positions: Array
+) -> float:
     """Measure how much a start differs from the most similar official state, m.
 
     The difference of two states is the distance between the two positions of the object that is
@@ -130,7 +137,9 @@ def _assign_group_numbers(positions: Array) -> list[int]:
     return group_of_object
 
 
-def _has_gaps(old_positions: Array, new_positions: Array, group_of_object: list[int]) -> bool:
+def _has_clear_gaps_between_groups(
+    old_positions: Array, new_positions: Array, group_of_object: list[int]
+) -> bool:
     """Whether objects of different groups have not come too close to each other."""
     for first, second in itertools.combinations(range(len(new_positions)), 2):
         if group_of_object[first] == group_of_object[second]:

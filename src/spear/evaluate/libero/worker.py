@@ -174,7 +174,7 @@ class LiberoTask:
             max_episode_steps: controller steps after which an episode ends.
         """
         for pose_step in np.asarray(pose_steps, np.float64):
-            self._command_pose(pose_step)
+            self._set_commanded_pose(pose_step)
             self._is_commanded_open = bool(pose_step[6] < 0)
             for _ in range(CONTROLLER_STEPS_PER_ACTION):
                 if self._has_succeeded or self._num_steps >= max_episode_steps:
@@ -227,7 +227,7 @@ class LiberoTask:
             image, depth_buffer = sim.render(
                 width=size_px, height=size_px, camera_name=camera, depth=True
             )
-            geoms = self._render_geoms(camera_index, size_px)
+            geoms = self._render_geom_numbers_upside_down(camera_index, size_px)
             model = sim.model._model
             focal_length = 0.5 * size_px / np.tan(np.radians(model.cam_fovy[camera_index]) / 2)
             camera_rotation = sim.data.cam_xmat[camera_index].reshape(3, 3) @ CAMERA_AXES
@@ -288,7 +288,7 @@ class LiberoTask:
             model.vis.headlight.diffuse[:] = original_headlight
             self._env.sim.forward()
 
-    def _render_geoms(self, camera_index: int, size: int) -> Array:
+    def _render_geom_numbers_upside_down(self, camera_index: int, size: int) -> Array:
         """Render the number of the geom (MuJoCo's shape) at each pixel, [size, size]; -1 for none.
 
         As always in OpenGL, the first row is the lowest one of the picture.
@@ -345,7 +345,7 @@ class LiberoTask:
         self._env.env.robots[0].gripper.current_action[:] = 0
         if not self._is_prepared:
             self._is_prepared = True
-            self._boxes = self._measure_low_and_high_corners()
+            self._boxes = self._measure_bounds_in_body_frames()
 
     def _step(self, command: Sequence[float] | Array) -> IsTaskFulfilled:
         """Execute one command of the controller. Returns whether the task is fulfilled.
@@ -419,7 +419,7 @@ class LiberoTask:
         self._env.env.robots[0].controller.update(force=True)
         self._env.env.robots[0].controller.reset_goal()
 
-    def _command_pose(self, pose_step: Array) -> None:
+    def _set_commanded_pose(self, pose_step: Array) -> None:
         """Set the commanded pose to the measured one, moved by a translation and a rotation vector
         (base frame)."""
         measured = self._read_ee_pose()
@@ -513,7 +513,7 @@ class LiberoTask:
             "steps": self._num_steps,
         }
 
-    def _measure_low_and_high_corners(self) -> dict[str, tuple[Array, Array]]:
+    def _measure_bounds_in_body_frames(self) -> dict[str, tuple[Array, Array]]:
         """Name of each object and fixture → the smallest and the largest x, y and z of its shapes.
 
         Both are [3], in the frame of its body, m.

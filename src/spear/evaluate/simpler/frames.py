@@ -199,7 +199,7 @@ def _number_named_objects(
 
 
 def rebuild_scene(
-    env: Any, positions: torch.Tensor, orientations: torch.Tensor, number: int = 0
+    env: Any, positions: torch.Tensor, orientations: torch.Tensor, pair_number: int = 0
 ) -> None:
     """Build a scene anew, so that nothing of the scene before remains.
 
@@ -211,14 +211,14 @@ def rebuild_scene(
             rendering takes longer than the physics.
         positions: [n, objects, 3] (m).
         orientations: [m, objects, 4] (w x y z).
-        number: Which of the n · m pairs of positions and orientations the scene has. The pair
+        pair_number: Which of the n · m pairs of positions and orientations the scene has. The pair
             number i · m + j is `positions[i]` with `orientations[j]`.
     """
     env.xyz_configs = positions
     env.quat_configs = orientations
     env.objs.clear()
     env._obs_mode = "none"
-    env.reset(seed=0, options={"reconfigure": True, "episode_id": torch.tensor([number])})
+    env.reset(seed=0, options={"reconfigure": True, "episode_id": torch.tensor([pair_number])})
 
 
 def sample_positions_with_clutter(

@@ -80,9 +80,9 @@ def choose_action(task_name: str, truth: Truth) -> ActionArray:
 
     has_object = truth.opening > MIN_HELD_OPENING
     if truth.is_closing and has_object:
-        return _wait(truth, should_open=False)
+        return _move_fingers_only(truth, should_open=False)
     if not has_object:
-        return _wait(truth, should_open=True)
+        return _move_fingers_only(truth, should_open=True)
     return _carry_and_release(truth, task, rest_position, offset)
 
 
@@ -92,7 +92,7 @@ def _retreat(truth: Truth, rest_position: Array) -> ActionArray:
     return _move_towards(truth, position, _measure_yaw_rad(truth.commanded), should_open=True)
 
 
-def _wait(truth: Truth, should_open: bool) -> ActionArray:
+def _move_fingers_only(truth: Truth, should_open: bool) -> ActionArray:
     """Move only the fingers."""
     return _move_towards(
         truth, truth.commanded[:3], _measure_yaw_rad(truth.commanded), should_open=should_open

@@ -73,7 +73,7 @@ class CameraView:
         return np.asarray(in_camera[..., :2] / depth_m * self.focal_px + self.center_px)
 
 
-def compute_points_of_pixels(camera: CameraView, dome_center: Array) -> Array:
+def compute_stage_points_of_pixels(camera: CameraView, dome_center: Array) -> Array:
     """Return the point [h, w, 3] of the stage that each pixel of a camera shows, m, base frame.
 
     Args:
@@ -108,7 +108,7 @@ def reproject_table_and_dome_with_mirrored_margins(
     Returns:
         [h, w, 3] uint8. Parts that were not photographed are mirrored at the photograph's edges.
     """
-    points = compute_points_of_pixels(camera, photographed_by.compute_target(table_z_m))
+    points = compute_stage_points_of_pixels(camera, photographed_by.compute_target(table_z_m))
     pixels = photographed_by.project(points)  # [h, w, 2]
     # A single reflection is enough; farther away, the mirrored image's edge is repeated.
     width, height = photographed_by.size_px
@@ -125,7 +125,7 @@ def measure_photographed_fraction(
     photographed_by: CameraView, camera: CameraView, table_z_m: float
 ) -> float:
     """Return which fraction of another camera's image the photograph shows, not a mirror of it."""
-    points = compute_points_of_pixels(camera, photographed_by.compute_target(table_z_m))
+    points = compute_stage_points_of_pixels(camera, photographed_by.compute_target(table_z_m))
     x, y = np.moveaxis(photographed_by.project(points), -1, 0)
     width, height = photographed_by.size_px
     is_photographed = (x >= -0.5) & (x <= width - 0.5) & (y >= -0.5) & (y <= height - 0.5)
@@ -172,7 +172,7 @@ def render_textured_stage(
         camera: The camera.
         table_z_m: The table's height, m, base frame.
     """
-    points = compute_points_of_pixels(camera, camera.compute_target(table_z_m))
+    points = compute_stage_points_of_pixels(camera, camera.compute_target(table_z_m))
     tile_pixels = np.floor(points[..., :2] / TEXTURE_PERIOD_M * TEXTURE_SIZE_PX).astype(int)
     columns, rows = np.moveaxis(tile_pixels % TEXTURE_SIZE_PX, -1, 0)
     gray = draw_texture(texture)[rows, columns]  # [h, w]

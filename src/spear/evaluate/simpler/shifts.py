@@ -332,7 +332,7 @@ def _move_camera(env: Any, camera: CameraView) -> None:
         render_camera.set_focal_lengths(camera.focal_px, camera.focal_px)
 
 
-def rotate_x_axis_to(direction: tuple[float, float, float]) -> Array:
+def compute_quat_turning_x_axis_to(direction: tuple[float, float, float]) -> Array:
     """Return the quaternion [4] (w x y z) of the shortest rotation of the x axis to a direction.
 
     Args:
@@ -356,7 +356,7 @@ def _change_light(env: Any, factors: Array, direction: tuple[float, float, float
         sub_scene.set_ambient_light(list(np.multiply(sub_scene.ambient_light, factors)))
         main_light, *_ = sub_scene.render_system.lights  # the first one, which is the brightest
         pose = main_light.entity.pose
-        pose.q = rotate_x_axis_to(direction)  # a light shines along its x axis
+        pose.q = compute_quat_turning_x_axis_to(direction)  # a light shines along its x axis
         main_light.entity.pose = pose
         for light in sub_scene.render_system.lights:
             light.color = list(np.multiply(light.color, factors))

@@ -161,7 +161,7 @@ class SimplerWorld:
 
     def reset(
         self,
-        start: int,
+        start_or_seed: int,
         image: bool,
         is_off_grid: bool = False,
         scene_shift: SceneShift | None = None,
@@ -169,16 +169,21 @@ class SimplerWorld:
         """Build the scene of one start, and return its state.
 
         Args:
-            start: The number of an official start, or the seed of a start off the grid.
+            start_or_seed: The number of an official start, or the seed of a start off the grid.
             image: Whether the observation should have an image.
             is_off_grid: Whether the start is off the grid (`sample_off_grid_start`).
             scene_shift: How the scene is shifted; None for the scene as it is.
         """
         set_photograph(self._env, self._photograph)  # the last scene's may have been shifted
         if is_off_grid:
-            self._reset_off_grid(start)
+            self._reset_off_grid(start_or_seed)
         else:
-            rebuild_scene(self._env, self._position_tensor, self._orientation_tensor, number=start)
+            rebuild_scene(
+                self._env,
+                self._position_tensor,
+                self._orientation_tensor,
+                pair_number=start_or_seed,
+            )
         self._instruction = str(self._env.get_language_instruction()[0])
         if scene_shift is not None:
             instruction = shift_built_scene_and_get_instruction(
@@ -285,11 +290,11 @@ class SimplerWorld:
         self._reached |= bool(link_distance < REACHED_DISTANCE_M)
         self._grasped |= bool(self._env.agent.is_grasping(self._env.objs[source_name]))
 
-    def _make_moment(self, image: bool, pictures: list[Array]) -> Moment:
+    def _make_moment(self, needs_image: bool, pictures: list[Array]) -> Moment:
         """Return the present state.
 
         Args:
-            image: Whether the observation should have an image.
+            needs_image: Whether the observation should have an image.
             pictures: Images of the steps since the last moment.
         """
         truth = self._read_truth()
@@ -302,7 +307,7 @@ class SimplerWorld:
             POSE_KEY: pose,
             "prompt": self._instruction,
         }
-        if image:
+        if needs_image:
             # The last of the pictures already shows the present state.
             observation["observation/image"] = pictures[-1] if pictures else self.render_picture()
         return Moment(
@@ -352,15 +357,15 @@ class SimplerWorld:
         )
 
 
-def is_arm_at_rest(previous: Truth, measured: Array, opening: float) -> bool:
+def is_arm_at_rest(previous: Truth, pose_after_step: Array, opening: float) -> bool:
     """Return whether arm and fingers have hardly moved in a control step.
 
     Args:
         previous: The state before the step.
-        measured: [7] pose of the end effector after the step.
+        pose_after_step: [7] pose of the end effector after the step.
         opening: Gripper opening after the step.
     """
-    change = np.abs(measured - previous.measured)
+    change = np.abs(pose_after_step - previous.measured)
     is_position_still = np.linalg.norm(change[:3]) < STILL_POSITION_M
     is_rotation_still = np.linalg.norm(change[3:]) < STILL_ROTATION
     is_opening_still = abs(opening - previous.opening) < STILL_OPENING
@@ -389,13 +394,13 @@ def to_base_frame(base: Array, pose: Array) -> Array:
     return torch.cat([position, quat_canonical(rotation)]).numpy()
 
 
-def _to_ee_pose(link: Array) -> Array:
+def _to_ee_pose(link_pose: Array) -> Array:
     """Convert a pose [7] of link `ee_gripper_link` to our end-effector frame.
 
     The two frames have the same origin.
     """
-    rotation = torch.from_numpy(convert_link_to_ee_rotation(link[3:]))
-    return np.concatenate([link[:3], quat_canonical(rotation).numpy()])
+    rotation = torch.from_numpy(convert_link_to_ee_rotation(link_pose[3:]))
+    return np.concatenate([link_pose[:3], quat_canonical(rotation).numpy()])
 
 
 def _read_pose(pose: Any) -> Array:
@@ -454,13 +459,13 @@ class SimplerProcess:
 
     def reset(
         self,
-        start: int,
+        start_or_seed: int,
         image: bool,
         is_off_grid: bool = False,
         scene_shift: SceneShift | None = None,
     ) -> Moment:
         """Build the scene of one start, see `SimplerWorld.reset`."""
-        return self._call("reset", start, image, is_off_grid, scene_shift)
+        return self._call("reset", start_or_seed, image, is_off_grid, scene_shift)
 
     def run(self, rows: Array, image: bool, filming: bool = False) -> Moment:
         """Execute control steps, see `SimplerWorld.run`."""

@@ -9,7 +9,11 @@ import numpy as np
 from spear.errors import SpearError, check_known
 from spear.evaluate.noise import NOISE_LEVELS, degrade_scene_image
 from spear.evaluate.vqa.calibration import TRUSTED_COVERAGE, Trust
-from spear.evaluate.vqa.wording import ParsedQuestion, describe_untaught, understand_question
+from spear.evaluate.vqa.wording import (
+    ParsedQuestion,
+    explain_question_is_untaught,
+    understand_question,
+)
 from spear.labels.pipeline import label_with_ground_truth
 from spear.labels.questions.generate import abbreviate_unit, format_answer
 from spear.labels.questions.templates import KEYPOINT_NAMES, can_be_called, with_article
@@ -27,7 +31,7 @@ NUM_BOX_NUMBERS = 24  # x, y, z of eight vertices
 MAX_NAME_TOKENS = 8  # longest answer to the question what is at a point, in tokens
 
 
-def load_picture(source: str, size: WidthAndHeight, camera: str = "external") -> Frame:
+def load_or_render_picture(source: str, size: WidthAndHeight, camera: str = "external") -> Frame:
     """Load the image to ask about.
 
     Args:
@@ -102,7 +106,7 @@ def ask_question(
     parsed = understand_question(question, settings.taught_types, (width, height))
     keeps_wording = settings.is_free or question_type is not None
     if parsed is None and not keeps_wording:
-        return None, describe_untaught(settings.taught_types)
+        return None, explain_question_is_untaught(settings.taught_types)
 
     # `prompt_type` is the type of which the prompt is a taught wording. It can differ from a
     # `question_type` that the caller wants.
@@ -111,7 +115,7 @@ def ask_question(
 
     # Do not ask where an object is that the model does not see.
     names = [] if parsed is None else parsed.names
-    if trust and trust.tells_absent and names:
+    if trust and trust.can_tell_absent and names:
         absent = find_absent_objects_and_what_is_seen(model, image, names, settings.view)
         if absent:
             return None, _describe_absent(absent)
@@ -207,7 +211,7 @@ def find_absent_objects_and_what_is_seen(
 
     If the model gives another name to what is at the point of an object, the object is absent; see
     `point_at_objects_and_name_them`. This works only with a model that learned to point and to name
-    well enough (`Trust.tells_absent`).
+    well enough (`Trust.can_tell_absent`).
 
     Args:
         model: SPEAR-VLM with its processor.
@@ -266,7 +270,7 @@ def format_reply(answer: Answer, image: Array) -> str:
     return format_answer(answer.segments, answer.unit, (width, height)) or "(no answer)"
 
 
-def load_labeled_images(
+def load_or_render_labeled_images(
     source: str, num_images: int, view: str, processor: Processor, shift: Shift | None = None
 ) -> list[LabeledImage]:
     """Load at most `num_images` labeled images, as one camera of a model sees them.

@@ -32,7 +32,7 @@ TRUSTED_COVERAGE = 0.8  # fraction of true numbers that the intervals of `spear 
 MAX_BANDS = 10  # see `Band`
 MIN_NUMBERS_PER_BAND = 40  # with fewer than twice as many numbers, there is only one band
 MIN_SPREAD = 1e-9  # relative; a smaller spread is replaced by this before an error is divided by it
-# Limits of the rates in `Trust.tells_absent` (our choice).
+# Limits of the rates in `Trust.can_tell_absent` (our choice).
 MIN_RATE_NAMED_PRESENT = 0.8
 MAX_RATE_NAMED_ABSENT = 0.2
 CALIBRATION_FILE = "calibration.json"  # in the folder of the model's weights
@@ -133,7 +133,7 @@ class Trust:
         return path
 
     @property
-    def tells_absent(self) -> bool:
+    def can_tell_absent(self) -> bool:
         """Whether an object is absent if the model gives another name at the point of the object.
 
         The model must name most objects that are present, and few that are absent (our choice).

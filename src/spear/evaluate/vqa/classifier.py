@@ -129,7 +129,7 @@ class QuestionTypeClassifier:
         feature_sets: list[frozenset[str]] = []
         types: list[str] = []
         for example in examples:
-            for features_of_reading in _read_features(example):
+            for features_of_reading in _list_features_of_training_readings(example):
                 feature_sets.append(features_of_reading)
                 types.append(example.question_type)
         features = sorted(frozenset[str]().union(*feature_sets))
@@ -174,14 +174,16 @@ class QuestionTypeClassifier:
             return NO_TYPE, 0.0
         vector = _to_vector(list_features(skeleton), self.feature_indices)
         scores = dict(zip(self.classes, (vector @ self.weights).tolist(), strict=True))
-        possible_types = [name for name in self.classes if _is_possible(name, skeleton)]
+        possible_types = [
+            name for name in self.classes if _has_objects_and_pixel_for_type(name, skeleton)
+        ]
         if not possible_types:
             return NO_TYPE, 0.0
         likeliest_type = max(possible_types, key=lambda name: scores[name])
         return likeliest_type, scores[likeliest_type] - scores.get(NO_TYPE, 0.0)
 
 
-def _is_possible(type_name: str, skeleton: Skeleton) -> bool:
+def _has_objects_and_pixel_for_type(type_name: str, skeleton: Skeleton) -> bool:
     """Return whether a question with this skeleton may be of a type, by what it names."""
     if type_name == NO_TYPE:
         return False
@@ -202,7 +204,7 @@ def fit_classifier() -> QuestionTypeClassifier:
 
 
 @lru_cache(None)
-def _read_features(example: Example) -> list[frozenset[str]]:
+def _list_features_of_training_readings(example: Example) -> list[frozenset[str]]:
     """Read the features of an example. They are kept for the next fit of a cross-validation."""
     features = [frozenset(list_features(reading)) for reading in example.list_training_readings()]
     return list(dict.fromkeys(features))

@@ -7,10 +7,10 @@ relative  error in percent of the object's distance from the camera (of image lo
           of the image).
 error     the same error in millimeters, if labels are in meters.
 
-Two baselines answer without seeing the image (our choice). `guess_constants` knows where objects
-usually are. `guess_from_depth` knows where in the image objects usually are, how large they are,
-and how far away this scene is, but not which object is where. If an answer has words, the question
-type chooses those of the baselines (`QuestionType.conclude`).
+Two baselines answer without seeing the image (our choice). `guess_medians` knows where objects
+usually are. `guess_medians_in_units_of_depth` knows where in the image objects usually are, how
+large they are, and how far away this scene is, but not which object is where. If an answer has
+words, the question type chooses those of the baselines (`QuestionType.conclude`).
 """
 
 from collections.abc import Mapping, Sequence
@@ -136,7 +136,7 @@ def measure_answer(question: Question, answer: Segments, label: LabeledImage) ->
     return question_type.measure(question, answer, label)
 
 
-def guess_constants(questions: Sequence[Question]) -> list[Segments]:
+def guess_medians(questions: Sequence[Question]) -> list[Segments]:
     """Answer all questions of a type in the same way: with the median of their true numbers.
 
     Args:
@@ -153,7 +153,7 @@ def guess_constants(questions: Sequence[Question]) -> list[Segments]:
     return _guess_in_units(questions, [1.0] * len(questions))
 
 
-def guess_from_depth(
+def guess_medians_in_units_of_depth(
     questions: Sequence[Question], labels: Sequence[LabeledImage]
 ) -> list[Segments] | None:
     """Answer all questions of a type in the same way, in units of each image's depth.

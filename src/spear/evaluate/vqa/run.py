@@ -252,8 +252,8 @@ def _measure_naming_rates(model: VlmBundle, labels: Sequence[LabeledImage]) -> _
         names_in_image = [object_.name for object_ in label.objects]
         askable_names = [object_.name for object_ in find_askable_objects(label)]
         absent_names = [name for name in all_names if not _may_be_any_of(name, names_in_image)]
-        present_results += _confirm_some_objects(model, image, askable_names, rng)
-        absent_results += _confirm_some_objects(model, image, absent_names, rng)
+        present_results += _mark_objects_model_confirms(model, image, askable_names, rng)
+        absent_results += _mark_objects_model_confirms(model, image, absent_names, rng)
     present = float(np.mean(present_results)) if present_results else 0.0
     absent = float(np.mean(absent_results)) if absent_results else 1.0
     return _NamingRates(present, absent)
@@ -270,7 +270,7 @@ def _may_be_any_of(name: str, object_names: Sequence[str]) -> bool:
     )
 
 
-def _confirm_some_objects(
+def _mark_objects_model_confirms(
     model: VlmBundle, image: Array, names: Sequence[str], rng: np.random.Generator
 ) -> list[bool]:
     """Choose a few of the objects, and return for each whether the model confirms the object.

@@ -28,8 +28,8 @@ from spear.evaluate.vqa.measures import (
     MEASURES,
     choose_main_measure,
     format_measure,
-    guess_constants,
-    guess_from_depth,
+    guess_medians,
+    guess_medians_in_units_of_depth,
     is_grammatical,
     measure_answer,
 )
@@ -80,9 +80,9 @@ class QuestionTypeScore:
     free        fraction of well-formed answers if it is not.
     measures    measure → its summary over the questions (see `MEASURES`), with a 95 % interval that
                 resamples images.
-    constant    measure → its summary for the baseline `guess_constants`.
-    depth_only  measure → its summary for the baseline `guess_from_depth`; empty if this baseline
-                cannot answer the question type.
+    constant    measure → its summary for the baseline `guess_medians`.
+    depth_only  measure → its summary for the baseline `guess_medians_in_units_of_depth`;
+                empty if this baseline cannot answer the question type.
     """
 
     n: int
@@ -293,7 +293,7 @@ def _format_measure(name: str, value: Estimate | float | None) -> str:
 
 def summarize(
     answers: Sequence[AnsweredQuestion],
-    free_grammar: Mapping[str, Sequence[bool]],
+    are_free_grammatical_by_type: Mapping[str, Sequence[bool]],
     labels: Sequence[LabeledImage],
     decode: DecodeMethod,
     trust: Trust | None = None,
@@ -302,8 +302,8 @@ def summarize(
 
     Args:
         answers: Every question with its answer.
-        free_grammar: Question type → whether each answer was grammatical when the model wrote it
-            freely, without being held to the grammar of the question type.
+        are_free_grammatical_by_type: Question type → whether each answer was grammatical when the
+            model wrote it freely, without being held to the grammar of the question type.
         labels: The labeled images.
         decode: How the scored numbers were read.
         trust: How far the model can be trusted. If given, its intervals are scored, too.
@@ -312,7 +312,7 @@ def summarize(
     scores = {}
     readings = {}
     calibrations = {}
-    for question_type, are_free_grammatical in free_grammar.items():
+    for question_type, are_free_grammatical in are_free_grammatical_by_type.items():
         type_answers = [a for a in answers if a.question.question_type == question_type]
         scores[question_type] = _score_question_type(type_answers, are_free_grammatical)
         answers_with_certainty = []
@@ -345,7 +345,7 @@ def _score_question_type(
     image_indices = [answered.image for answered in answers]
     are_grammatical = [is_grammatical(answered.question, answered.answer) for answered in answers]
     measures = {}
-    for name, values in _list_measures_with_failures(answers).items():
+    for name, values in _collect_measure_values_counting_failures(answers).items():
         measures[name] = bootstrap(group_by_image(image_indices, values), MEASURES[name].average)
     labels = [answered.label for answered in answers]
     return QuestionTypeScore(
@@ -354,12 +354,14 @@ def _score_question_type(
         grammar=bootstrap(group_by_image(image_indices, are_grammatical), np.mean),
         free=bootstrap(group_by_image(image_indices, are_free_grammatical), np.mean),
         measures=measures,
-        constant=_score_guesses(answers, guess_constants(questions)),
-        depth_only=_score_guesses(answers, guess_from_depth(questions, labels)),
+        constant=_score_guesses(answers, guess_medians(questions)),
+        depth_only=_score_guesses(answers, guess_medians_in_units_of_depth(questions, labels)),
     )
 
 
-def _list_measures_with_failures(answers: Sequence[AnsweredQuestion]) -> dict[str, Array]:
+def _collect_measure_values_counting_failures(
+    answers: Sequence[AnsweredQuestion],
+) -> dict[str, Array]:
     """Collect the values of each measure that some of the answers have.
 
     Returns:
@@ -418,12 +420,14 @@ def _compare_readings(answers: Sequence[AnsweredQuestion]) -> Readings:
     gain: dict[DecodeMethod, Estimate] = {}
     for method in DECODE_METHODS[1:]:  # the first one is "mode", with which others are compared
         pairs = np.stack([errors["mode"], errors[method]], axis=1)  # [answers, 2]
-        gain[method] = bootstrap(group_by_image(image_indices, pairs), _compute_gain)
+        gain[method] = bootstrap(
+            group_by_image(image_indices, pairs), _compute_saved_fraction_of_error
+        )
     medians = {method: float(np.median(values)) for method, values in errors.items()}
     return Readings(medians, gain)
 
 
-def _compute_gain(flat_pairs: Array) -> float:
+def _compute_saved_fraction_of_error(flat_pairs: Array) -> float:
     """Compute the fraction of the mode's error that another way of reading saves.
 
     Args:

@@ -175,14 +175,14 @@ class QuestionReading:
         2. The same with the names in those clauses, if there are any.
         3. The question without the clauses that have no cues, such as "For my thesis". If the other
            clauses name no object, only the clauses before the first cue are left out.
-        4. Single sentences of the question, see `_list_sentences`.
+        4. Single sentences of the question, see `_list_readings_by_sentences`.
         5. Each of these readings without what may not be asked about, see
            `_list_readings_without_asides`.
         """
         first_reading: list[Skeleton] = []
         second_reading: list[Skeleton] = []
         for clause in self.clauses:
-            if self._is_essential(clause):
+            if self._is_part_of_what_is_asked(clause):
                 first_reading.append(clause)
                 second_reading.append(clause)
             else:
@@ -197,12 +197,12 @@ class QuestionReading:
             )
         if any(clause.names for clause in third_reading):
             readings.append(_join_clauses(third_reading))
-        readings += self._list_sentences()
+        readings += self._list_readings_by_sentences()
         for reading in tuple(readings):
             readings += _list_readings_without_asides(reading)
         return readings
 
-    def _list_sentences(self) -> list[Skeleton]:
+    def _list_readings_by_sentences(self) -> list[Skeleton]:
         """List the skeletons of the sentences that may ask the whole question.
 
         Others tell what the question is about: "My tape measure is too short. How far is the mug?".
@@ -225,7 +225,7 @@ class QuestionReading:
             return [skeleton for skeleton in skeletons if PIXEL in skeleton.words]
         return [skeleton for skeleton in skeletons if skeleton.names]
 
-    def _is_essential(self, clause: Skeleton) -> bool:
+    def _is_part_of_what_is_asked(self, clause: Skeleton) -> bool:
         """Return whether a clause says what is asked."""
         if clause.has_cues:
             return True

@@ -28,7 +28,10 @@ from spear.labels.questions.types import PROMPT_TEMPLATES, QUESTION_TYPE_BY_NAME
 from spear.question_types import ANSWER_FORMS
 from spear.types import Pixel, WidthAndHeight
 
-EXAMPLE_TYPES = ("distance", "box_vertices")  # types of the examples in `describe_untaught`
+EXAMPLE_TYPES = (
+    "distance",
+    "box_vertices",
+)  # types of the examples in `explain_question_is_untaught`
 KEYPOINT_OF_WORD = {
     "closest": "closest",
     "nearest": "closest",
@@ -96,7 +99,7 @@ def understand_question(
     """
     known_types = [name for name in ANSWER_FORMS if taught_types is None or name in taught_types]
     for question_type in known_types:
-        names = match_templates(question, question_type)
+        names = find_object_names_by_templates(question, question_type)
         if names is not None:
             return ParsedQuestion(question_type, names, question, is_taught_wording=True)
 
@@ -110,10 +113,10 @@ def understand_question(
     if question_type not in known_types:
         return None
     pixel = reading.pixel if PIXEL in skeleton.words else None
-    return _parse_skeleton(skeleton, question_type, pixel, image_size)
+    return _phrase_in_taught_wording(skeleton, question_type, pixel, image_size)
 
 
-def _parse_skeleton(
+def _phrase_in_taught_wording(
     skeleton: Skeleton,
     question_type: str,
     pixel: tuple[float, float] | None,
@@ -144,7 +147,7 @@ def _format_pixel(pixel: tuple[float, float], image_size: WidthAndHeight | None)
     return str(Pixel(x / width, y / height))
 
 
-def match_templates(question: str, question_type: str) -> list[str] | None:
+def find_object_names_by_templates(question: str, question_type: str) -> list[str] | None:
     """Match a question with the prompt templates of a question type.
 
     Returns:
@@ -231,7 +234,7 @@ def _choose_keypoint(words: Sequence[str]) -> str:
     return KEYPOINT_NAMES["centre"][0]
 
 
-def describe_untaught(taught_types: Collection[str] | None = None) -> str:
+def explain_question_is_untaught(taught_types: Collection[str] | None = None) -> str:
     """Say in one sentence that a question is none that the model was taught."""
     examples: list[str] = []
     for question_type in EXAMPLE_TYPES:

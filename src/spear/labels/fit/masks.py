@@ -114,7 +114,7 @@ def _is_polygon(corners: Array) -> bool:
     return has_pairs and len(corners) >= 6 and bool(np.isfinite(corners).all())
 
 
-def decode_run_lengths(text: str) -> list[int]:
+def decode_coco_run_length_string(text: str) -> list[int]:
     """Decode run lengths from COCO's compressed string.
 
     A letter of the string is a group of six bits, plus 48 to make it printable. The lower five bits
@@ -250,7 +250,7 @@ def drop_support_pixels(
     # The pixels beside the object, at most 4 pixels away, show the support near the object.
     is_near_mask = ndimage.binary_dilation(mask, iterations=4)
     is_beside = is_known & ~mask & ~occupied & is_near_mask
-    level = _estimate_level(points[is_beside], plane)
+    level = _estimate_support_height_near_object(points[is_beside], plane)
     height = points @ plane.up - level  # [h, w] above the support
 
     # Average the heights over 3 × 3 pixels, of which only the object's pixels count. The filter
@@ -332,7 +332,7 @@ def snap_outline(
     if plane is not None:
         # The pixels at most 3 pixels outside the band show the support near the object.
         is_beside = outside & ~occupied & ndimage.binary_dilation(surroundings, iterations=3)
-        level = _estimate_level(points[is_beside], plane)
+        level = _estimate_support_height_near_object(points[is_beside], plane)
         height = points @ plane.up - level  # [h, w] above the support
         # 2.5 standard deviations of noise (our choice), as a length at the object's distance
         limit = max(ON_SUPPORT_FRACTION, 2.5 * noise) * float(np.median(points[core][:, 2]))
@@ -401,7 +401,7 @@ def _invert_depth(points: Array, is_known: Array) -> Array:
     return np.where(is_known, 1 / depth, np.nan)
 
 
-def _estimate_level(points_beside: Array, plane: Plane) -> float:
+def _estimate_support_height_near_object(points_beside: Array, plane: Plane) -> float:
     """The height of the support near an object.
 
     It is the median height of the points beside the object that are near the support plane, or the

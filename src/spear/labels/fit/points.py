@@ -52,7 +52,7 @@ class Plane:
     height: float
 
 
-def subsample(points: Array, max_points: int) -> Array:
+def select_evenly_spread_points(points: Array, max_points: int) -> Array:
     """Choose at most `max_points` of the points [n, d], spread evenly and without randomness.
 
     The chosen indices follow a golden-ratio sequence. A fixed stride could choose the same columns
@@ -130,7 +130,7 @@ def fit_support_plane(points: Array, up: Array | None = None) -> Plane | None:
         The plane, refined on all its points and facing the camera; None when it contains less than
         `MIN_PLANE_FRACTION` of the points.
     """
-    points = np.asarray(subsample(points, MAX_PLANE_POINTS), np.float64)
+    points = np.asarray(select_evenly_spread_points(points, MAX_PLANE_POINTS), np.float64)
     if len(points) < MIN_PLANE_POINTS:
         return None
     limit = 0.01 * float(np.median(np.linalg.norm(points, axis=1)))

@@ -25,7 +25,7 @@ from spear.labels.fit.image import (
     have_same_aspect,
     resize_nearest,
 )
-from spear.labels.fit.masks import decode_mask, decode_run_lengths, rasterize_polygons
+from spear.labels.fit.masks import decode_coco_run_length_string, decode_mask, rasterize_polygons
 from spear.labels.models.protocols import Detection, Detector, Segmenter
 from spear.types import Array, Frame
 from spear.util.files import read_json
@@ -83,7 +83,7 @@ class Annotation:
         if self.box2d is None:
             mask = self.compute_mask_in_image(height, width)
             return compute_tight_box(mask) if mask is not None else np.zeros(4, np.float32)
-        rows, columns = self._get_checked_size(height, width)
+        rows, columns = self._get_annotated_size_if_aspect_fits(height, width)
         scale_x = width / columns
         scale_y = height / rows
         scale = np.array([scale_x, scale_y, scale_x, scale_y])
@@ -98,7 +98,7 @@ class Annotation:
         """
         if self.decode_outline is None:
             return None
-        rows, columns = self._get_checked_size(height, width)
+        rows, columns = self._get_annotated_size_if_aspect_fits(height, width)
         mask = self.decode_outline(rows, columns)
         return resize_nearest(mask, height, width)
 
@@ -142,7 +142,7 @@ class Annotation:
                 "are x, y, width, height), or leave the image out."
             )
 
-    def _get_checked_size(self, height: int, width: int) -> tuple[int, int]:
+    def _get_annotated_size_if_aspect_fits(self, height: int, width: int) -> tuple[int, int]:
         """The (height, width) of the annotated image.
 
         Raises:
@@ -244,11 +244,11 @@ class FileDetector:
             if annotations is None:
                 detections.append(next(second_results))
             else:
-                detections.append(_to_detections_with_area(annotations, frame))
+                detections.append(_to_nonempty_detections(annotations, frame))
         return detections
 
 
-def _to_detections_with_area(annotations: Sequence[Annotation], frame: Frame) -> list[Detection]:
+def _to_nonempty_detections(annotations: Sequence[Annotation], frame: Frame) -> list[Detection]:
     """Convert a frame's annotations to detections, without those whose box is empty."""
     height, width = frame.image.shape[:2]
     detections = []
@@ -285,7 +285,7 @@ class FileSegmenter:
         masks_of_frames = []
         incomplete_images: list[_IncompleteMasks] = []
         for frame, frame_detections in zip(frames, detections, strict=True):
-            masks, missing_indices = self._read_masks(frame, frame_detections)
+            masks, missing_indices = self._read_masks_and_missing_indices(frame, frame_detections)
             masks_of_frames.append(masks)
             if missing_indices:
                 missing_detections = [frame_detections[i] for i in missing_indices]
@@ -311,7 +311,9 @@ class FileSegmenter:
         for incomplete, masks in zip(incomplete_images, second_masks, strict=True):
             incomplete.masks[incomplete.missing_indices] = masks
 
-    def _read_masks(self, frame: Frame, detections: Sequence[Detection]) -> tuple[Array, list[int]]:
+    def _read_masks_and_missing_indices(
+        self, frame: Frame, detections: Sequence[Detection]
+    ) -> tuple[Array, list[int]]:
         """Read the masks of a frame's n detections from the file.
 
         Returns:
@@ -450,7 +452,7 @@ class _CocoIndex:
         for index, entry in enumerate(_validate_list(content["annotations"])):
             entry_name = _name_entry("annotation", entry, index)
             try:
-                image_id = self._get_image_id(entry)
+                image_id = self._resolve_annotated_image_id(entry)
             except _ENTRY_ERRORS as error:
                 stray_problems.append(f"{entry_name} {_explain(error)}")
                 continue
@@ -469,14 +471,14 @@ class _CocoIndex:
         # Annotations are in pixels of this size. The image to label may be a smaller copy.
         height = entry.get("height")
         width = entry.get("width")
-        if _is_length(height) and _is_length(width):
+        if _can_be_image_side(height) and _can_be_image_side(width):
             self._sizes[image_id] = (int(height), int(width))
             return
         self._problems[image_id] = (
             f"{entry['file_name']} has height {height} and width {width}, which is no size"
         )
 
-    def _get_image_id(self, entry: Mapping[str, Any]) -> Any:
+    def _resolve_annotated_image_id(self, entry: Mapping[str, Any]) -> Any:
         """The id of the image that an annotation belongs to."""
         image_id = entry["image_id"]
         if image_id not in self._annotations:
@@ -562,7 +564,7 @@ class _CocoIndex:
         return self._annotations[best_id]
 
 
-def _is_length(value: Any) -> TypeGuard[float]:
+def _can_be_image_side(value: Any) -> TypeGuard[float]:
     """Whether a value can be the height or width of an image."""
     return isinstance(value, int | float) and 1 <= value < math.inf
 
@@ -688,16 +690,19 @@ def _fill_coco_polygons(polygons: list[Any], height: int, width: int) -> Array:
 
 
 def _decode_coco_runs(
-    counts: str | list[int], size: tuple[int, int], height: int, width: int
+    counts: str | list[int], annotated_size: tuple[int, int], height: int, width: int
 ) -> Array:
-    """Decode run lengths of a mask of (height, width) `size`, which must be that of the image."""
-    if size != (height, width):
-        actual_size = "×".join(str(side) for side in reversed(size))
+    """Decode run lengths of a mask of (height, width) `annotated_size`.
+
+    This must be the size of the image.
+    """
+    if annotated_size != (height, width):
+        actual_size = "×".join(str(side) for side in reversed(annotated_size))
         raise SpearError(
             f"a mask has {actual_size} pixels in an image of {width}×{height}. Repair the file."
         )
     try:
-        runs = decode_run_lengths(counts) if isinstance(counts, str) else counts
+        runs = decode_coco_run_length_string(counts) if isinstance(counts, str) else counts
         return decode_mask(runs, height, width)
     except (TypeError, ValueError) as error:
         raise SpearError(
@@ -731,7 +736,7 @@ class _RelationsIndex:
             for object_name, views in take["object_masks"].items():
                 name = re.sub(r"_\d+$", "", object_name)  # without the object's number
                 for camera, view in views.items():
-                    _add_view(cameras[camera], name, view)
+                    _add_object_masks_of_view(cameras[camera], name, view)
         if not self._takes:
             raise ValueError("it is empty")
 
@@ -752,28 +757,28 @@ class _RelationsIndex:
         return cameras[camera].get(int(number.group()))
 
 
-def _add_view(
-    frames: dict[int, list[Annotation]], object_name: str, view: Mapping[str, Any]
+def _add_object_masks_of_view(
+    annotations_by_frame: dict[int, list[Annotation]], object_name: str, view: Mapping[str, Any]
 ) -> None:
     """Add the masks of one object in one camera's video to the annotations of the video's frames.
 
     Args:
-        frames: Number of the frame → annotations; the masks are added to them.
+        annotations_by_frame: Number of the frame → annotations; the masks are added to them.
         object_name: The object's name.
         view: The object's masks in the video, by number of the frame, and the numbers of all
             annotated frames.
     """
     for number in view.get("annotated_frames", ()):
-        frames.setdefault(int(number), [])
+        annotations_by_frame.setdefault(int(number), [])
     for number, entry in view["annotation"].items():
         size = (int(entry["height"]), int(entry["width"]))
         decode_outline = partial(_decode_relations_mask, entry["encodedMask"])
         annotation = Annotation(object_name, None, size, decode_outline)
-        frames.setdefault(int(number), []).append(annotation)
+        annotations_by_frame.setdefault(int(number), []).append(annotation)
 
 
 def _decode_relations_mask(encoded: str, height: int, width: int) -> Array:
-    runs = decode_run_lengths(decompress_lz_string(encoded))
+    runs = decode_coco_run_length_string(decompress_lz_string(encoded))
     return decode_mask(runs, height, width)
 
 

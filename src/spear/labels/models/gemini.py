@@ -107,7 +107,7 @@ class GeminiDetector:
         self.name = f"gemini {model} (prompt {prompt_hash}, {settings})"
 
         # Google's client
-        self._key = _read_key()
+        self._key = _read_api_key_from_environment()
         genai = import_optional("google.genai", "label", "Gemini")
         check_proxies("Gemini")
         self._types = genai.types
@@ -185,7 +185,7 @@ class GeminiDetector:
         try:
             write_text(path, json.dumps({"model": self.model, "text": text}))
         except SpearError as error:
-            return self._fail_later_images(
+            return self._fail_later_images_and_make_error(
                 f"cannot store an answer ({error}). Choose another cache folder."
             )
         return detections
@@ -219,17 +219,19 @@ class GeminiDetector:
             # A request counts if the service answered it, also if the answer is an error.
             except self._errors.APIError as error:
                 self._record_request()
-                reason = self._quote(f"{error.code} {error.status or ''}: {error.message or ''}")
+                reason = self._shorten_and_hide_key(
+                    f"{error.code} {error.status or ''}: {error.message or ''}"
+                )
                 wait_s = self._handle_error_and_choose_wait_s(error, reason, source, wait_s)
             except self._connection_errors as error:  # no answer, so there is nothing to count
-                reason = self._quote(f"no connection: {summarize_error(error)}")
+                reason = self._shorten_and_hide_key(f"no connection: {summarize_error(error)}")
             except UnusableAnswerError as error:  # counted above, before the answer was parsed
-                reason = self._quote(f"unusable answer: {error}")
+                reason = self._shorten_and_hide_key(f"unusable answer: {error}")
                 wait_s = 0.0
                 num_unusable += 1
             except ValueError as error:  # Google's client could not read the response
                 self._record_request()
-                reason = self._quote(f"unreadable response: {error}")
+                reason = self._shorten_and_hide_key(f"unreadable response: {error}")
                 num_unusable += 1
             if num_unusable == MAX_UNUSABLE_ANSWERS or attempt + 1 == MAX_ATTEMPTS:
                 break
@@ -248,7 +250,7 @@ class GeminiDetector:
         if self._fatal_reason is None:
             problem = explain_unreachable(self._url)
             if problem:
-                self._fail_later_images(
+                self._fail_later_images_and_make_error(
                     f"cannot reach the service ({problem}). Check the network and label again, or "
                     f"{ALTERNATIVE_ADVICE}"
                 )
@@ -261,7 +263,7 @@ class GeminiDetector:
             time.sleep(wait_s)
         raise RetryableError(self._fatal_reason)
 
-    def _quote(self, message: str) -> str:
+    def _shorten_and_hide_key(self, message: str) -> str:
         """Shorten a message of the service, and remove our key from it."""
         message = message.replace(self._key, "[the key]")
         return summarize_error(message)[:MAX_REASON_LENGTH]
@@ -287,7 +289,9 @@ class GeminiDetector:
             advice = f"Check the key in {' or '.join(KEY_VARIABLES)}."
             if error.code == 404:
                 advice = "Choose another model."
-            raise self._fail_later_images(f"refuses all requests ({reason}). {advice}")
+            raise self._fail_later_images_and_make_error(
+                f"refuses all requests ({reason}). {advice}"
+            )
         if error.code not in _RETRYABLE_CODES:
             raise SpearError(
                 f"Gemini refused {source} ({reason}). Change the settings, or leave it out."
@@ -297,14 +301,16 @@ class GeminiDetector:
         is_daily_quota = "PerDay" in details  # part of the name of Google's daily quotas
         if is_daily_quota or (advised_s or 0) > MAX_WAIT_S:
             when = "tomorrow" if is_daily_quota else f"in {advised_s:.0f} s"
-            raise self._fail_later_images(f"has no quota left ({reason}). Label again {when}.")
+            raise self._fail_later_images_and_make_error(
+                f"has no quota left ({reason}). Label again {when}."
+            )
         if advised_s is None:
             return default_wait_s
         with self._lock:
             self._next_request_s = max(self._next_request_s, time.monotonic() + advised_s)
         return advised_s
 
-    def _fail_later_images(self, message: str) -> RetryableError:
+    def _fail_later_images_and_make_error(self, message: str) -> RetryableError:
         """Make all later images fail for one reason. Return the error for the current image."""
         self._fatal_reason = f"{self.model} {message}"
         return RetryableError(self._fatal_reason)
@@ -319,7 +325,7 @@ class GeminiDetector:
                 self.usage["output"] += tokens.thoughts_token_count or 0
 
 
-def _read_key() -> str:
+def _read_api_key_from_environment() -> str:
     for variable in KEY_VARIABLES:
         key = os.environ.get(variable)
         if key:

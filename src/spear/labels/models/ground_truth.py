@@ -19,11 +19,11 @@ MIN_VISIBLE_PIXELS = 12  # instances with fewer visible pixels are not detected
 MIN_MATCH_IOU = 0.5  # a detection gets the mask of an instance only if their 2D boxes overlap more
 
 
-def _make_missing_error(frame: Frame, missing: str) -> SpearError:
-    """The error that a frame has no `missing`, for example no "instance map"."""
+def _make_missing_ground_truth_error(frame: Frame, missing_part: str) -> SpearError:
+    """The error that a frame has no `missing_part`, for example no "instance map"."""
     name = frame.source or "the image"
     return SpearError(
-        f"{name} has no {missing}. Give frames with ground truth, or label with a model."
+        f"{name} has no {missing_part}. Give frames with ground truth, or label with a model."
     )
 
 
@@ -37,7 +37,7 @@ def compute_instance_boxes_2d(frame: Frame) -> dict[int, Array]:
         SpearError: The frame has no instance map.
     """
     if frame.instances is None:
-        raise _make_missing_error(frame, "instance map")
+        raise _make_missing_ground_truth_error(frame, "instance map")
     # Instance id → the (rows, columns) slices that contain its pixels; None for unused ids
     slices_by_instance = dict(enumerate(ndimage.find_objects(frame.instances), 1))
     boxes = {}
@@ -129,7 +129,7 @@ def _match_instance(detection: Detection, frame: Frame, boxes: Mapping[int, Arra
 def _unproject_frame(frame: Frame) -> PointMapResult:
     """Make the point map of a frame from its true depth and intrinsics."""
     if frame.depth is None or frame.intrinsics is None:
-        raise _make_missing_error(frame, "depth or no intrinsics")
+        raise _make_missing_ground_truth_error(frame, "depth or no intrinsics")
     is_known = np.isfinite(frame.depth) & (frame.depth > 0)
     points = unproject(np.where(is_known, frame.depth, 0), frame.intrinsics)
     return PointMapResult(points, is_known, np.asarray(frame.intrinsics), "metre")

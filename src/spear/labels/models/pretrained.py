@@ -14,7 +14,7 @@ from spear.util.pretrained import load_pretrained
 
 
 def load_model(
-    cls: Any, kind: str, model: str, device: str, other_kinds: tuple[str, ...] = ()
+    cls: Any, kind: str, model: str, device: str, larger_model_kinds: tuple[str, ...] = ()
 ) -> Any:
     """Load a network, in evaluation mode, on a device.
 
@@ -23,7 +23,8 @@ def load_model(
         kind: The network's `model_type` in Transformers.
         model: Name on the Hub, or folder with `config.json` and `model.safetensors`.
         device: "auto", or a device name of PyTorch (`prepare_device`).
-        other_kinds: Kinds of larger models that contain this network; they are accepted, too.
+        larger_model_kinds: Kinds of larger models that contain this network. They are accepted,
+            too.
 
     Raises:
         SpearError: The model does not exist or cannot be downloaded, it is of another kind, or
@@ -33,7 +34,7 @@ def load_model(
 
     torch_device = prepare_device(device)
     config = load_pretrained_part(AutoConfig, kind, model)
-    if config.model_type not in (kind, *other_kinds):
+    if config.model_type not in (kind, *larger_model_kinds):
         raise SpearError(
             f"{model} is a {config.model_type} model, not a {kind} model. Give a {kind} model."
         )

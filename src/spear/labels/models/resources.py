@@ -42,28 +42,30 @@ class Resources(NamedTuple):
         )
 
 
-def estimate_resources(name: str, batch_size: int, width_px: int, num_names: int) -> Resources:
+def estimate_resources(
+    network_name: str, batch_size: int, width_px: int, num_vocabulary_names: int
+) -> Resources:
     """Estimate what a network needs for a batch of 4:3 images.
 
     Args:
-        name: Name of the network in `PUBLISHED`.
+        network_name: Name of the network in `PUBLISHED`.
         batch_size: Number of images in a batch.
         width_px: Width of each image.
-        num_names: Number of names in the vocabulary, for detectors.
+        num_vocabulary_names: Number of names in the vocabulary, for detectors.
     """
-    network = PUBLISHED[name].build().eval()
+    network = PUBLISHED[network_name].build().eval()
     # PyTorch's counter has no formula for the attention kernel of CPUs.
     attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
     counter = FlopCounterMode(display=False, custom_mapping={attention: _count_attention_flops})
     with FakeTensorMode(), MemoryMeter() as meter, counter, torch.inference_mode():
         replace_meta_by_fake_tensors(network)
         weights_bytes = meter.live
-        if name.startswith("moge"):
+        if network_name.startswith("moge"):
             _run_moge(network, batch_size, width_px)
-        elif name == "sam2":
+        elif network_name == "sam2":
             _run_sam2(network, batch_size)
-        elif name == "owlv2":
-            _run_owlv2(network, batch_size, num_names)
+        elif network_name == "owlv2":
+            _run_owlv2(network, batch_size, num_vocabulary_names)
         # Grounding DINO is not run, because its code depends on the contents of tensors.
     return Resources(
         parameters=sum(weight.numel() for weight in network.parameters()),

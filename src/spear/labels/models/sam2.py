@@ -38,7 +38,9 @@ class Sam2Segmenter:
         from transformers import Sam2Model
 
         # The published checkpoints are of the video model, which contains this network.
-        self._network = load_model(Sam2Model, "sam2", model, device, other_kinds=("sam2_video",))
+        self._network = load_model(
+            Sam2Model, "sam2", model, device, larger_model_kinds=("sam2_video",)
+        )
         self._side_px = int(self._network.config.prompt_encoder_config.image_size)
         self.name = f"sam2 {model} (box prompts)"
 

@@ -31,7 +31,7 @@ def project_to_pixels(points: Array, label: LabeledImage) -> list[Pixel | None]:
     return pixels
 
 
-def to_pixel(x: float, y: float, label: LabeledImage) -> Pixel:
+def to_clipped_pixel(x: float, y: float, label: LabeledImage) -> Pixel:
     """Convert pixel coordinates to a `Pixel` (fractions of the image), clipped to the image."""
     return Pixel(_clip_to_unit(x / label.width), _clip_to_unit(y / label.height))
 
@@ -44,14 +44,14 @@ def _clip_to_unit(fraction: float) -> float:
 def compute_center_2d(o: LabeledObject, label: LabeledImage) -> Pixel:
     """The center of an object's 2D box."""
     x0, y0, x1, y1 = o.box2d.tolist()
-    return to_pixel((x0 + x1) / 2, (y0 + y1) / 2, label)
+    return to_clipped_pixel((x0 + x1) / 2, (y0 + y1) / 2, label)
 
 
-def name_side(gap: float) -> Segments | None:
+def name_left_or_right(rightward_distance: float) -> Segments | None:
     """The word for a horizontal distance, in image widths, that is positive to the right.
 
     It is None if the distance is too small to name a side.
     """
-    if abs(gap) < MIN_RELATIVE_GAP:
+    if abs(rightward_distance) < MIN_RELATIVE_GAP:
         return None
-    return ["left" if gap < 0 else "right"]
+    return ["left" if rightward_distance < 0 else "right"]

@@ -50,7 +50,7 @@ _INTEGER_OF_SIZE: dict[int, Any] = {
     4: ctypes.c_int32,
     8: ctypes.c_int64,
 }
-"""Bytes per element -> the C type by which `_stamp_weights` reads an element's bits."""
+"""Bytes per element -> the C type by which `_compute_change_stamp` reads an element's bits."""
 
 
 # --- Products ---
@@ -159,9 +159,9 @@ class FusedLinear:
 
         has_bias = plain_layers[0].bias is not None
         if first_weight.device.type != "cpu":
-            self.weight = _share_storage(weights)
+            self.weight = _join_in_one_storage(weights)
             if has_bias:
-                self.bias = _share_storage([layer.bias for layer in plain_layers])
+                self.bias = _join_in_one_storage([layer.bias for layer in plain_layers])
         elif packed and _HAS_ONEDNN and first_weight.dtype in _ONEDNN_DTYPES:
             joint_weight = torch.cat(weights) if len(weights) > 1 else first_weight.contiguous()
             self.weight = torch.ops.mkldnn._reorder_linear_weight(joint_weight, None)
@@ -184,7 +184,7 @@ class FusedLinear:
         return linear(x, self.weight, self.bias)
 
 
-def _share_storage(weights: Sequence[Tensor]) -> Tensor:
+def _join_in_one_storage(weights: Sequence[Tensor]) -> Tensor:
     """Join weights [out, in], or biases [out], to one tensor, of which they become views.
 
     If they already are consecutive parts of one tensor, nothing is copied.
@@ -293,7 +293,10 @@ class ModuleSlot(NamedTuple):
 
 @dataclass(frozen=True)
 class _Entry(Generic[Value]):
-    """A result, and the stamp (`_stamp_weights`) of the weights in `slots` when it was built."""
+    """A result, and the stamp of the weights in `slots` when it was built.
+
+    See `_compute_change_stamp`.
+    """
 
     slots: list[ModuleSlot]
     stamp: list[int]
@@ -319,7 +322,7 @@ class ModuleCache(Generic[Value]):
     def __call__(self, module: nn.Module, *options: Hashable) -> Value:
         """Return the result for a module with its present weights."""
         entry = self._entries.get(module, {}).get(options)
-        if entry is not None and _stamp_weights(entry.slots) == entry.stamp:
+        if entry is not None and _compute_change_stamp(entry.slots) == entry.stamp:
             return entry.value
 
         with torch.inference_mode(False), torch.no_grad():
@@ -327,7 +330,7 @@ class ModuleCache(Generic[Value]):
         has_fake_weights = any(isinstance(weight, FakeTensor) for weight in module.parameters())
         if not has_fake_weights:
             slots = _list_slots_of_weighted_modules(module)
-            entry = _Entry(slots, _stamp_weights(slots), value)
+            entry = _Entry(slots, _compute_change_stamp(slots), value)
             self._entries.setdefault(module, {})[options] = entry
         return value
 
@@ -342,7 +345,7 @@ def _list_slots_of_weighted_modules(module: nn.Module) -> list[ModuleSlot]:
     return slots
 
 
-def _stamp_weights(slots: list[ModuleSlot]) -> list[int]:
+def _compute_change_stamp(slots: list[ModuleSlot]) -> list[int]:
     """Return numbers that change if a layer or weight is replaced, moved in memory or written to.
 
     Each inference computes this stamp, so it must be cheap. PyTorch's version of a weight increases

@@ -222,7 +222,7 @@ class LayerStack:
             if is_last and keys_only:
                 return x
             if is_last and selected is not None:
-                query, x = self._select_tokens(selected, query, x)
+                query, x = self._select_one_token_per_row(selected, query, x)
                 window = replace(window, block_lengths=[1])
             attended = self._attend(query, window.visible[index], window.block_lengths, bias)
             x = self._run_after_attention(self, layer, x, attended)
@@ -255,11 +255,13 @@ class LayerStack:
         query = query.transpose(1, 2)  # [B, kv heads, S, heads per kv head, d]
         return query.reshape(batch * self.num_kv_heads, -1, self.head_dim), key_values
 
-    def _select_tokens(self, selected: Tensor, query: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+    def _select_one_token_per_row(
+        self, token_indices: Tensor, query: Tensor, x: Tensor
+    ) -> tuple[Tensor, Tensor]:
         """Select one token per batch row from queries and the layer's inputs.
 
         Args:
-            selected: [B], the tokens' indices.
+            token_indices: [B], the tokens' indices.
             query: Queries of S tokens, in the shape that `_norm_and_project_qkv` returns.
             x: [B, S, D].
 
@@ -269,9 +271,9 @@ class LayerStack:
         batch, length, _ = x.shape
         batch_rows = torch.arange(batch, device=x.device)
         query = query.view(batch, self.num_kv_heads, length, -1, self.head_dim)
-        selected_query = query[batch_rows, :, selected]  # [B, kv heads, heads per kv head, d]
+        selected_query = query[batch_rows, :, token_indices]  # [B, kv heads, heads per kv head, d]
         selected_query = selected_query.reshape(batch * self.num_kv_heads, -1, self.head_dim)
-        selected_x = x[batch_rows, selected]  # [B, D]
+        selected_x = x[batch_rows, token_indices]  # [B, D]
         return selected_query, selected_x[:, None]
 
     def _finish_layer(self, layer: FusedLayer, x: Tensor, attended: Tensor) -> Tensor:
@@ -436,7 +438,9 @@ def prefill(  # noqa: PLR0913  the layers, their inputs and masks, and what to c
     """
     x = torch.cat([features.to(text.dtype), text], dim=1)
     batch, length = x.shape[:2]
-    valid = torch.cat([_get_valid(image_valid, features), _get_valid(text_valid, text)], dim=1)
+    valid = torch.cat(
+        [_make_valid_if_none(image_valid, features), _make_valid_if_none(text_valid, text)], dim=1
+    )
     is_padded = image_valid is not None or text_valid is not None
     # A given mask may still have no padding, and then no bias is needed. On a GPU we do not check
     # this, because reading the mask would mean waiting. Fake tensors, which only measure memory,
@@ -470,7 +474,7 @@ def prefill(  # noqa: PLR0913  the layers, their inputs and masks, and what to c
     return replace(prefix, hidden=hidden[:, 0])
 
 
-def _get_valid(valid: Tensor | None, tokens: Tensor) -> Tensor:
+def _make_valid_if_none(valid: Tensor | None, tokens: Tensor) -> Tensor:
     """Return the mask `valid` as [B, N] bool, or a mask of ones for `tokens` [B, N, D] if None."""
     if valid is not None:
         return valid.bool()

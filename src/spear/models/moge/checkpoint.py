@@ -170,10 +170,10 @@ def fill_encoder(encoder: MogeEncoder, checkpoint: Checkpoint) -> None:
         SpearError: The checkpoint contains no MoGe, or its encoder has another size than the
             SPEAR-VLM's, or resamples its position embeddings in another way.
     """
-    _fill(encoder, checkpoint, match_encoder(encoder, checkpoint))
+    _fill(encoder, checkpoint, match_encoder_weight_names(encoder, checkpoint))
 
 
-def match_encoder(encoder: MogeEncoder, checkpoint: Checkpoint) -> dict[str, str]:
+def match_encoder_weight_names(encoder: MogeEncoder, checkpoint: Checkpoint) -> dict[str, str]:
     """Map the names of the encoder's weights to the checkpoint's names of the same weights.
 
     Names and shapes are checked, and `SpearError` is raised as by `fill_encoder`. No weights are
@@ -243,7 +243,9 @@ def to_published_weights(weights: Mapping[str, Tensor], version: int) -> dict[st
         # Queries, keys and values have the same published name, and come in this order.
         published[name] = torch.cat([published[name], weight]) if name in published else weight
     for constant, values in IMAGE_STATISTICS.items():
-        published[_get_constant_name(constant, version)] = torch.tensor(values).view(1, 3, 1, 1)
+        published[_get_published_statistic_name(constant, version)] = torch.tensor(values).view(
+            1, 3, 1, 1
+        )
     return published
 
 
@@ -259,13 +261,13 @@ def compute_published_shapes(
         num_fused = 3 if FUSED_PROJECTIONS in name else 1
         shapes[name] = (num_fused * tensor.shape[0], *tensor.shape[1:])
     for constant in IMAGE_STATISTICS:
-        shapes[_get_constant_name(constant, version)] = (1, 3, 1, 1)
+        shapes[_get_published_statistic_name(constant, version)] = (1, 3, 1, 1)
     return shapes
 
 
-def _get_constant_name(constant: str, version: int) -> str:
+def _get_published_statistic_name(statistic: str, version: int) -> str:
     """The checkpoint's name of one of `IMAGE_STATISTICS`."""
-    return constant if version == 1 else f"encoder.{constant}"
+    return statistic if version == 1 else f"encoder.{statistic}"
 
 
 def _match_names(
@@ -296,7 +298,7 @@ def _match_names(
         )
 
     for constant, values in IMAGE_STATISTICS.items():
-        name = _get_constant_name(constant, version)
+        name = _get_published_statistic_name(constant, version)
         published = checkpoint.weights[name].float().flatten()
         if not torch.allclose(published, torch.tensor(values), atol=1e-3):
             raise SpearError(

@@ -533,11 +533,11 @@ class ConvStack(nn.Module):
 
         widths = config["dim_res_blocks"]
         num_levels = len(widths)
-        in_widths = _per_level(config["dim_in"], num_levels)
-        resamplers = _per_level(config["resamplers"], num_levels - 1)
+        in_widths = _repeat_for_levels(config["dim_in"], num_levels)
+        resamplers = _repeat_for_levels(config["resamplers"], num_levels - 1)
         check_known(f"{name} resampler", ("conv_transpose", "bilinear"), *resamplers)
-        res_block_counts = _per_level(config.get("num_res_blocks", 1), num_levels)
-        out_widths = _per_level(config.get("dim_out"), num_levels)
+        res_block_counts = _repeat_for_levels(config.get("num_res_blocks", 1), num_levels)
+        out_widths = _repeat_for_levels(config.get("dim_out"), num_levels)
 
         self.input_blocks = nn.ModuleList(
             nn.Conv2d(in_width, width, 1) for in_width, width in zip(in_widths, widths, strict=True)
@@ -574,7 +574,7 @@ class ConvStack(nn.Module):
         return outputs
 
 
-def _per_level(value: Any, num_levels: int) -> Sequence[Any]:
+def _repeat_for_levels(value: Any, num_levels: int) -> Sequence[Any]:
     """A config's value for each level, where a single value stands for all levels."""
     if isinstance(value, list | tuple):
         return value

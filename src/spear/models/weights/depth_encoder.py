@@ -18,7 +18,7 @@ from spear.models.moge.checkpoint import (
     Checkpoint,
     fill_encoder,
     make_encoder_config,
-    match_encoder,
+    match_encoder_weight_names,
     read_checkpoint,
 )
 from spear.models.stage0 import MogeForDepth
@@ -148,7 +148,7 @@ def open_depth_encoder(name: Path | str) -> PublishedMoge | TrainedDepthEncoder:
 
 def _list_statuses_of_published(encoder: MogeEncoder, checkpoint: Checkpoint) -> list[WeightStatus]:
     """Report the weights of MoGe: those of the encoder are loaded, the others left out."""
-    stored_names = match_encoder(encoder, checkpoint)
+    stored_names = match_encoder_weight_names(encoder, checkpoint)
     entries = []
     for name, weight in encoder.state_dict().items():
         source = f"MoGe: {stored_names[name]}"

@@ -66,7 +66,7 @@ def _measure(question: Question, answer: Segments, label: LabeledImage) -> Measu
                 are wrong.
     """
     measures = measure_distance_errors(question, answer, label)
-    named_object = find_closer_named(answer, question.objects)
+    named_object = find_name_called_closer(answer, question.objects)
     # "closer" compares with the true distances, "consistent" with the answered ones.
     for measure, segments in (("closer", question.segments), ("consistent", answer)):
         first_distance, second_distance = extract_numbers(segments)
@@ -75,7 +75,7 @@ def _measure(question: Question, answer: Segments, label: LabeledImage) -> Measu
     return measures
 
 
-def find_closer_named(answer: Segments, names: Sequence[str]) -> str | None:
+def find_name_called_closer(answer: Segments, names: Sequence[str]) -> str | None:
     """Find which of two objects a chain of thought calls the closer one.
 
     This is the object that it names first after its last number.

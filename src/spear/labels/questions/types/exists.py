@@ -26,10 +26,10 @@ def _draft(scene: QuestionScene, rng: Random) -> Draft | None:
     return Draft({"x": with_article(name, definite=False)}, [answer], (name,))
 
 
-def _may_mean(visible_name: str, name: str) -> bool:
-    """Whether an object's name, or a word of it, may mean what `name` asks for."""
+def _may_mean(visible_name: str, asked_name: str) -> bool:
+    """Whether an object's name, or a word of it, may mean what `asked_name` asks for."""
     words = visible_name.replace("_", " ").split()
-    return any(can_be_called(candidate, name) for candidate in (visible_name, *words))
+    return any(can_be_called(candidate, asked_name) for candidate in (visible_name, *words))
 
 
 QUESTION_TYPE = QuestionType(prompts=PROMPTS, draft=_draft, answer_texts=("yes", "no"))

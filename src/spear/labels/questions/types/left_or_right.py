@@ -3,7 +3,7 @@
 """
 
 from spear.labels.questions.interface import QuestionType, make_drafter_about_two_objects
-from spear.labels.questions.positions import compute_center_2d, name_side
+from spear.labels.questions.positions import compute_center_2d, name_left_or_right
 from spear.types import LabeledImage, LabeledObject, Segments
 
 PROMPTS = (
@@ -17,7 +17,7 @@ PROMPTS = (
 
 def _make_true_answer(a: LabeledObject, b: LabeledObject, label: LabeledImage) -> Segments | None:
     """The side of object `b` on which object `a` is; None if one is nearly above the other."""
-    return name_side(compute_center_2d(a, label).x - compute_center_2d(b, label).x)
+    return name_left_or_right(compute_center_2d(a, label).x - compute_center_2d(b, label).x)
 
 
 QUESTION_TYPE = QuestionType(

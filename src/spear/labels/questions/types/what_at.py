@@ -3,7 +3,7 @@
 import numpy as np
 
 from spear.labels.questions.interface import Draft, QuestionScene, QuestionType, Random, sample_one
-from spear.labels.questions.positions import to_pixel
+from spear.labels.questions.positions import to_clipped_pixel
 from spear.types import LabeledImage, LabeledObject, Pixel
 
 NUM_POINT_TRIES = 4
@@ -34,7 +34,7 @@ def _draft(scene: QuestionScene, rng: Random) -> Draft | None:
         # From 0.3 to 0.7 of the box's sides
         u = 0.3 + 0.4 * rng.random()  # fraction of the box's width, from its left side
         v = 0.3 + 0.4 * rng.random()  # fraction of the box's height, from its top
-        pixel = to_pixel(x0 + u * (x1 - x0), y0 + v * (y1 - y0), label)
+        pixel = to_clipped_pixel(x0 + u * (x1 - x0), y0 + v * (y1 - y0), label)
         objects = _find_objects_at(pixel, label)
         if min(objects, key=_count_mask_pixels, default=None) is o:
             return Draft({"p": str(pixel)}, [o.name], (o.name,))

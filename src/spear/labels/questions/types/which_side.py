@@ -1,7 +1,7 @@
 """Questions for the side of the image on which an object is. The answer is "left" or "right"."""
 
 from spear.labels.questions.interface import QuestionType, make_drafter_about_one_object
-from spear.labels.questions.positions import compute_center_2d, name_side
+from spear.labels.questions.positions import compute_center_2d, name_left_or_right
 from spear.types import LabeledImage, LabeledObject, Segments
 
 PROMPTS = (
@@ -15,7 +15,7 @@ PROMPTS = (
 
 def _make_true_answer(o: LabeledObject, label: LabeledImage) -> Segments | None:
     """The side of the image's middle on which an object is; None if it is near the middle."""
-    return name_side(compute_center_2d(o, label).x - 0.5)
+    return name_left_or_right(compute_center_2d(o, label).x - 0.5)
 
 
 QUESTION_TYPE = QuestionType(
