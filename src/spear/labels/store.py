@@ -324,7 +324,7 @@ def _read_group(
     """
     columns = SCHEMA.names if pixels else _COLUMNS_WITHOUT_PIXELS
     with translate_read_errors(shard):
-        table = file.read_column_of_row_group(group, columns=columns, use_threads=False)
+        table = file.read_row_group(group, columns=columns, use_threads=False)
         if rows is not None:
             table = table.take(rows)
         return [_label_from_row(row) for row in table.to_pylist()]

@@ -126,7 +126,7 @@ class EpisodeFile:
         A row group that cannot be read may have any episode, so its numbers are the infinities.
         """
         try:
-            table = self._file.read_column_of_row_group(group, columns=[INDEX_COLUMN])
+            table = self._file.read_row_group(group, columns=[INDEX_COLUMN])
             return _to_numbers(table.column(INDEX_COLUMN))
         except (OSError, pa.ArrowException):
             return np.array([-np.inf, np.inf])
