@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from spear.evaluate.noise import NOISE_LEVELS, degrade_image, degrade_observation
+from spear.evaluate.noise import NOISE_LEVELS, degrade_image, degrade_images_of_observation
 
 
 def make_striped_image() -> np.ndarray:
@@ -43,7 +43,7 @@ def test_only_pictures_are_degraded() -> None:
         "prompt": "go",
     }
 
-    degraded = degrade_observation(observation, NOISE_LEVELS[2], seed=3, step=0)
+    degraded = degrade_images_of_observation(observation, NOISE_LEVELS[2], seed=3, step=0)
 
     assert degraded["observation/state"] is state
     assert degraded["prompt"] == "go"
@@ -53,9 +53,9 @@ def test_only_pictures_are_degraded() -> None:
 def test_noise_depends_on_seed_and_step_only() -> None:
     observation = {"observation/image": make_striped_image()}
 
-    first = degrade_observation(observation, NOISE_LEVELS[1], seed=3, step=5)
-    same = degrade_observation(observation, NOISE_LEVELS[1], seed=3, step=5)
-    later = degrade_observation(observation, NOISE_LEVELS[1], seed=3, step=6)
+    first = degrade_images_of_observation(observation, NOISE_LEVELS[1], seed=3, step=5)
+    same = degrade_images_of_observation(observation, NOISE_LEVELS[1], seed=3, step=5)
+    later = degrade_images_of_observation(observation, NOISE_LEVELS[1], seed=3, step=6)
 
     assert np.array_equal(first["observation/image"], same["observation/image"])
     assert not np.array_equal(first["observation/image"], later["observation/image"])

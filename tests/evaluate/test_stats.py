@@ -15,9 +15,9 @@ from spear.evaluate.stats import (
     bootstrap,
     compute_num_samples,
     estimate_difference_over_seeds,
+    estimate_first_minus_second_and_p_value,
     estimate_mean_over_seeds,
     estimate_mean_proportion,
-    estimate_paired_difference_and_p_value,
     estimate_proportion,
 )
 from spear.types import Array
@@ -76,10 +76,10 @@ def test_a_mean_weighs_families_equally_whatever_their_size() -> None:
         (estimate_proportion, (0, 0)),  # no samples
         (estimate_proportion, (3, 2)),  # more successes than samples
         (estimate_proportion, (-1, 4)),
-        (estimate_paired_difference_and_p_value, ([],)),  # no strata
-        (estimate_paired_difference_and_p_value, ([([0.2], [0.9])],)),  # no booleans
+        (estimate_first_minus_second_and_p_value, ([],)),  # no strata
+        (estimate_first_minus_second_and_p_value, ([([0.2], [0.9])],)),  # no booleans
         (
-            estimate_paired_difference_and_p_value,
+            estimate_first_minus_second_and_p_value,
             ([([True], [True, False])],),
         ),  # other numbers of scenes
         (bootstrap, ([np.array([])],)),  # no values
@@ -110,7 +110,7 @@ def test_a_paired_difference_covers_the_truth_and_gains_from_pairing() -> None:
         difficulty = rng.random(60)
         first = difficulty + 0.05 * rng.standard_normal(60) < 0.7
         second = difficulty + 0.05 * rng.standard_normal(60) < 0.6
-        difference, _ = estimate_paired_difference_and_p_value([(first.tolist(), second.tolist())])
+        difference, _ = estimate_first_minus_second_and_p_value([(first.tolist(), second.tolist())])
         differences.append(difference)
 
     assert all(d.low <= d.value <= d.high for d in differences)
@@ -120,7 +120,7 @@ def test_a_paired_difference_covers_the_truth_and_gains_from_pairing() -> None:
 
 
 def test_the_difference_of_equal_outcomes_is_zero_with_an_interval() -> None:
-    difference, _ = estimate_paired_difference_and_p_value([([True] * 30, [True] * 30)])
+    difference, _ = estimate_first_minus_second_and_p_value([([True] * 30, [True] * 30)])
 
     assert difference.value == 0
     assert difference.low < 0 < difference.high
@@ -145,7 +145,7 @@ def test_the_interval_excludes_zero_exactly_where_p_is_small(
             strata.append((first, second))
     assume(strata)
 
-    difference, p = estimate_paired_difference_and_p_value(strata)
+    difference, p = estimate_first_minus_second_and_p_value(strata)
 
     excludes_zero = difference.low > 0 or difference.high < 0
     assert (p < 0.05) == excludes_zero
@@ -163,7 +163,7 @@ def test_equals_are_seldom_told_apart(n: int, either: float) -> None:
     for _ in range(num_simulations):
         # 0: only the first solves the scene; 1: only the second; 2: neither.
         solver = rng.choice(3, n, p=[either, either, 1 - 2 * either])
-        _, p = estimate_paired_difference_and_p_value([(solver == 0, solver == 1)])
+        _, p = estimate_first_minus_second_and_p_value([(solver == 0, solver == 1)])
         num_differences += p < 0.05
 
     assert num_differences / num_simulations < 0.06  # 0.05 and a little
@@ -183,7 +183,7 @@ def test_means_over_unlike_families_cover_the_truth() -> None:
             second = rng.random(n) < second_rate
             strata.append((first.tolist(), second.tolist()))
             counts.append((int(first.sum()), n))
-        difference, _ = estimate_paired_difference_and_p_value(strata)
+        difference, _ = estimate_first_minus_second_and_p_value(strata)
         differences.append(difference)
         means.append(estimate_mean_proportion(counts))
 

@@ -838,20 +838,23 @@ def _list_answered_questions(answers: Mapping[str, str | None]) -> list[str]:
 
 
 def _judge_layout(
-    answers: Mapping[str, str | None], margin: Margin | None, is_undecidable: bool
+    stated_answers: Mapping[str, str | None],
+    margin_behind_best: Margin | None,
+    is_undecidable: bool,
 ) -> Verdict:
     """Judge whether the layout as a whole fits as well as the best hypothesis.
 
     Args:
-        answers: question → the layout's answer.
-        margin: the margin of the best hypothesis that agrees with the layout; None if none does.
+        stated_answers: question → the layout's answer.
+        margin_behind_best: the margin of the best hypothesis that agrees with the layout. None if
+            none does.
         is_undecidable: whether the data are not enough to judge.
     """
     if is_undecidable:
         return "cannot tell"
-    if margin is None or margin.low > MIN_MARGIN:
+    if margin_behind_best is None or margin_behind_best.low > MIN_MARGIN:
         return "wrong"
-    if any(answers[question] is None for question in ("kind", "frame", "action_format")):
+    if any(stated_answers[question] is None for question in ("kind", "frame", "action_format")):
         return "not said"
     return "agrees"
 

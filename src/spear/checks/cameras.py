@@ -116,13 +116,13 @@ def find_absent_or_blank_cameras(views: Mapping[str, Sequence[View | None]]) -> 
     """
     checks = []
     for camera, episodes in views.items():
-        check = _examine_absent_or_blank(camera, episodes)
+        check = _report_if_never_shown(camera, episodes)
         if check is not None:
             checks.append(check)
     return checks
 
 
-def _examine_absent_or_blank(camera: str, episodes: Sequence[View | None]) -> Check | None:
+def _report_if_never_shown(camera: str, episodes: Sequence[View | None]) -> Check | None:
     """Report a camera that is absent or blank in every episode; None if it shows something."""
     num_absent = sum(view is None for view in episodes)
     num_blank = sum(view is not None and view.is_blank for view in episodes)

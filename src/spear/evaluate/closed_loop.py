@@ -14,7 +14,7 @@ from spear.chunks import NUM_SLOW_ACTIONS, ChunkExecutor, count_latency_steps
 from spear.errors import check_known
 from spear.evaluate import film
 from spear.evaluate.agents import Agent
-from spear.evaluate.noise import NOISE_LEVELS, degrade_observation
+from spear.evaluate.noise import NOISE_LEVELS, degrade_images_of_observation
 from spear.evaluate.options import TabletopOptions
 from spear.evaluate.results import Outcome, Results
 from spear.evaluate.runner import EndedEpisode, Film, HasEnded, run_evaluation
@@ -177,7 +177,7 @@ class _Tabletop:
         observation = env.observe()
         if self._noise is None:
             return observation
-        return degrade_observation(observation, self._noise, env.seed, env.steps)
+        return degrade_images_of_observation(observation, self._noise, env.seed, env.steps)
 
     def make_film_frames(self, outcome: Outcome, track: Sequence[Array]) -> Iterator[Array]:
         """Replay an episode's joint positions and render a frame of the film at each step.

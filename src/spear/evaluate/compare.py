@@ -17,8 +17,8 @@ from spear.errors import SpearError, format_count
 from spear.evaluate.results import Outcome, Results, build_terminal_table
 from spear.evaluate.stats import (
     Estimate,
+    estimate_first_minus_second_and_p_value,
     estimate_mean_proportion,
-    estimate_paired_difference_and_p_value,
 )
 
 SIGNIFICANCE_LEVEL = 0.05  # with a p-value below this, the verdict says that one is better
@@ -36,7 +36,7 @@ class Row:
     name         the family.
     first        success rate of the first results.
     second       success rate of the second results.
-    difference   first - second; see `estimate_paired_difference_and_p_value`.
+    difference   first - second; see `estimate_first_minus_second_and_p_value`.
     only_first   how many scenes succeeded only in the first results.
     only_second  how many scenes succeeded only in the second results.
     p            p-value of the difference.
@@ -207,7 +207,7 @@ def _make_row(name: str, strata: Sequence[Sequence[Pair]]) -> Row:
         for has_first_succeeded, has_second_succeeded in zip(first, second, strict=True):
             only_first += has_first_succeeded and not has_second_succeeded
             only_second += has_second_succeeded and not has_first_succeeded
-    difference, p = estimate_paired_difference_and_p_value(successes)
+    difference, p = estimate_first_minus_second_and_p_value(successes)
     return Row(
         name=name,
         first=estimate_mean_proportion(first_counts),

@@ -75,7 +75,7 @@ def degrade_scene_image(
     return degrade_image(image, level, np.random.default_rng([_STREAM, scene_seed]))
 
 
-def degrade_observation(
+def degrade_images_of_observation(
     observation: Mapping[str, Any], level: NoiseLevel, seed: int, step: int
 ) -> dict[str, Any]:
     """Return an observation with degraded images.

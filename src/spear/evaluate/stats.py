@@ -129,7 +129,7 @@ def compute_num_samples(half_width: float, rate: float = 0.5) -> int:
     return n
 
 
-def estimate_paired_difference_and_p_value(
+def estimate_first_minus_second_and_p_value(
     strata: Sequence[tuple[Sequence[bool], Sequence[bool]]],
 ) -> tuple[Estimate, float]:
     """Estimate the difference of two success rates, first - second, on the same scenes.
@@ -151,7 +151,7 @@ def estimate_paired_difference_and_p_value(
         The difference, and its two-sided p-value.
     """
     if not strata:
-        raise ValueError("estimate_paired_difference_and_p_value needs at least one stratum")
+        raise ValueError("estimate_first_minus_second_and_p_value needs at least one stratum")
     differences = []  # of the success rates, per stratum
     centers = []  # of the interval, per stratum
     variance = 0.0  # of the mean of the centers
@@ -254,7 +254,7 @@ def estimate_difference_over_seeds(first: Sequence[Array], second: Sequence[Arra
         pairs.append((first_table.ravel().tolist(), second_table.ravel().tolist()))
     mean, half_width = _compute_crossed_mean_and_half_width(differences)
     # As if all runs were independent
-    independent, _ = estimate_paired_difference_and_p_value(pairs)
+    independent, _ = estimate_first_minus_second_and_p_value(pairs)
     return _widen_to_at_least(mean, half_width, narrowest=independent, min_value=-1.0)
 
 

@@ -342,9 +342,7 @@ def read_column_of_row_group(path: str, column: str, group: int) -> pa.ChunkedAr
     The group that was read last is cached, because the rows of a group are read one after another.
     Arrow's threads are not used, because several worker processes read at the same time.
     """
-    return pq.ParquetFile(path).read_row_group(
-        group, columns=[column], use_threads=False
-    )[column]
+    return pq.ParquetFile(path).read_row_group(group, columns=[column], use_threads=False)[column]
 
 
 def _choose_image_column(schema: pa.Schema, path: str) -> str:

@@ -101,13 +101,13 @@ def record_episodes(
 
 def _record_task(
     image_sizes: Mapping[str, WidthAndHeight],
-    policy: InterveningPolicy | None,
+    intervening_policy: InterveningPolicy | None,
     world: str,
-    task: tuple[str, int],
+    family_and_seed: tuple[str, int],
 ) -> Episode:
     """Record the episode of a task (family, seed). This runs in worker processes."""
-    family, seed = task
-    return record_episode(family, seed, image_sizes, policy=policy, world=world)
+    family, seed = family_and_seed
+    return record_episode(family, seed, image_sizes, policy=intervening_policy, world=world)
 
 
 def record_episode(

@@ -177,7 +177,7 @@ class SimulatedEpisode:
             "outcome": outcome,
             "milestones": self._list_milestones(info, outcome),
             "told": self._describe_instruction(instruction),
-            "gripper": _make_gripper_state(observation["observation/state"]),
+            "gripper": _describe_pose_and_opening(observation["observation/state"]),
             "arm": [world.data.xpos[world.model.body(name).id].tolist() for name in ARM_BODIES],
             "things": self._list_object_boxes_in_camera_frame(pose),
         }
@@ -312,7 +312,7 @@ class PhotographedEpisode:
             "step": step,
             "outcome": self._describe_success() if step == self.newest_step else None,
             "told": self.instruction,  # the instruction that the policy gets at this step
-            "gripper": _make_gripper_state(self.states[step]),
+            "gripper": _describe_pose_and_opening(self.states[step]),
         }
 
     def _describe_success(self) -> str | None:
@@ -453,12 +453,12 @@ def _make_title_prefix(success: bool | None) -> str:
     return "success · " if success else "failure · "
 
 
-def _make_gripper_state(state: Array) -> PageState:
+def _describe_pose_and_opening(state_of_step: Array) -> PageState:
     """Return the pose and opening of the gripper in a state [8], for the page."""
     return {
-        "position": state[:3].tolist(),
-        "rotation": state[3:7].tolist(),
-        "opening": float(state[7]),
+        "position": state_of_step[:3].tolist(),
+        "rotation": state_of_step[3:7].tolist(),
+        "opening": float(state_of_step[7]),
     }
 
 

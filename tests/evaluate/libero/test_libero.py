@@ -175,7 +175,7 @@ def test_a_missing_environment_is_reported_with_the_command(
 
 class TestOracle:
     def test_it_takes_a_bowl_by_its_rim(self) -> None:
-        grasps = oracle.list_grasps("bowl_1", make_moment((0.5, 0, 0.3)))
+        grasps = oracle.list_equally_good_grasps("bowl_1", make_moment((0.5, 0, 0.3)))
 
         for grasp in grasps:
             from_middle = grasp.position[:2] - [0.5, 0]
@@ -237,7 +237,7 @@ class TestOracle:
         )
         tipping = dataclasses.replace(moment, objects={**moment.objects, "milk_1": milk})
 
-        assert oracle.list_grasps("milk_1", tipping)
+        assert oracle.list_equally_good_grasps("milk_1", tipping)
 
     def test_it_lifts_what_it_holds(self) -> None:
         action = choose(make_moment((0.5, 0.05, 0.04), is_open=False, gripped_objects=("bowl_1",)))
@@ -251,7 +251,7 @@ class TestOracle:
     def test_it_leans_away_from_an_open_drawer_above_a_bowl(self) -> None:
         moment = open_drawer_above_bowl(make_moment((0.3, -0.2, 0.2)))
 
-        (grasp,) = oracle.list_grasps("bowl_1", moment)
+        (grasp,) = oracle.list_equally_good_grasps("bowl_1", moment)
 
         # The drawer comes from -y, so the hand takes the rim at +y and leans farther there.
         hand_axis = quat_rotate(quat_exp(torch.from_numpy(grasp.lean)), oracle.VERTICAL).numpy()

@@ -36,7 +36,7 @@ from spear.evaluate.simpler.shifts import (
     parse_simpler_shift,
     sample_camera,
     sample_instruction,
-    sample_shifted_photograph,
+    sample_photograph_with_other_background,
     select_shiftable_tasks,
 )
 from spear.evaluate.simpler.tasks import TASKS, Moment
@@ -183,7 +183,9 @@ def test_light_of_twice_the_strength_makes_a_photograph_brighter_by_its_gamma(
 def test_the_background_of_level_1_differs_from_the_photograph_by_one_color(
     camera: CameraView, photograph: Array
 ) -> None:
-    shifted = sample_shifted_photograph(photograph, camera, TABLE_Z_M, 1, make_generator(3))
+    shifted = sample_photograph_with_other_background(
+        photograph, camera, TABLE_Z_M, 1, make_generator(3)
+    )
 
     difference = shifted.astype(int) - photograph
     is_unclipped = ((shifted > 0) & (shifted < 255)).all(axis=-1)
@@ -197,7 +199,9 @@ def test_the_background_of_level_1_differs_from_the_photograph_by_one_color(
 def test_the_background_of_higher_levels_has_a_single_hue(
     camera: CameraView, photograph: Array, level: int
 ) -> None:
-    shifted = sample_shifted_photograph(photograph, camera, TABLE_Z_M, level, make_generator(5))
+    shifted = sample_photograph_with_other_background(
+        photograph, camera, TABLE_Z_M, level, make_generator(5)
+    )
 
     is_unclipped = ((shifted > 40) & (shifted < 255)).all(axis=-1)
     shares = shifted[is_unclipped] / shifted[is_unclipped].sum(axis=-1, keepdims=True)

@@ -307,7 +307,7 @@ def compute_rest_position(source: Box, place_name: str, moment: LiberoMoment) ->
     return np.array([center[0], center[1], target.pose[2] + HOLLOW_DEPTH_M + origin_height])
 
 
-def list_grasps(name: str, moment: LiberoMoment) -> list[Grasp]:
+def list_equally_good_grasps(name: str, moment: LiberoMoment) -> list[Grasp]:
     """Find all good grasps of an object: a bowl's at its rim, others' around the middle."""
     box = moment.objects[name]
     if "bowl" in name:
@@ -349,7 +349,7 @@ def choose_grasp(name: str, moment: LiberoMoment) -> Grasp:
         turn = abs(_choose_nearest_yaw_rad(grasp.yaw, START_YAW_RAD) - START_YAW_RAD)
         return turn + SIDE_WEIGHT_RAD_PER_M * abs(float(grasp.position[1]) - REFERENCE_Y_M)
 
-    return min(list_grasps(name, moment), key=measure_disadvantage)
+    return min(list_equally_good_grasps(name, moment), key=measure_disadvantage)
 
 
 def _list_rim_grasps(name: str, moment: LiberoMoment) -> list[Grasp]:
@@ -465,7 +465,7 @@ def _approach_and_grasp(name: str, moment: LiberoMoment) -> ActionArray:
         hover = goal[2] + HOVER_M
         if offset > FAR_OFFSET_M or is_leaning:
             hover = max(hover, _compute_height_to_clear_m(moment, goal, [name]) + CLEARANCE_M)
-        return _move_over(moment, goal, hover, facing_quat, is_open=True)
+        return _rise_and_move_over(moment, goal, hover, facing_quat, is_open=True)
     is_at_grasp = np.linalg.norm(moment.pose[:3] - goal) < MAX_ARM_OFFSET_M
     is_low = moment.pose[2] < goal[2] + MAX_BLOCKED_HEIGHT_M
     has_stopped = moment.speed < STILL_SPEED_M_S
@@ -517,7 +517,7 @@ def _carry_and_release(name: str, target_position: Array, moment: LiberoMoment) 
     if distance > MAX_PLACE_OFFSET_M:
         height = _compute_height_to_clear_m(moment, goal, [name]) + CLEARANCE_M + hanging
         height = max(height, moment.pose[2] + target_position[2] - box.pose[2] + CARRY_MARGIN_M)
-        return _move_over(moment, goal, height, facing_quat, is_open=False)
+        return _rise_and_move_over(moment, goal, height, facing_quat, is_open=False)
     goal[2] = moment.pose[2] + target_position[2] + RELEASE_M - box.pose[2]
     is_placed = box.pose[2] < target_position[2] + RELEASE_M + RELEASE_MARGIN_M
     is_low = box.pose[2] < target_position[2] + MAX_BLOCKED_PLACE_HEIGHT_M
@@ -557,7 +557,7 @@ def _push_plate(name: str, region: Region, moment: LiberoMoment) -> ActionArray:
         if np.linalg.norm(moment.pose[:2] - center[:2]) > MAX_PUSH_START_OFFSET_M:
             clear_height = _compute_height_to_clear_m(moment, center, [name]) + CLEARANCE_M
             height = max(push_height + HOVER_M, clear_height)
-            return _move_over(moment, center, height, facing_quat, is_open=False)
+            return _rise_and_move_over(moment, center, height, facing_quat, is_open=False)
         return _move_towards(
             moment, np.array([*center[:2], push_height]), facing_quat, should_open=False
         )
@@ -711,7 +711,7 @@ def _move_only_fingers(moment: LiberoMoment, should_open: bool) -> ActionArray:
     return _move_towards(moment, moment.commanded[:3], facing_quat, should_open)
 
 
-def _move_over(
+def _rise_and_move_over(
     moment: LiberoMoment, goal: Array, height: float, facing_quat: Array, is_open: bool
 ) -> Array:
     """Rise straight up to a height, then move across at this height to above `goal`."""

@@ -20,7 +20,7 @@ from spear.chunks import check_replan_interval, count_latency_steps
 from spear.embodiments.observations import IMAGE_KEY
 from spear.evaluate import film
 from spear.evaluate.agents import IDLE_ACTION, Agent
-from spear.evaluate.noise import NOISE_LEVELS, degrade_observation
+from spear.evaluate.noise import NOISE_LEVELS, degrade_images_of_observation
 from spear.evaluate.options import SimplerOptions
 from spear.evaluate.results import Outcome, Results
 from spear.evaluate.runner import EndedEpisode, Film, HasEnded, run_evaluation
@@ -246,7 +246,7 @@ class Simpler:
         width, height = agent.image_sizes["external"]
         image = fit_image(observation[IMAGE_KEY], height, width, has_bars=False)
         resized = {**observation, IMAGE_KEY: image}
-        return degrade_observation(resized, self._noise, scene.seed, scene.steps)
+        return degrade_images_of_observation(resized, self._noise, scene.seed, scene.steps)
 
     def _execute(
         self,

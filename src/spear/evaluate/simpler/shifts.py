@@ -203,7 +203,7 @@ def _look_at(position: Array, target: Array) -> Array:
     return np.stack([right, down, forward], axis=1)
 
 
-def sample_shifted_photograph(
+def sample_photograph_with_other_background(
     photograph: Array, camera: CameraView, table_z_m: float, level: int, rng: np.random.Generator
 ) -> Array:
     """Draw a photograph with another background, table included, in its place.
@@ -285,7 +285,9 @@ def shift_built_scene_and_get_instruction(
         _change_light(env, factor * tint, sample_downward_light_direction(rng))
         photograph = relight(photograph, factor * tint)
     elif shift.axis == "background":
-        photograph = sample_shifted_photograph(photograph, camera, table_z_m, shift.level, rng)
+        photograph = sample_photograph_with_other_background(
+            photograph, camera, table_z_m, shift.level, rng
+        )
     set_photograph(env, photograph)
     return None
 

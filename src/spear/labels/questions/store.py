@@ -145,7 +145,7 @@ def read_questions(folder: Path) -> Iterator[tuple[str, Question]]:
                 yield row["source"], _question_from_row(row)
 
 
-def _question_to_row(source: str, question: Question) -> dict[str, Any]:
+def _question_to_row(image_source: str, question: Question) -> dict[str, Any]:
     segments: list[Any] = []
     for segment in question.segments:
         if isinstance(segment, Pixel):
@@ -153,7 +153,7 @@ def _question_to_row(source: str, question: Question) -> dict[str, Any]:
         else:
             segments.append(segment)
     return {
-        "source": source,
+        "source": image_source,
         "family": question.question_type,
         "prompt": question.prompt,
         "answer": format_answer(question.segments, question.unit),
