@@ -165,7 +165,9 @@ class VlmBundle:
         for index, answer_ids in enumerate(ids.tolist()):
             distribution = None
             if probabilities is not None:
-                distribution = self._select_distribution(answer_ids, probabilities[index])
+                distribution = self._select_probabilities_of_numbers(
+                    answer_ids, probabilities[index]
+                )
             answer = Answer(
                 segments=self._decode_to_segments(answer_ids, image_sizes[index], view),
                 unit=self.processor.coordinates.unit,
@@ -189,7 +191,9 @@ class VlmBundle:
         ]
         return self.processor.encode_prompts(fitted_prompts)
 
-    def _select_distribution(self, answer_ids: list[int], probabilities: Array) -> Distribution:
+    def _select_probabilities_of_numbers(
+        self, answer_ids: list[int], probabilities: Array
+    ) -> Distribution:
         """Select the probabilities of an answer's numbers.
 
         A number's probabilities are those of the position at which its token was decoded.
@@ -564,7 +568,7 @@ class Spear1Policy:
         for key, view in view_of_key.items():
             images = [observation.get(key) for observation in observations]
             is_present[view] = [image is not None for image in images]
-            self._report_camera_differences(key, view, is_present[view])
+            self._notice_camera_unlike_training(key, view, is_present[view])
             if any(is_present[view]):
                 pixels[view] = torch.stack([self._prepare_image(image, view) for image in images])
         return pixels, is_present
@@ -576,11 +580,13 @@ class Spear1Policy:
         width, height = self.image_sizes[view]
         return torch.zeros(3, height, width, dtype=torch.uint8)
 
-    def _report_camera_differences(self, key: str, view: str, is_present: Sequence[bool]) -> None:
+    def _notice_camera_unlike_training(
+        self, camera_key: str, view: str, is_present: Sequence[bool]
+    ) -> None:
         """Print a notice if a camera differs from training: missing now, or unknown then.
 
         Args:
-            key: the camera's key in observations, which the notice names.
+            camera_key: the camera's key in observations, which the notice names.
             view: the camera's name in training data.
             is_present: whether each observation has an image of the camera.
         """
@@ -589,11 +595,11 @@ class Spear1Policy:
         is_trained_view = distribution is None or view in distribution.red_minus_blue
         if is_trained_view and not all(is_present):
             advice = "Send it, unless your robot or the training lacks that camera."
-            self._monitor.report(key, f"observations have no {key}. {advice}")
+            self._monitor.report(camera_key, f"observations have no {camera_key}. {advice}")
         elif not is_trained_view and any(is_present):
             trained_without = "the policy was trained without that camera"
             self._monitor.report(
-                key, f"observations have {key}, but {trained_without}. Leave it out."
+                camera_key, f"observations have {camera_key}, but {trained_without}. Leave it out."
             )
 
     def _prepare_committed(self, prefixes: Sequence[Array]) -> flow.CommittedPrefix | None:

@@ -100,7 +100,7 @@ def test_a_map_has_one_scale_and_may_be_mirrored() -> None:
     """A line of slope 1 stays one on a chart that is higher than wide; x grows to the left."""
     line = Line("", [0, 1], [0, 1])
 
-    svg = draw_chart([line], Axis(reverse=True), equal=True, size=(300, 700))
+    svg = draw_chart([line], Axis(reverse=True), has_equal_scales=True, size=(300, 700))
 
     [points] = read_lines(svg)
     to_right, down = points[1] - points[0]

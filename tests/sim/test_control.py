@@ -25,7 +25,7 @@ from spear.embodiments.kinematics import compute_franka_ee_poses
 from spear.sim.control import (
     MIN_EE_HEIGHT_M,
     PHYSICS_STEPS_PER_CONTROL_STEP,
-    split_action,
+    validate_and_split_action,
 )
 from spear.sim.scene import sample_scene
 from spear.sim.world import World
@@ -207,11 +207,11 @@ def test_wild_actions_never_make_the_arm_unstable_nor_leave_its_limits(seed: int
     ],
 )
 def test_bad_actions_are_refused(action: np.ndarray, message: str) -> None:
-    refuses(message, split_action, np.asarray(action))
+    refuses(message, validate_and_split_action, np.asarray(action))
 
 
 def test_a_quaternion_of_about_unit_length_is_normalized() -> None:
-    _, rotation, _ = split_action(np.array([0, 0, 0, 1.0009, 0, 0, 0, 1]))
+    _, rotation, _ = validate_and_split_action(np.array([0, 0, 0, 1.0009, 0, 0, 0, 1]))
 
     np.testing.assert_allclose(rotation, NO_ROTATION)
 

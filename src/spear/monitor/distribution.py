@@ -112,7 +112,9 @@ class TrainingDistribution:
         rotation = np.concatenate([batch["rotation"] for batch in batches])
         mean_rotation = _compute_mean_quaternion(rotation)
         rotation_angles = quat_distance(torch.from_numpy(rotation), torch.tensor(mean_rotation))
-        is_gripper_opposite = np.concatenate([_is_gripper_opposite(batch) for batch in batches])
+        is_gripper_opposite = np.concatenate(
+            [_mark_openings_opposite_to_command(batch) for batch in batches]
+        )
 
         images_by_camera = _group_images_by_camera(batches)
         red_minus_blue = {}
@@ -142,7 +144,7 @@ class TrainingDistribution:
             mean_initial_opening=mean_initial_opening,
             mean_thumbnails={name: mean.tolist() for name, mean in mean_thumbnails.items()},
             max_mismatch=max_mismatch,
-            camera_shares=_compute_camera_shares(batches, images_by_camera),
+            camera_shares=_compute_share_of_steps_per_camera(batches, images_by_camera),
         )
 
     @property
@@ -238,13 +240,13 @@ def _compute_mean_quaternion(rotation: Array) -> Array:
     return eigenvectors[:, -1]
 
 
-def _is_gripper_opposite(batch: Mapping[str, Any]) -> Array:
+def _mark_openings_opposite_to_command(batch: Mapping[str, Any]) -> Array:
     """Return [B] whether each step's gripper opening is the opposite of its command."""
     first_command = batch["action"][:, 0, 7]  # the gripper value of each chunk's first action
     return are_opposite(batch["gripper"], first_command)
 
 
-def _compute_camera_shares(
+def _compute_share_of_steps_per_camera(
     batches: Sequence[Mapping[str, Any]], cameras: Iterable[str]
 ) -> dict[str, float]:
     """Compute camera → the share of steps that have its image."""

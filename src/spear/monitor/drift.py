@@ -110,10 +110,10 @@ class DriftMonitor:
             pixels: camera → [B, 3, h, w] uint8 images as the model sees them.
             is_present: camera → [B], whether each observation has that camera's image.
         """
-        robots = _list_robots(observations)
+        robots = _get_robot_of_each_observation(observations)
         monitors = {}
         for robot, state in zip(robots, states, strict=True):
-            monitor = self._get_or_add_robot(robot)
+            monitor = self._get_or_add_monitor(robot)
             self._report_findings_in_state(expected, monitor, state)
             monitors[robot] = monitor
 
@@ -134,7 +134,7 @@ class DriftMonitor:
 
     def record_commands(self, observations: Sequence[Mapping[str, Any]], chunks: Array) -> None:
         """Remember the action chunks [B, H, 8] that answer a batch of observations."""
-        robots = _list_robots(observations)
+        robots = _get_robot_of_each_observation(observations)
         for robot, chunk in zip(robots, chunks, strict=True):
             monitor = self._robots.get(robot)
             if monitor is not None:
@@ -184,7 +184,7 @@ class DriftMonitor:
                 self._limit.print_or_drop_unless_suppressed(message)
         monitor.is_first_state = False
 
-    def _get_or_add_robot(self, robot: Hashable) -> RobotMonitor:
+    def _get_or_add_monitor(self, robot: Hashable) -> RobotMonitor:
         """Return a robot's monitor, and move it to the end of the order by latest observation."""
         monitor = self._robots.pop(robot, None)
         if monitor is None:
@@ -213,6 +213,6 @@ def _is_comparison_due(num_observations: int, num_new: int) -> bool:
     return num_since_multiple < num_new
 
 
-def _list_robots(observations: Sequence[Mapping[str, Any]]) -> list[Hashable]:
+def _get_robot_of_each_observation(observations: Sequence[Mapping[str, Any]]) -> list[Hashable]:
     """Return which robot sent each observation; None for an observation that names no robot."""
     return [getattr(observation, "robot", None) for observation in observations]

@@ -132,7 +132,7 @@ class MotionAxesCheck:
         self._direction_products.append(product)
         if len(self._direction_products) < NUM_STEPS:
             return
-        axes = self._find_other_axes(np.mean(self._direction_products, axis=0))
+        axes = self._find_better_axes(np.mean(self._direction_products, axis=0))
         if axes is not None:
             yield Finding(
                 "arm",
@@ -155,7 +155,7 @@ class MotionAxesCheck:
         return np.outer(displacement / distance, paths[nearest] / path_lengths[nearest])
 
     @staticmethod
-    def _find_other_axes(mean_product: Array) -> str | None:
+    def _find_better_axes(mean_product: Array) -> str | None:
         """Name the axes that explain the motion much better than x, y, z do; None if none do.
 
         The rotation or reflection R that turns commands best into motions maximizes the mean cosine

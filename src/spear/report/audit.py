@@ -57,7 +57,7 @@ def format_report(report: Report) -> str:
         questions=QUESTIONS,
         conclusion=format_conclusion(report, is_followed_by_advice=True),
         format_size=format_size,
-        format_interval=_format_interval,
+        format_interval=_format_margin,
         format_count=format_count,
     )
 
@@ -220,7 +220,7 @@ def _draw_unexplained_motion(action_part: ActionPart, finding: Finding) -> str:
     """
     rows = []
     for answer, (fit, margin) in finding.answers.items():
-        comparison = "best" if answer == finding.best_answer else _format_interval(margin)
+        comparison = "best" if answer == finding.best_answer else _format_margin(margin)
         label = f"{answer} · layout" if answer == finding.layout_answer else answer
         error = f"{fit.relative_error:.1%} ({format_size(action_part.name, fit.mean_error)})"
         style = "good" if answer in finding.tied_answers else ""
@@ -228,7 +228,7 @@ def _draw_unexplained_motion(action_part: ActionPart, finding: Finding) -> str:
     return draw_bars([("", rows)], ends=(0.0, 1.2))  # an error of 1 is as large as the motion
 
 
-def _format_interval(margin: Margin) -> str:
+def _format_margin(margin: Margin) -> str:
     """Return by how much an answer fits worse than the best one, with its interval."""
     return f"{margin.value:+.1%} [{margin.low:+.1%}, {margin.high:+.1%}]"
 

@@ -69,7 +69,7 @@ def write_dataset_page(path: str | Path, out: Path, layout: Path | None = None) 
         episodes = map(_make_episode_section, read_episodes(path, split, layout, skipped))
     else:
         raw_episodes = read_episode_steps(path, split, image_columns=None)  # with all images
-        episodes = convert_episodes(raw_episodes, _make_columns_section, skipped)
+        episodes = convert_episodes(raw_episodes, _make_section_without_layout, skipped)
     first_episodes = list(itertools.islice(episodes, MAX_EPISODES))
     check_enough_good(len(first_episodes), skipped, path, split)
     html = render(
@@ -171,10 +171,10 @@ def _draw_path(
             axis_vector = axis_length_m * axes[step, :, i]
             ends = np.stack([start, start + axis_vector])  # [2, 3]
             lines.append(Line("", ends[:, across], ends[:, up], color))
-    return draw_chart(lines, x_axis, y_axis, title, PATH_SIZE_PX, equal=True)
+    return draw_chart(lines, x_axis, y_axis, title, PATH_SIZE_PX, has_equal_scales=True)
 
 
-def _make_columns_section(steps: Steps, source: str) -> dict[str, Any]:
+def _make_section_without_layout(steps: Steps, source: str) -> dict[str, Any]:
     """Return the values that the template shows of an episode whose layout is not known.
 
     Columns of images become strips, and numbers that change become charts. Words describe every
@@ -254,16 +254,16 @@ def _draw_column(name: str, values: Array) -> Iterator[str]:
         yield draw_chart(lines, Axis("step"), title=name + index_range)
 
 
-def _make_strip(images: Sequence[bytes], name: str) -> list[tuple[int, str]]:
+def _make_strip(images: Sequence[bytes], name_in_messages: str) -> list[tuple[int, str]]:
     """Return some of a camera's images, as pairs of the step and a small version as data URI.
 
     Args:
         images: the encoded images of all steps.
-        name: name of the images in error messages.
+        name_in_messages: name of the images in error messages.
     """
     strip = []
     for step in _spread_steps(len(images), MAX_FRAMES):
-        image = Image.fromarray(decode_image(images[step], f"{name} step {step}"))
+        image = Image.fromarray(decode_image(images[step], f"{name_in_messages} step {step}"))
         width = max(1, round(image.width * STRIP_HEIGHT_PX / image.height))
         small = image.resize((width, STRIP_HEIGHT_PX), Image.Resampling.LANCZOS)
         strip.append((step, to_jpeg_data_uri(np.asarray(small))))

@@ -25,20 +25,20 @@ Fact = tuple[str, str]
 """A large number at the top of a page, and its meaning in words."""
 
 
-def render(template: str, **values: Any) -> str:
+def render(template_name: str, **values: Any) -> str:
     """Fill in a template of this package, and return its text; for HTML as `Markup`.
 
     Args:
-        template: name of the template's file, without the ending .j2.
+        template_name: name of the template's file, without the ending .j2.
         values: the values that the template shows, by name.
     """
-    return render_from(None, template, **values)
+    return render_from(None, template_name, **values)
 
 
-def render_from(folder: Path | None, template: str, **values: Any) -> str:
+def render_from(folder: Path | None, template_name: str, **values: Any) -> str:
     """Fill in a template as `render` does. Templates in `folder` precede those of the package."""
-    text = _get_environment(folder).get_template(f"{template}.j2").render(values)
-    return Markup(text) if template.endswith(".html") else text
+    text = _get_environment(folder).get_template(f"{template_name}.j2").render(values)
+    return Markup(text) if template_name.endswith(".html") else text
 
 
 def replace_underscores(name: str) -> str:

@@ -113,7 +113,7 @@ def draw_chart(
     y: Axis = Axis(),
     title: str = "",
     size: tuple[int, int] = (360, 200),
-    equal: bool = False,
+    has_equal_scales: bool = False,
 ) -> str:
     """Draw lines over two axes, with a legend.
 
@@ -123,7 +123,7 @@ def draw_chart(
         y: the vertical axis.
         title: text above the chart.
         size: width and height in pixels.
-        equal: whether one unit has the same length on both axes, as on a map.
+        has_equal_scales: whether one unit has the same length on both axes, as on a map.
 
     Returns:
         HTML with an SVG.
@@ -144,7 +144,7 @@ def draw_chart(
     for line in lines:
         y_values += [line.low, line.high]
     y_range = _choose_axis_range(y, y_values)
-    if equal:
+    if has_equal_scales:
         x_units_per_px = abs(x_range[1] - x_range[0]) / box_width_px
         y_units_per_px = abs(y_range[1] - y_range[0]) / box_height_px
         units_per_px = max(x_units_per_px, y_units_per_px)

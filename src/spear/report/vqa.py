@@ -29,8 +29,8 @@ MAX_ANSWER_CHARS = 64  # longer answers are cut off
 CALIBRATION_CHART_SIZE_PX = (460, 340)
 
 
-def make_vqa_page(scores: Scores, checkpoint: str, questions: str) -> str:
-    """Make one self-contained page about an evaluation of `checkpoint` on `questions`."""
+def make_vqa_page(scores: Scores, checkpoint: str, questions_in_words: str) -> str:
+    """Make one self-contained page about an evaluation of `checkpoint` on `questions_in_words`."""
     figures_by_type = []
     for name, question_type in QUESTION_TYPE_BY_NAME.items():
         if question_type.num_figures > 0 and name in scores.type_scores:
@@ -43,7 +43,7 @@ def make_vqa_page(scores: Scores, checkpoint: str, questions: str) -> str:
         facts=_list_facts(scores),
         scores=scores,
         checkpoint=checkpoint,
-        questions=questions,
+        questions=questions_in_words,
         figures_by_type=figures_by_type,
         charts=_draw_calibration(scores) if scores.calibration else [],
         in_words=_tabulate_some_answers(scores),
@@ -89,7 +89,9 @@ def _list_facts(scores: Scores) -> list[Fact]:
     return facts
 
 
-def _sort_answers_best_first(scores: Scores, question_type: str) -> list[AnsweredQuestion]:
+def _sort_answers_with_error_best_first(
+    scores: Scores, question_type: str
+) -> list[AnsweredQuestion]:
     """Return the answers of a question type that have an error, the best first."""
     answers = []
     for answer in scores.answers:
@@ -107,7 +109,7 @@ def _draw_worst_median_and_best(
         (title, figures) for these three groups, of `num_figures` figures each. No object is shown
         twice, so groups may be smaller, and empty groups are left out.
     """
-    ranked = _sort_answers_best_first(scores, question_type)
+    ranked = _sort_answers_with_error_best_first(scores, question_type)
     first_median = max(0, len(ranked) // 2 - num_figures // 2)
     # Each group takes the first candidates whose object is not shown yet.
     candidates_by_title: dict[str, Sequence[AnsweredQuestion]] = {
@@ -189,7 +191,7 @@ def _tabulate_some_answers(scores: Scores) -> list[list[str]]:
     """
     rows = []
     for question_type in scores.type_scores:
-        ranked = _sort_answers_best_first(scores, question_type)
+        ranked = _sort_answers_with_error_best_first(scores, question_type)
         if not ranked:
             continue
         num_shown = min(NUM_ANSWERS_IN_WORDS, len(ranked))

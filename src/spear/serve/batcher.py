@@ -41,7 +41,7 @@ class _QueuedRequest:
         """Return whether `submit` still waits, and the client still wants the result."""
         return not self.result.done() and self.is_wanted()
 
-    def end_without_result(self) -> None:
+    def fail_with_client_gone(self) -> None:
         """Let `submit` raise `ClientGoneError`, unless it waits no more."""
         if not self.result.done():
             self.result.set_exception(ClientGoneError())
@@ -132,7 +132,7 @@ class Batcher:
         finally:
             self._thread.shutdown(wait=False, cancel_futures=True)
             for queued in (*self._batch, *self._queue):
-                queued.end_without_result()
+                queued.fail_with_client_gone()
 
     async def _answer_batch(self) -> None:
         """Compute the results of `self._batch` in the worker thread, and deliver them."""
@@ -151,7 +151,7 @@ class Batcher:
             if queued.is_awaited():
                 self._queue.append(queued)
             else:
-                queued.end_without_result()
+                queued.fail_with_client_gone()
 
     def _deliver(self, batch: Sequence[_QueuedRequest], results: Sequence[Any]) -> None:
         """Give each client of a batch its result, or raise the result if it is an exception."""
@@ -196,7 +196,7 @@ class Batcher:
             if queued.is_awaited():
                 batch.append(queued)
             else:
-                queued.end_without_result()
+                queued.fail_with_client_gone()
         return batch
 
     async def _wait_for_arrival(self) -> None:

@@ -128,14 +128,14 @@ class RemotePolicy:
             return replies
         except (ConnectionClosed, TimeoutError) as error:
             self.close()
-            raise self._make_lost_error(error) from error
+            raise self._make_lost_connection_error(error) from error
         except BaseException:
             # Also after Ctrl-C. On an open connection the next call would take a reply that has not
             # been read yet for the reply to its own message.
             self.close()
             raise
 
-    def _make_lost_error(self, error: Exception) -> SpearError:
+    def _make_lost_connection_error(self, error: Exception) -> SpearError:
         """Make the error for a connection that was lost."""
         close_frame = getattr(error, "rcvd", None)
         if close_frame and close_frame.code == CloseCode.MESSAGE_TOO_BIG:

@@ -49,7 +49,7 @@ class Metrics:
             "spear_gpu_memory_bytes", "Held by PyTorch on GPUs.", measure_reserved_gpu_bytes
         )
 
-    def add_unrecorded_gauge(self, count: Callable[[], float]) -> None:
+    def add_gauge_of_unrecorded_observations(self, count: Callable[[], float]) -> None:
         """Also report how many observations were not recorded, which `count` returns."""
         self._add_gauge("spear_unrecorded", "Observations that were not recorded.", count)
 

@@ -10,8 +10,8 @@ The newest recordings are kept, because a recording is looked at when a robot ha
 the folder reaches its largest size, the oldest episodes are deleted. Only files of recordings are
 ever deleted, and only in a folder that a server has marked as its own (`claim_folder`).
 
-A server does not know how many actions of an answer its robot executes. So `estimate_num_executed`
-takes it from the times of answers and observations.
+A server does not know how many actions of an answer its robot executes. So
+`estimate_num_executed_per_answer` takes it from the times of answers and observations.
 """
 
 import contextlib
@@ -207,7 +207,7 @@ class RecordingWriter:
         """Append an exchange to the episode of its client, or begin an episode with it."""
         with convert_write_errors(self.folder):
             episode = self._open_episodes.get(exchange.client)
-            if episode is not None and not self._continues(episode, exchange):
+            if episode is not None and not self._is_continued_by(episode, exchange):
                 self.end_episode(exchange.client)
                 episode = None
             if episode is None:
@@ -247,11 +247,12 @@ class RecordingWriter:
         self._open_episodes[exchange.client] = episode
         return episode
 
-    def _continues(self, episode: "_OpenEpisode", exchange: Exchange) -> bool:
+    def _is_continued_by(self, episode: "_OpenEpisode", exchange: Exchange) -> bool:
         """Return whether an exchange continues its client's episode."""
         previous_exchange = episode.exchanges[-1]
         return (
-            _get_episode_key(exchange) == _get_episode_key(previous_exchange)
+            _get_values_constant_in_episode(exchange)
+            == _get_values_constant_in_episode(previous_exchange)
             and exchange.arrival_s - previous_exchange.answer_s <= MAX_PAUSE_S
             and len(episode.exchanges) < MAX_EPISODE_STEPS
             and episode.shard.num_image_bytes < MAX_EPISODE_SHARE * self._max_bytes
@@ -311,7 +312,9 @@ class _OpenEpisode:
         for key, value in exchange.observation.items():
             if is_camera_key(key):
                 images[get_view_of_key(key)] = encode_jpeg(value)
-                without_images[key] = None  # `_get_episode_key` compares the cameras' keys
+                without_images[key] = (
+                    None  # `_get_values_constant_in_episode` compares the cameras' keys
+                )
             elif key in (STATE_KEY, PROMPT_KEY, COMMITTED_KEY):
                 without_images[key] = value
         self.shard.append_images(images)
@@ -326,7 +329,7 @@ class _OpenEpisode:
         self.last_saved_s = time.monotonic()
 
 
-def _get_episode_key(exchange: Exchange) -> tuple[Any, ...]:
+def _get_values_constant_in_episode(exchange: Exchange) -> tuple[Any, ...]:
     """Return what all exchanges of an episode have in common: instruction, cameras and shapes."""
     cameras = sorted(filter(is_camera_key, exchange.observation))
     return exchange.observation[PROMPT_KEY], cameras, exchange.actions.shape, exchange.rows.shape
@@ -340,7 +343,7 @@ def make_episode_without_images(exchanges: Sequence[Exchange], source: str) -> E
     """
     states = np.array([exchange.observation[STATE_KEY] for exchange in exchanges])  # [T, 8]
     chunks = np.array([exchange.actions for exchange in exchanges])  # [T, H, 8]
-    num_executed = estimate_num_executed(exchanges, horizon=chunks.shape[1])
+    num_executed = estimate_num_executed_per_answer(exchanges, horizon=chunks.shape[1])
     action = compose_action_groups(chunks[:, :num_executed])
     action[:, 7] = action[:, 7].clip(0, 1)
     return Episode(
@@ -356,7 +359,7 @@ def make_episode_without_images(exchanges: Sequence[Exchange], source: str) -> E
     )
 
 
-def estimate_num_executed(exchanges: Sequence[Exchange], horizon: int) -> int:
+def estimate_num_executed_per_answer(exchanges: Sequence[Exchange], horizon: int) -> int:
     """Estimate how many actions of an answer a robot executes before its next observation.
 
     Most robots stand still while they wait for an answer, so they execute actions from the answer

@@ -88,7 +88,7 @@ class PolicyServer:
         )
         self._metrics = Metrics(lambda: len(self._batcher), self._count_clients)
         if recorder:
-            self._metrics.add_unrecorded_gauge(lambda: recorder.num_dropped)
+            self._metrics.add_gauge_of_unrecorded_observations(lambda: recorder.num_dropped)
         self._stop = asyncio.Event()
         self._is_draining = False
         self._num_unanswered = 0
@@ -270,7 +270,7 @@ class PolicyServer:
 
         Raises `SpearError` if the message is wrong or the server is busy.
         """
-        if not _is_present(connection):
+        if not _is_client_waiting(connection):
             raise ClientGoneError
         if self._is_draining:
             raise ServerBusyError("busy: the server is stopping. Connect to another one.")
@@ -284,7 +284,9 @@ class PolicyServer:
             if self._recorder:  # such a request resets the robot
                 self._recorder.end_episode(connection.id)
             return direct_reply
-        result = await self._batcher.submit(connection.id, request, lambda: _is_present(connection))
+        result = await self._batcher.submit(
+            connection.id, request, lambda: _is_client_waiting(connection)
+        )
         latency_s = time.perf_counter() - arrival_time
         if self._recorder:
             self._recorder.add(_make_exchange(connection, len(message), latency_s, result))
@@ -313,12 +315,14 @@ class PolicyServer:
 
         The answer to a wrong token is delayed, so that guessing tokens takes long.
         """
-        response = self._respond(connection, request)
+        response = self._make_response_unless_websocket(connection, request)
         if response is not None and response.status_code == http.HTTPStatus.UNAUTHORIZED:
             await asyncio.sleep(self.limits.unauthorized_pause_s)
         return response
 
-    def _respond(self, connection: ServerConnection, request: Request) -> Response | None:
+    def _make_response_unless_websocket(
+        self, connection: ServerConnection, request: Request
+    ) -> Response | None:
         """Return the response to a request; None means that a websocket connection begins."""
         status = http.HTTPStatus
         refusal = self._find_refusal(request)
@@ -385,7 +389,7 @@ def _make_exchange(
     )
 
 
-def _is_present(connection: ServerConnection) -> bool:
+def _is_client_waiting(connection: ServerConnection) -> bool:
     """Return whether a client still waits for its answer."""
     if connection.state is not State.OPEN or connection.transport.is_closing():
         return False

@@ -83,7 +83,7 @@ class Service:
         control: str | None = None,
     ) -> None:
         self.policy = policy
-        embodiment = _fit_frames(embodiment, policy, name)
+        embodiment = _with_frames_of_policy(embodiment, policy, name)
         self.embodiment = embodiment
         control_name, self.control = embodiment.select_control(control)
         self.metadata = self._make_metadata(name, robot, control_name)
@@ -257,7 +257,7 @@ def _try(call: Callable[..., dict[str, Any]], *arguments: Any) -> Result:
         )
 
 
-def _fit_frames(embodiment: Embodiment, policy: Policy, policy_name: str) -> Embodiment:
+def _with_frames_of_policy(embodiment: Embodiment, policy: Policy, policy_name: str) -> Embodiment:
     """Return the embodiment with the version of its end-effector frame in which the policy acts.
 
     The policy acts in the version of the data on which it was trained (see

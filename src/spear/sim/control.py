@@ -109,7 +109,7 @@ class Servo:
             Whether the target was out of reach.
         """
         # The new target, and joint angles with which the arm reaches the target.
-        target_position, target_rotation, is_too_low = self._compute_next_target(
+        target_position, target_rotation, is_too_low = self._compute_next_target_above_table(
             translation, rotation
         )
         joints = solve_joints(self._joint_command, target_position, target_rotation)
@@ -149,7 +149,7 @@ class Servo:
         self._joint_command = joints
         return bool(is_missed or is_too_low)
 
-    def _compute_next_target(
+    def _compute_next_target_above_table(
         self, translation: Floats, rotation: Floats
     ) -> tuple[Floats, Floats, bool]:
         """Return the target after an action, without changing the stored target.
@@ -159,7 +159,7 @@ class Servo:
             table. The new position is then above the table nevertheless.
         """
         measured_position, measured_rotation = self.measure_pose()
-        target_position = _limit_lead(self._target_position, measured_position)
+        target_position = _limit_position_lead(self._target_position, measured_position)
         target_rotation = _limit_rotation_lead(self._target_rotation, measured_rotation)
 
         translation = _shorten(translation, MAX_STEP_M)
@@ -179,7 +179,7 @@ class Servo:
         return MAX_JOINT_SPEED_RAD_S * num_steps * self._model.opt.timestep
 
 
-def split_action(action: NDArray[np.floating]) -> tuple[Floats, Floats, float]:
+def validate_and_split_action(action: NDArray[np.floating]) -> tuple[Floats, Floats, float]:
     """Return translation [3], unit quaternion [4] and opening of an action [8].
 
     Raises `SpearError` if `action` is not 8 finite numbers with a unit quaternion.
@@ -210,7 +210,7 @@ def _is_target_missed(
     return distance_m > REACHED_TOLERANCE_M or angle_rad > REACHED_TOLERANCE_RAD
 
 
-def _limit_lead(target: Floats, measured: Floats) -> Floats:
+def _limit_position_lead(target: Floats, measured: Floats) -> Floats:
     """Return the target position, moved to at most `MAX_LEAD_M` from the measured position."""
     return measured + _shorten(target - measured, MAX_LEAD_M)
 

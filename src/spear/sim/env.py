@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from spear.embodiments.observations import DEFAULT_IMAGE_SIZES, get_camera_key
-from spear.sim.control import split_action
+from spear.sim.control import validate_and_split_action
 from spear.sim.render import get_thread_renderer
 from spear.sim.scene import sample_scene
 from spear.sim.world import World, get_milestone_states, list_cameras
@@ -128,7 +128,7 @@ class TabletopEnv(gymnasium.Env[Observation, NDArray[np.floating]]):
 
     def step_without_observing(self, action: NDArray[np.floating]) -> dict[str, Any]:
         """Apply one action [8] and return `info`, without computing an observation."""
-        translation, rotation, opening = split_action(action)
+        translation, rotation, opening = validate_and_split_action(action)
         is_unreachable = self.world.servo.move_for_one_control_step(translation, rotation, opening)
         self.steps += 1
         return self._update_info(is_unreachable)

@@ -143,7 +143,7 @@ def make_policy_config(
     preset = get_preset(size)
     if pi0 is None:
         return build_spear1_config(preset, vlm_config, None)
-    expert_fields = pi0.read_expert_fields(vlm_config.text_config.head_dim)
+    expert_fields = pi0.read_expert_config_fields(vlm_config.text_config.head_dim)
     config = build_spear1_config(preset, vlm_config, expert_fields)
     for name in ("min_period", "max_period"):
         if name in pi0.checkpoint.config:

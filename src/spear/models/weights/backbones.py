@@ -163,7 +163,7 @@ def plan_vlm(
     # PaliGemma's vocabulary, MoGe, and the new model's config.
     checkpoint = published.checkpoint
     stored_names = dict(published.names)
-    vocabulary = _resolve_vocabulary_and_drop_head(checkpoint, stored_names, published.config)
+    vocabulary = _resolve_vocabulary_and_remove_head(checkpoint, stored_names, published.config)
     tokenizer, first_new_id = _load_and_extend_tokenizer(
         published.tokenizer_folder, vocabulary.num_rows, preset.bins
     )
@@ -309,7 +309,7 @@ def _read_paligemma_config(checkpoint: StoredCheckpoint) -> Any:
     return config
 
 
-def _resolve_vocabulary_and_drop_head(
+def _resolve_vocabulary_and_remove_head(
     checkpoint: StoredCheckpoint, stored_names: dict[str, str], published_config: Any
 ) -> _StoredVocabulary:
     """Find the token embeddings, and change `stored_names` so that it lacks the output head.
@@ -430,7 +430,7 @@ def _make_vocabulary_reader(
     def read(dtype: torch.dtype, generator: torch.Generator) -> dict[str, Tensor]:
         embeddings = torch.empty(max(num_rows, end), width, dtype=dtype)
         checkpoint.read_into(vocabulary.name, embeddings[:num_rows])
-        _check_head(checkpoint, vocabulary, embeddings[:num_rows])
+        _check_head_equals_embeddings(checkpoint, vocabulary, embeddings[:num_rows])
         known_rows = embeddings[:num_known]
         embeddings[num_known:end] = sample_new_embeddings(known_rows, end - num_known, generator)
         return {EMBEDDINGS: embeddings}
@@ -438,7 +438,7 @@ def _make_vocabulary_reader(
     return read
 
 
-def _check_head(
+def _check_head_equals_embeddings(
     checkpoint: StoredCheckpoint, vocabulary: _StoredVocabulary, embeddings: Tensor
 ) -> None:
     """Raise `SpearError` if the output head, a copy of the embeddings, differs from them."""

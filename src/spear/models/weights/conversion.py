@@ -141,8 +141,8 @@ class ConversionReport:
         for entries in groups.values():
             first = entries[0]
             last = entries[-1]
-            name = _join_numbers(first.name, last.name)
-            note = _join_numbers(first.note, last.note)
+            name = _join_names_with_number_ranges(first.name, last.name)
+            note = _join_names_with_number_ranges(first.note, last.note)
             folded.append((WeightStatus(name, first.shape, first.status, note), len(entries)))
         return folded
 
@@ -476,10 +476,10 @@ def _get_module_name(weight_name: str) -> str:
     return prefix + ".".join(name_parts[:num_parts])
 
 
-def _join_numbers(first: str, last: str) -> str:
+def _join_names_with_number_ranges(first: str, last: str) -> str:
     """Join two names that differ only in numbers, with the range of each number.
 
-    >>> _join_numbers("layers.0.x", "layers.17.x")
+    >>> _join_names_with_number_ranges("layers.0.x", "layers.17.x")
     'layers.0…17.x'
     """
     last_numbers = iter(_NUMBER.findall(last))

@@ -56,7 +56,7 @@ def locate_checkpoint(name: str | Path) -> Path:
                 f"{path} has the weights of step {superseded_step:,}, because a longer training "
                 "is not finished. Run its command again to use the newer weights."
             )
-        return _resolve_training_folder(path)
+        return _resolve_finished_weights_folder(path)
     if is_bundled:
         return bundled
 
@@ -72,25 +72,25 @@ def locate_checkpoint(name: str | Path) -> Path:
     )
 
 
-def _find_final_step_if_superseded(path: Path) -> int | None:
+def _find_final_step_if_superseded(training_folder: Path) -> int | None:
     """Return the last step of a finished training if a longer one was begun after it, else None.
 
-    `path` is the folder of the training. A longer training has checkpoints of later steps.
+    A longer training has checkpoints of later steps in `training_folder`.
     """
-    final = path / "final"
+    final = training_folder / "final"
     if not (final / "config.json").is_file():
         return None
     optimization = read_provenance(final).get("recipe", {}).get("optimization", {})
     # If the number of steps is not recorded, no checkpoint counts as a later one.
     final_step = optimization.get("steps", math.inf)
     eight_digits = "[0-9]" * 8
-    for checkpoint in path.glob(f"checkpoints/step-{eight_digits}"):
+    for checkpoint in training_folder.glob(f"checkpoints/step-{eight_digits}"):
         if int(checkpoint.name.removeprefix("step-")) > final_step:
             return final_step
     return None
 
 
-def _resolve_training_folder(path: Path) -> Path:
+def _resolve_finished_weights_folder(path: Path) -> Path:
     """Return the folder of the finished weights if `path` is that of a training, else `path`."""
     if (path / "final" / "config.json").is_file():
         return path / "final"
@@ -170,11 +170,11 @@ def hash_files(folder: Path) -> dict[str, str]:
     hashes = {}
     for path in sorted(folder.iterdir()):
         if path.is_file() and path.name not in NOT_HASHED:
-            hashes[path.name] = _hash_file(path)
+            hashes[path.name] = _hash_size_and_blocks(path)
     return hashes
 
 
-def _hash_file(path: Path) -> str:
+def _hash_size_and_blocks(path: Path) -> str:
     """Return a hash of a file's size and of blocks of it; see `MAX_HASHED_BLOCKS`."""
     size = path.stat().st_size
     stride = max(HASHED_BLOCK_BYTES, size // MAX_HASHED_BLOCKS)

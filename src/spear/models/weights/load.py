@@ -520,7 +520,7 @@ def _get_or_download_folder(
 
 def download_from_hub(
     name: str,
-    instead: str,
+    alternative_in_message: str,
     file: str | None = None,
     patterns: Sequence[str] = HUB_FILE_PATTERNS,
 ) -> Path:
@@ -529,7 +529,8 @@ def download_from_hub(
 
     Args:
         name: Name on the Hub, perhaps with @REVISION.
-        instead: What the message tells the user to give instead, if there is no network.
+        alternative_in_message: What the message tells the user to give instead, if there is no
+            network.
         file: The name of the file. None downloads the files with the names `patterns`, and the path
             is their folder.
         patterns: By default the files of a checkpoint.
@@ -539,7 +540,7 @@ def download_from_hub(
     """
     from huggingface_hub import hf_hub_download, snapshot_download
 
-    check_hub_reachable_or_cached(name, instead)
+    check_hub_reachable_or_cached(name, alternative_in_message)
     repository, _, revision = name.partition("@")
     options: dict[str, Any] = {
         "revision": revision or None,
@@ -552,7 +553,7 @@ def download_from_hub(
     except Exception as error:  # errors of the Hub's client and of the network have no common base
         raise SpearError(
             f"{name} cannot be loaded from the Hugging Face Hub ({summarize_error(error)}). "
-            f"Check the name and the network, or give {instead}."
+            f"Check the name and the network, or give {alternative_in_message}."
         ) from error
 
 

@@ -82,11 +82,11 @@ class Pi0Checkpoint:
         vlm_config = self.checkpoint.config.get("vlm_config")
         if vlm_config is None:
             vlm_config = {
-                "vision_config": self._read_siglip_fields(),
+                "vision_config": self._make_siglip_config_from_shapes(),
                 "text_config": {
                     "model_type": "gemma",
                     "vocab_size": self._num_embeddings(),
-                    **self._read_gemma_fields("vlm.language_model", head_dim=None),
+                    **self._read_gemma_sizes_from_shapes("vlm.language_model", head_dim=None),
                 },
                 "projection_dim": self._shape("vlm.multi_modal_projector.linear.weight")[0],
             }
@@ -99,7 +99,7 @@ class Pi0Checkpoint:
                 f"vlm_config in {file} is broken ({reason}). Copy it again."
             ) from error
 
-    def read_expert_fields(self, head_dim: int) -> dict[str, Any]:
+    def read_expert_config_fields(self, head_dim: int) -> dict[str, Any]:
         """Return config fields of the expert's Gemma.
 
         The sizes are from the shapes of its weights. Other settings are those that the
@@ -111,9 +111,9 @@ class Pi0Checkpoint:
         for name in ("rms_norm_eps", "rope_parameters", "hidden_act"):
             if name in expert_config:
                 fields[name] = expert_config[name]
-        return {**fields, **self._read_gemma_fields("expert", head_dim)}
+        return {**fields, **self._read_gemma_sizes_from_shapes("expert", head_dim)}
 
-    def _read_gemma_fields(self, prefix: str, head_dim: int | None) -> dict[str, int]:
+    def _read_gemma_sizes_from_shapes(self, prefix: str, head_dim: int | None) -> dict[str, int]:
         """Read the sizes of a Gemma, whose weights' names begin with `prefix`, from the shapes.
 
         Without `head_dim`, the Gemma has `NUM_KEY_VALUE_HEADS`.
@@ -132,7 +132,7 @@ class Pi0Checkpoint:
             "head_dim": head_dim,
         }
 
-    def _read_siglip_fields(self) -> dict[str, Any]:
+    def _make_siglip_config_from_shapes(self) -> dict[str, Any]:
         """Read the sizes of SigLIP from the shapes of its weights."""
         tower = "vlm.vision_tower"
         width, _, patch_px, _ = self._shape(f"{tower}.embeddings.patch_embedding.weight")

@@ -72,7 +72,7 @@ def plan_pi0(
             expected_of_expert[name] = weight
     expert_entries, expert_readers = plan_expert(expected_of_expert, pi0_checkpoint, config)
 
-    vlm_entries = _with_prefixed_names(vlm_plan.report.entries)
+    vlm_entries = _with_prefix_on_our_names(vlm_plan.report.entries)
     vlm_readers = [make_prefixed_reader(reader, VLM_PREFIX) for reader in vlm_plan.readers]
     sources = dict(vlm_plan.sources)
     if tokenizer is not None:
@@ -88,7 +88,7 @@ def plan_pi0(
     )
 
 
-def _with_prefixed_names(entries: Iterable[WeightStatus]) -> Iterator[WeightStatus]:
+def _with_prefix_on_our_names(entries: Iterable[WeightStatus]) -> Iterator[WeightStatus]:
     """Rename the weights of a SPEAR-VLM to those of the VLM inside SPEAR-1.
 
     Weights that are left out or refused have the checkpoint's names, which stay.

@@ -192,14 +192,17 @@ def _list_stacks(groups: Sequence[WeightGroup]) -> dict[str, Counter[tuple[Shape
 
 
 def _match_group_to_candidates(
-    group: WeightGroup, name: str, expected_groups: Sequence[WeightGroup], is_stack_known: bool
+    group: WeightGroup,
+    compared_name: str,
+    expected_groups: Sequence[WeightGroup],
+    is_stack_known: bool,
 ) -> Role:
-    """Guess the role of one group, whose name is compared as `name`.
+    """Guess the role of one group, whose name is compared as `compared_name`.
 
     `expected_groups` are those of its stack, if the stack is known, otherwise all.
     """
     same_shape = [expected for expected in expected_groups if expected.shape == group.shape]
-    same_name_and_shape = _find_groups_with_most_similar_names(name, same_shape)
+    same_name_and_shape = _find_groups_with_most_similar_names(compared_name, same_shape)
     if same_name_and_shape:
         return Role(group, tuple(same_name_and_shape), "name and shape")
     if same_shape:
@@ -208,14 +211,14 @@ def _match_group_to_candidates(
         same_count = [expected for expected in same_shape if expected.count == group.count]
         return Role(group, tuple(same_count or same_shape), evidence)
     if is_stack_known:
-        joined = _find_joined(group, expected_groups)
+        joined = _find_parts_of_joined_group(group, expected_groups)
         if joined:
             return Role(group, joined, "joined shapes and position")
-    same_name = _find_groups_with_most_similar_names(name, expected_groups)
+    same_name = _find_groups_with_most_similar_names(compared_name, expected_groups)
     return Role(group, tuple(same_name), "name" if same_name else "")
 
 
-def _find_joined(
+def _find_parts_of_joined_group(
     group: WeightGroup, stack_groups: Sequence[WeightGroup]
 ) -> tuple[WeightGroup, ...]:
     """Return the groups of a stack whose weights, joined row after row, have `group`'s shape.
@@ -249,7 +252,7 @@ def _find_groups_with_most_similar_names(
     for candidate in candidates:
         if candidate.name == name:
             return [candidate]
-        num_common = _count_common_parts(name, candidate.name)
+        num_common = _count_common_parts_at_end(name, candidate.name)
         if num_common > most_common:
             similar = []
             most_common = num_common
@@ -258,10 +261,10 @@ def _find_groups_with_most_similar_names(
     return similar
 
 
-def _count_common_parts(first: str, second: str) -> int:
+def _count_common_parts_at_end(first: str, second: str) -> int:
     """Return how many parts two names have in common at their ends.
 
-    >>> _count_common_parts("a.layers.*.mlp.fc1.weight", "b.h.*.mlp.fc1.weight")
+    >>> _count_common_parts_at_end("a.layers.*.mlp.fc1.weight", "b.h.*.mlp.fc1.weight")
     4
     """
     count = 0
